@@ -1,0 +1,1 @@
+"""A real Kubernetes for development and tests: API-only, one node in namespaces, simulated GPU nodes."""

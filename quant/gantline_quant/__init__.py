@@ -1,0 +1,1 @@
+"""Quantizers, as a library and as the entry point of the quantize Job."""

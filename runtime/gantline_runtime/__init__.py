@@ -1,0 +1,1 @@
+"""The data plane: engine, models, OpenAI server and the `gantline` command line."""

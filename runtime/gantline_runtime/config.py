@@ -1,0 +1,159 @@
+"""Settings of the engine, of a request's sampling, and of the server.
+
+Each is a frozen dataclass whose fields carry their help text, unit and the reason of their default. The command line, the operator's
+`engine` section and the documentation are made from these fields, so none of them can name an option that the others lack.
+Names follow LMDeploy's where the meaning is the same. `auto` (None) is resolved once, with `dataclasses.replace`.
+Imports no torch: the operator imports this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from gantline_runtime.errors import ConfigurationError
+
+__all__ = ["Backend", "DataType", "EngineConfig", "ServerConfig", "add_arguments", "from_arguments", "from_mapping", "to_arguments"]
+
+Backend = Literal["auto", "cuda", "triton", "torch"]
+DataType = Literal["auto", "float32", "bfloat16", "float16"]
+
+T = TypeVar("T")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one engine (all ranks of one replica) runs a model."""
+
+    backend: Backend = _option("auto", "Kernels to use. auto: cuda on NVIDIA sm80 and newer, triton on AMD, torch elsewhere.")
+    device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to run. auto: cuda where torch sees a GPU, else cpu.")
+    dtype: DataType = _option("auto", "Type of weights and activations. auto: the checkpoint's; float32 on a CPU.")
+    tp: int = _option(1, "Tensor parallelism: GPUs (or CPU processes) that share each layer.")
+    session_len: int | None = _option(None, "Longest prompt plus output, in tokens. auto: the model's own limit, less if memory demands it.")
+    max_batch_size: int = _option(256, "Most requests that run at once; past it they wait.")
+    max_waiting: int = _option(1024, "Most requests that wait; past it a client gets 429 with Retry-After.")
+    cache_max_entry_count: float = _option(0.8, "Share of the memory free after loading the weights that the KV cache takes.")
+    num_cache_blocks: int | None = _option(None, "KV cache size in blocks, instead of a share of free memory.")
+    block_size: int = _option(64, "Tokens in one block of the KV cache; a power of two, 16 or more.")
+    max_prefill_token_num: int = _option(8192, "Tokens of one step: decoding requests first, chunks of prompts fill the rest.")
+    enable_prefix_caching: bool = _option(True, "Reuse the cached blocks of a prompt's beginning.")
+    eager_mode: bool = _option(False, "Never use CUDA graphs.")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.tp in (1, 2, 4, 8), "tp", self.tp, "1, 2, 4 or 8")
+        _require(self.session_len is None or 1 <= self.session_len <= 1 << 24, "session_len", self.session_len, "1 or more tokens")
+        _require(1 <= self.max_batch_size <= 4096, "max_batch_size", self.max_batch_size, "1 to 4096")
+        _require(0 <= self.max_waiting <= 1_000_000, "max_waiting", self.max_waiting, "0 to 1,000,000")
+        _require(0.0 < self.cache_max_entry_count < 1.0, "cache_max_entry_count", self.cache_max_entry_count, "between 0 and 1, both excluded")
+        _require(self.num_cache_blocks is None or self.num_cache_blocks >= 1, "num_cache_blocks", self.num_cache_blocks, "1 or more")
+        power_of_two = self.block_size & (self.block_size - 1) == 0
+        _require(16 <= self.block_size <= 1024 and power_of_two, "block_size", self.block_size, "a power of two from 16 to 1024")
+        _require(1 <= self.max_prefill_token_num <= 1 << 20, "max_prefill_token_num", self.max_prefill_token_num, "1 to 1,048,576")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the HTTP server in front of an engine behaves."""
+
+    host: str = _option("127.0.0.1", "Address to listen on; in a pod 0.0.0.0.")
+    port: int = _option(8000, "Port to listen on; 0 picks a free one and prints it.")
+    served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
+    drain_timeout: float = _option(120.0, "Seconds that running streams may go on after SIGTERM.")
+    drain_delay: float = _option(3.0, "Seconds after SIGTERM in which new requests are still taken, since endpoints lag behind readiness.")
+    max_body_bytes: int = _option(8 << 20, "Largest HTTP body accepted, in bytes.")
+    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least severe message that is logged.")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
+        _require(0 <= self.drain_timeout <= 86400, "drain_timeout", self.drain_timeout, "0 to 86400 seconds")
+        _require(0 <= self.drain_delay <= 600, "drain_delay", self.drain_delay, "0 to 600 seconds")
+        _require(1024 <= self.max_body_bytes <= 1 << 30, "max_body_bytes", self.max_body_bytes, "1 KiB to 1 GiB")
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Give `parser` one flag for each field of the dataclass `cls`; dashes and underscores are both accepted."""
+    group = parser.add_argument_group(cls.__name__)
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        names = [_flag(item.name)] + ([f"--{item.name}"] if "_" in item.name else [])
+        kind, choices, optional = _kind(hints[item.name])
+        default = "auto" if item.default is None else item.default
+        text = f"{item.metadata['help']} (default: {default})".replace("%", "%%")
+        if kind is bool:
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, default=item.default, help=text)
+        else:
+            convert = _or_auto(kind) if optional else kind
+            group.add_argument(*names, type=convert, choices=choices, default=item.default, help=text)
+
+
+def from_arguments(cls: type[T], namespace: argparse.Namespace) -> T:
+    """The dataclass `cls` from parsed flags. Raises ConfigurationError for an illegal value."""
+    return cls(**{item.name: getattr(namespace, item.name) for item in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass `cls` from plain values. Raises ConfigurationError for an unknown key or an illegal value."""
+    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigurationError(f"unknown option {unknown[0]!r}", cure=f"Known options: {', '.join(sorted(known))}.")
+    return cls(**values)
+
+
+def to_arguments(config: Any) -> list[str]:
+    """The flags that make `config` again: only fields that differ from their default, in the order of the dataclass."""
+    flags: list[str] = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if value == item.default:
+            continue
+        if isinstance(value, bool):
+            flags.append(_flag(item.name) if value else _flag(f"no_{item.name}"))
+        else:
+            flags.append(f"{_flag(item.name)}={'auto' if value is None else value}")
+    return flags
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kind(hint: Any) -> tuple[Any, Sequence[str] | None, bool]:
+    """(converter, choices, may be `auto`) of a field's type."""
+    if typing.get_origin(hint) is Literal:
+        return str, typing.get_args(hint), False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = next(t for t in typing.get_args(hint) if t is not type(None))
+        return inner, None, True
+    return hint, None, False
+
+
+def _or_auto(kind: Any) -> Any:
+    def convert(text: str) -> Any:
+        return None if text == "auto" else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or auto"
+    return convert
+
+
+def _check_choices(config: Any) -> None:
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            allowed = typing.get_args(hint)
+            _require(getattr(config, name) in allowed, name, getattr(config, name), " or ".join(map(str, allowed)))
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigurationError(f"{name} is {value!r}, which is not allowed", cure=f"Give {expected}.")

@@ -1,0 +1,72 @@
+"""What crosses the boundary between the API process and the engine: plain structs, encoded by msgspec.
+
+The API process owns text (templates, tokenizing, stop strings, detokenizing); the engine owns tokens. A request's life:
+`EngineRequest` in, then any number of `TokenOutput` back, the last of which has a `finish_reason`; `AbortRequest` ends it early.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["AbortRequest", "EngineRequest", "FinishReason", "SamplingParams", "TokenLogprobs", "TokenOutput"]
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen. Ranges are checked where they enter (the server, the command line); the engine trusts them."""
+
+    max_new_tokens: int = 512
+    """Most tokens to generate; the engine cuts it to what `session_len` leaves."""
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means no limit."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_new_tokens: int = 0
+    """End-of-sequence and stop tokens are masked until so many tokens were generated."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    """Beside the model's own end-of-sequence tokens."""
+    seed: int | None = None
+    """A request's random numbers depend on its seed and the token's position alone."""
+    num_logprobs: int | None = None
+    """None: none. n >= 0: the chosen token's log-probability and those of the n likeliest tokens (at most 20)."""
+
+
+class EngineRequest(msgspec.Struct, tag="request", frozen=True, kw_only=True):
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams = SamplingParams()
+
+
+class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
+    request_id: str
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural) at one generated position, of the distribution before temperature and filters."""
+
+    chosen: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class TokenOutput(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
+    """New tokens of one request since its last output."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    error: str = ""
+    """Cause, with finish_reason `error`."""
