@@ -1,12 +1,49 @@
 # One door for everything: `make help` lists the targets.
 SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+DEVCLUSTER := $(PYTHON) -m gantline_devcluster
+KUBECONFIG_GIVEN := $(if $(findstring command line,$(origin KUBECONFIG)),$(KUBECONFIG))
 
-.PHONY: help venv check test e2e quickstart down crds bench-cpu
+.DEFAULT_GOAL := help
+.PHONY: help venv cluster-binaries check unit test e2e quickstart down crds docs bench-cpu clean
+
 help: ## list the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-venv: $(VENV)/.installed ## make .venv with all that development needs
-$(VENV)/.installed: requirements/all.txt pyproject.toml
+venv: $(VENV)/.installed ## make .venv/ with all that development needs
+$(VENV)/.installed: requirements/all.txt requirements/tools.txt pyproject.toml scripts/make-venv.sh
 	@scripts/make-venv.sh $(VENV)
+
+cluster-binaries: venv ## build Kubernetes and its parts into the cache (once for each version)
+	@$(DEVCLUSTER) build --set all
+
+check: venv ## lint, types, import contracts
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+unit: venv ## the tests that need neither API server nor node
+	$(VENV)/bin/pytest -q -m "not apiserver and not node and not gpu" tests
+
+test: check cluster-binaries ## the whole suite; what CI runs
+	scripts/test.sh
+
+e2e: venv cluster-binaries ## from `kubectl apply` to streamed tokens, on the one-node cluster
+	$(VENV)/bin/pytest -q tests/e2e
+
+quickstart: venv ## everything, once: cluster, chart, example, a streamed answer (KUBECONFIG=... IMAGE_REPOSITORY=... for another cluster)
+	@$(PYTHON) scripts/quickstart.py $(if $(KUBECONFIG_GIVEN),--kubeconfig "$(KUBECONFIG_GIVEN)") $(if $(IMAGE_REPOSITORY),--image-repository "$(IMAGE_REPOSITORY)")
+
+down: ## remove the quickstart's cluster and everything that belongs to it
+	@if [ -x $(PYTHON) ]; then $(DEVCLUSTER) down; else echo "gantline: nothing to remove: there is no $(VENV)"; fi
+
+crds: venv ## generate the CustomResourceDefinitions and the documents made from code
+	$(PYTHON) -m gantline_operator.crd
+
+bench-cpu: venv ## the engine's own time per step, with a model that costs nothing
+	$(PYTHON) -m benchmarks.host_step
+
+clean: down ## remove what the tree has grown, but not the caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .quickstart build
