@@ -38,7 +38,7 @@ class EngineConfig:
     device: Literal["auto", "cuda", "cpu"] = _option("auto", "Where to run. auto: cuda where torch sees a GPU, else cpu.")
     dtype: DataType = _option("auto", "Type of weights and activations. auto: the checkpoint's; float32 on a CPU.")
     tp: int = _option(1, "Tensor parallelism: GPUs (or CPU processes) that share each layer.")
-    session_len: int | None = _option(None, "Longest prompt plus output, in tokens. auto: the model's own limit, less if memory demands it.")
+    session_len: int | None = _option(None, "Longest prompt plus output, in tokens. auto: the model's limit, less if memory demands it.")
     max_batch_size: int = _option(256, "Most requests that run at once; past it they wait.")
     max_waiting: int = _option(1024, "Most requests that wait; past it a client gets 429 with Retry-After.")
     cache_max_entry_count: float = _option(0.8, "Share of the memory free after loading the weights that the KV cache takes.")
@@ -54,7 +54,8 @@ class EngineConfig:
         _require(self.session_len is None or 1 <= self.session_len <= 1 << 24, "session_len", self.session_len, "1 or more tokens")
         _require(1 <= self.max_batch_size <= 4096, "max_batch_size", self.max_batch_size, "1 to 4096")
         _require(0 <= self.max_waiting <= 1_000_000, "max_waiting", self.max_waiting, "0 to 1,000,000")
-        _require(0.0 < self.cache_max_entry_count < 1.0, "cache_max_entry_count", self.cache_max_entry_count, "between 0 and 1, both excluded")
+        share = self.cache_max_entry_count
+        _require(0.0 < share < 1.0, "cache_max_entry_count", share, "a number between 0 and 1, both excluded")
         _require(self.num_cache_blocks is None or self.num_cache_blocks >= 1, "num_cache_blocks", self.num_cache_blocks, "1 or more")
         power_of_two = self.block_size & (self.block_size - 1) == 0
         _require(16 <= self.block_size <= 1024 and power_of_two, "block_size", self.block_size, "a power of two from 16 to 1024")
@@ -69,7 +70,7 @@ class ServerConfig:
     port: int = _option(8000, "Port to listen on; 0 picks a free one and prints it.")
     served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
     drain_timeout: float = _option(120.0, "Seconds that running streams may go on after SIGTERM.")
-    drain_delay: float = _option(3.0, "Seconds after SIGTERM in which new requests are still taken, since endpoints lag behind readiness.")
+    drain_delay: float = _option(3.0, "Seconds after SIGTERM in which new requests are still taken: endpoints lag behind readiness.")
     max_body_bytes: int = _option(8 << 20, "Largest HTTP body accepted, in bytes.")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least severe message that is logged.")
 
