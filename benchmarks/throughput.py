@@ -1,0 +1,163 @@
+"""Throughput and latency of the engine on fixed work: `python -m benchmarks.throughput --model DIR --workload chat [decode ...]`.
+
+Greedy, end-of-sequence ignored, requests in order of arrival, prefix reuse on but the cache emptied before every timed repeat; the warm-up is
+the first 64 requests of `chat`. Each figure is the median of the repeats, all of them recorded, and counts only with its check (`checks.py`):
+8 requests of the timed run are teacher-forced through transformers in float32. The last accepted run of a row stays in results/h200.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine import LLMEngine
+from gantline_runtime.messages import EngineRequest, SamplingParams
+
+from benchmarks import ceilings, checks, workloads
+from benchmarks.workloads import Workload
+
+_WARM_UP_REQUESTS = 64
+_FIRST_TOKEN_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed pass over a workload: seconds, and what each request produced."""
+
+    seconds: float
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    first_token_s: list[float]
+
+
+def run_once(engine: LLMEngine, requests: list[tuple[list[int], int]], checked: set[int] = frozenset()) -> Run:  # type: ignore[assignment]
+    """Run `requests` to their end. Raises RuntimeError if one ends early or with an error."""
+    tokens: list[list[int]] = [[] for _ in requests]
+    logprobs: list[list[float]] = [[] for _ in requests]
+    first: list[float] = [0.0] * len(requests)
+    engine.reset_prefix_cache()
+    started = time.perf_counter()
+    for i, (prompt, count) in enumerate(requests):
+        sampling = SamplingParams(max_new_tokens=count, temperature=0.0, ignore_eos=True, num_logprobs=0 if i in checked else None)
+        engine.add_request(EngineRequest(request_id=str(i), prompt_ids=prompt, sampling=sampling))
+    while engine.has_work():
+        for output in engine.step():
+            i = int(output.request_id)
+            if output.finish_reason == "error":
+                raise RuntimeError(f"request {i}: {output.error}")
+            if output.token_ids and not tokens[i]:
+                first[i] = time.perf_counter() - started
+            tokens[i] += output.token_ids
+            logprobs[i] += [entry.chosen for entry in output.logprobs or []]
+    seconds = time.perf_counter() - started
+    wrong = [i for i, (_, count) in enumerate(requests) if len(tokens[i]) != count]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} requests did not produce what they were asked for; request {wrong[0]}: {len(tokens[wrong[0]])} tokens")
+    return Run(seconds, tokens, logprobs, first)
+
+
+def measure(engine: LLMEngine, workload: Workload, repeats: int) -> tuple[dict[str, Any], list[checks.Sample]]:
+    """(figures with every repeat, samples to check) of `workload`."""
+    if workload.name == "single":
+        return _measure_single(engine, workload, repeats)
+    checked = set(checks.choose(workload.requests))
+    runs = [run_once(engine, workload.requests, checked) for _ in range(repeats)]
+    num_out = sum(count for _, count in workload.requests)
+    num_all = num_out + sum(len(prompt) for prompt, _ in workload.requests)
+    seconds = statistics.median(run.seconds for run in runs)
+    figures = {
+        "out_tok_s": round(num_out / seconds, 1), "in_out_tok_s": round(num_all / seconds, 1), "seconds": [round(run.seconds, 3) for run in runs],
+    }  # fmt: skip
+    return figures, _samples(workload, runs[-1], checked)
+
+
+def _measure_single(engine: LLMEngine, workload: Workload, repeats: int) -> tuple[dict[str, Any], list[checks.Sample]]:
+    (prompt, count), checked = workload.requests[0], {0}
+    firsts = [run_once(engine, [(prompt, 1)], checked).seconds for _ in range(_FIRST_TOKEN_RUNS)]
+    runs = [run_once(engine, workload.requests, checked) for _ in range(repeats)]
+    first, full = statistics.median(firsts), statistics.median(run.seconds for run in runs)
+    figures = {
+        "first_ms": round(first * 1e3, 2), "next_ms": round((full - first) / (count - 1) * 1e3, 3),
+        "first_runs_ms": [round(s * 1e3, 2) for s in firsts], "seconds": [round(run.seconds, 4) for run in runs],
+    }  # fmt: skip
+    return figures, _samples(workload, runs[-1], checked)
+
+
+def _samples(workload: Workload, run: Run, checked: set[int]) -> list[checks.Sample]:
+    return [checks.Sample(workload.requests[i][0], run.tokens[i], run.logprobs[i]) for i in sorted(checked)]
+
+
+def measure_all(model: Path, config: EngineConfig, names: list[str], repeats: int, device: str) -> dict[str, dict[str, Any]]:
+    """Every workload of `names` on one engine, then their checks once its memory is free."""
+    limits = ceilings.measure() if device == "cuda" else {}
+    engine = LLMEngine(model, config)
+    run_once(engine, workloads.build("chat").requests[:_WARM_UP_REQUESTS])
+    results, samples = {}, {}
+    for name in names:
+        figures, samples[name] = measure(engine, workloads.build(name), repeats)
+        results[name] = {"figures": figures, "ceilings": limits, "stats": str(engine.stats())}
+        print(name, json.dumps(figures), flush=True)
+    engine.check_integrity()
+    engine.close()
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache() if device == "cuda" else None
+    for name in names:
+        results[name]["checks"] = checks.check(model, samples[name], device)
+        print(name, json.dumps(results[name]["checks"]), flush=True)
+    return results
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        versions["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[0]
+    return versions
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--workload", nargs="+", choices=workloads.NAMES, default=["chat"])
+    parser.add_argument("--backend", choices=("auto", "cuda", "triton", "torch"), default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--out", type=Path, help="write the accepted rows into this JSON file")
+    options = parser.parse_args()
+    config = EngineConfig(backend=options.backend, dtype="bfloat16", max_batch_size=256, max_waiting=4096, eager_mode=options.eager)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = measure_all(options.model, replace(config, session_len=None), options.workload, options.repeats, device)
+    about = {
+        "commit": _commit(), "command": " ".join(["python -m benchmarks.throughput", *sys.argv[1:]]),
+        "versions": _versions(), "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    accepted = {name: {**row, **about} for name, row in results.items() if row["checks"]["passed"]}
+    if options.out:
+        known = json.loads(options.out.read_text()) if options.out.exists() else {}
+        options.out.write_text(json.dumps({**known, **accepted}, indent=1) + "\n")
+    refused = sorted(set(results) - set(accepted))
+    print(f"accepted: {', '.join(accepted) or 'none'}; refused by their check: {', '.join(refused) or 'none'}", flush=True)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
