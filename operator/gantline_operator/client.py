@@ -1,0 +1,260 @@
+"""The Kubernetes API on plain dicts: get, list, watch, create, apply, patch, delete.
+
+Sending, credentials and their renewal are `kubernetes.aio`'s; its DynamicClient is not used, since we know every kind that we touch and
+want dicts (parsing into ResourceInstance and discovery cost more than the requests).
+
+ApiError
+├── NotFound      404 of an object
+├── KindMissing   404 of the kind itself: its CustomResourceDefinition is not there
+├── Conflict      409: somebody was faster, the name is taken, or the object's uid is another's
+├── Gone          410: a watch or a list's page is too old
+├── Forbidden     401, 403: RBAC or a quota says no
+├── Invalid       400, 413, 422: the object itself is refused; the same request will be refused again
+└── Unavailable   429, 5xx, no connection, no answer in time: will pass
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client import Configuration
+from kubernetes.aio.client.rest import RESTClientObject
+
+__all__ = [
+    "FIELD_MANAGER",
+    "ApiError",
+    "Client",
+    "Conflict",
+    "Forbidden",
+    "Gone",
+    "Invalid",
+    "KindMissing",
+    "NotFound",
+    "Object",
+    "Resource",
+    "Unavailable",
+    "connect",
+    "translated",
+]
+
+FIELD_MANAGER = "gantline-operator"
+Object = dict[str, Any]
+
+_REQUEST_TIMEOUT_S = 30.0
+_PAGE = 500
+_MAX_CONNECTIONS = 32
+
+
+class ApiError(Exception):
+    """An answer that is not a success. `status` is HTTP's, 0 without an answer; `retry_after_s` what the server asked for, else 0."""
+
+    def __init__(self, message: str, *, status: int = 0, retry_after_s: float = 0.0, reason: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.reason = reason
+
+
+class NotFound(ApiError):
+    pass
+
+
+class KindMissing(ApiError):
+    pass
+
+
+class Conflict(ApiError):
+    pass
+
+
+class Gone(ApiError):
+    pass
+
+
+class Forbidden(ApiError):
+    pass
+
+
+class Invalid(ApiError):
+    pass
+
+
+class Unavailable(ApiError):
+    pass
+
+
+_BY_STATUS: Mapping[int, type[ApiError]] = {
+    400: Invalid, 401: Forbidden, 403: Forbidden, 404: NotFound, 405: KindMissing, 409: Conflict, 410: Gone, 413: Invalid, 415: Invalid,
+    422: Invalid, 429: Unavailable,
+}  # fmt: skip
+
+
+def translated(status: int, body: bytes, retry_after: str | None = None) -> ApiError:
+    """The error for an HTTP status of 400 and above and the `Status` object that came with it."""
+    answer = _json(body)
+    details = answer.get("details") if isinstance(answer.get("details"), dict) else {}
+    message = str(answer.get("message") or body[:300].decode(errors="replace") or f"HTTP {status}")
+    error = _BY_STATUS.get(status, Unavailable if status >= 500 else Invalid)
+    if error is NotFound and not (details or {}).get("name"):
+        error = KindMissing  # the server names the object it lacks; without a name it lacks the path
+    seconds = retry_after if retry_after is not None else str((details or {}).get("retryAfterSeconds", ""))
+    return error(message, status=status, retry_after_s=float(seconds) if seconds.isdigit() else 0.0, reason=str(answer.get("reason", "")))
+
+
+def _json(body: bytes) -> Object:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Where the objects of one kind live. `plural` may name a subresource of it nowhere: those are arguments of the calls."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None = None, name: str | None = None, subresource: str = "") -> str:
+        root = f"/apis/{self.api_version}" if "/" in self.api_version else f"/api/{self.api_version}"
+        scope = f"/namespaces/{quote(namespace)}" if namespace else ""
+        tail = f"/{quote(name)}" if name else ""
+        return f"{root}{scope}/{self.plural}{tail}" + (f"/{subresource}" if subresource else "")
+
+
+class Client:
+    """One connection pool to one API server. Every call raises an ApiError for anything but success."""
+
+    def __init__(self, configuration: Configuration, *, request_timeout_s: float = _REQUEST_TIMEOUT_S) -> None:
+        configuration.connection_pool_maxsize = _MAX_CONNECTIONS
+        self._configuration = configuration
+        self._rest = RESTClientObject(configuration)
+        self._timeout_s = request_timeout_s
+
+    async def close(self) -> None:
+        await self._rest.close()
+
+    async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
+        return await self._json("GET", resource.path(namespace, name))
+
+    async def text(self, resource: Resource, namespace: str, name: str, subresource: str, **query: str) -> str:
+        """The body of a subresource that is no object, such as a pod's log."""
+        return (await self._send("GET", resource.path(namespace, name, subresource), query=query)).decode(errors="replace")
+
+    async def list(self, resource: Resource, namespace: str | None = None, **query: str) -> list[Object]:
+        """All objects, by pages. They come without apiVersion and kind, as the server sends them."""
+        return [item async for page in self.pages(resource, namespace, **query) for item in page.get("items") or []]
+
+    async def pages(self, resource: Resource, namespace: str | None = None, **query: str) -> AsyncIterator[Object]:
+        token = ""
+        while True:
+            parameters = {"limit": str(_PAGE), **query, **({"continue": token} if token else {})}
+            page = await self._json("GET", resource.path(namespace), query=parameters)
+            yield page
+            token = page.get("metadata", {}).get("continue", "")
+            if not token:
+                return
+
+    async def watch(self, resource: Resource, namespace: str | None, resource_version: str, *, timeout_s: int) -> AsyncIterator[Object]:
+        """Events ({type, object}) after `resource_version`, bookmarks among them, until the server ends the stream after `timeout_s`.
+
+        Raises Gone where the version is too old. A stream that falls silent for longer than bookmarks take is Unavailable.
+        """
+        query = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": resource_version, "timeoutSeconds": str(timeout_s)}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=75)  # bookmarks come every minute
+        async with self._response("GET", resource.path(namespace), query=query, timeout=timeout) as response:
+            async for line in _lines(response):
+                event = _json(line)
+                if event.get("type") == "ERROR":
+                    status = event.get("object", {})
+                    raise translated(int(status.get("code", 500)), json.dumps(status).encode())
+                yield event
+
+    async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
+        return await self._json("POST", resource.path(namespace), body=body, query={"fieldManager": FIELD_MANAGER})
+
+    async def apply(self, resource: Resource, body: Object, *, subresource: str = "") -> Object:
+        """Server-side apply, forced: what we name is ours. A `metadata.uid` in `body` guards against applying to a successor (Conflict)."""
+        path = resource.path(body["metadata"].get("namespace"), body["metadata"]["name"], subresource)
+        query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict"}
+        return await self._json("PATCH", path, body=body, query=query, content_type="application/apply-patch+yaml")
+
+    async def patch(self, resource: Resource, namespace: str, name: str, body: Object) -> Object:
+        """Merge patch; put uid or resourceVersion into its metadata as preconditions."""
+        path = resource.path(namespace, name)
+        return await self._json("PATCH", path, body=body, query={"fieldManager": FIELD_MANAGER}, content_type="application/merge-patch+json")
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, resource_version: str = "") -> None:
+        """Deletes exactly the object with `uid` (at `resource_version`, if given), its dependents in the background. Gone already is fine."""
+        preconditions = {"uid": uid, **({"resourceVersion": resource_version} if resource_version else {})}
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background", "preconditions": preconditions}
+        with contextlib.suppress(NotFound):
+            await self._json("DELETE", resource.path(namespace, name), body=body)
+
+    async def _json(self, method: str, path: str, **arguments: Any) -> Object:
+        return _json(await self._send(method, path, **arguments))
+
+    async def _send(self, method: str, path: str, **arguments: Any) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10)
+        async with self._response(method, path, timeout=timeout, **arguments) as response:
+            return await response.read()
+
+    @contextlib.asynccontextmanager
+    async def _response(
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: aiohttp.ClientTimeout,
+        query: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str = "application/json",
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        url = self._configuration.host + path + (f"?{urlencode(query)}" if query else "")
+        headers = {"Content-Type": content_type, "Accept": "application/json", "User-Agent": FIELD_MANAGER, **self._authorization()}
+        try:
+            answer = await self._rest.request(method, url, headers=headers, body=body, _request_timeout=timeout)
+            async with answer.response as response:
+                if response.status >= 400:
+                    raise translated(response.status, await response.read(), response.headers.get("Retry-After"))
+                yield response
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unavailable(f"{method} {path}: {type(error).__name__}: {error}"[:500]) from error
+
+    def _authorization(self) -> dict[str, str]:
+        """The token, read again by the loader where it is about to expire (a projected token lives for an hour)."""
+        token = self._configuration.get_api_key_with_prefix("BearerToken")
+        if not token:
+            return {}
+        return {"Authorization": token if " " in token else f"Bearer {token}"}
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """Lines of any length: an object of a watch is one line and may exceed a reader's default limit."""
+    rest = b""
+    async for chunk in response.content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line:
+                yield line
+
+
+async def connect(kubeconfig: str | None = None) -> Client:
+    """A client with the pod's ServiceAccount, or with `kubeconfig` (else $KUBECONFIG, else ~/.kube/config)."""
+    configuration = Configuration()
+    if kubeconfig is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
+        await asyncio.to_thread(kubernetes_config.load_incluster_config, client_configuration=configuration)
+    else:
+        await kubernetes_config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
+    return Client(configuration)
