@@ -1,4 +1,4 @@
-"""What the machine's memory and matrix units reach, measured in the same call as every figure, since machines differ by several per cent."""
+"""What the machine's memory and matrix units reach, measured in the same call as every figure: machines differ by several per cent."""
 
 from __future__ import annotations
 
@@ -31,15 +31,19 @@ def graph_median_ms(run: Callable[[], object], repeats: int = 20) -> float:
 
 def measure() -> dict[str, float]:
     """{copy_TB_s, read_TB_s, bf16_TFLOP_s}: a 2 GiB copy (bytes read plus written), a 2 GiB sum, an 8192-cubed product of random data."""
-    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / graph_median_ms(lambda: target.copy_(source)) / 1e9
-    rows = source.view(torch.float32).view(-1, 4096).nan_to_num_()
-    read = source.numel() / graph_median_ms(lambda: torch.sum(rows, dim=1)) / 1e9
-    del source, target, rows
+    copy, read = _memory_TB_s()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / graph_median_ms(lambda: a @ b) / 1e9
     return {"copy_TB_s": round(copy, 3), "read_TB_s": round(read, 3), "bf16_TFLOP_s": round(product, 1)}
+
+
+def _memory_TB_s() -> tuple[float, float]:
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    rows = source.view(torch.float32).view(-1, 4096).nan_to_num_()
+    copy_ms = graph_median_ms(lambda: target.copy_(source))
+    read_ms = graph_median_ms(lambda: torch.sum(rows, dim=1))
+    return 2 * source.numel() / copy_ms / 1e9, source.numel() / read_ms / 1e9
 
 
 if __name__ == "__main__":

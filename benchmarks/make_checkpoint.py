@@ -1,6 +1,7 @@
 """Write a checkpoint of random weights: `python -m benchmarks.make_checkpoint DIR [--layers N]` makes Llama-3.1-8B's shape in bf16.
 
-On a GPU this takes seconds; the weights depend on the seed alone (of that device). Written beside and renamed, so a half-written one is never found.
+On a GPU this takes seconds; the weights depend on the seed alone (of that device). Written beside and renamed, so a half-written one is
+never found.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def _layer(config: dict[str, Any], prefix: str, normal: Any) -> dict[str, torch.
     family = config["model_type"]
     shapes = {
         "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+        "self_attn.o_proj": (hidden, queries), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
     tensors = {f"{prefix}{name}.weight": normal(*shape) for name, shape in shapes.items()}
     if family == "qwen2":

@@ -1,8 +1,9 @@
 """Throughput and latency of the engine on fixed work: `python -m benchmarks.throughput --model DIR --workload chat [decode ...]`.
 
-Greedy, end-of-sequence ignored, requests in order of arrival, prefix reuse on but the cache emptied before every timed repeat; the warm-up is
-the first 64 requests of `chat`. Each figure is the median of the repeats, all of them recorded, and counts only with its check (`checks.py`):
-8 requests of the timed run are teacher-forced through transformers in float32. The last accepted run of a row stays in results/h200.json.
+Greedy, end-of-sequence ignored, requests in order of arrival, prefix reuse on but the cache emptied before every timed repeat; the warm-up
+is the first 64 requests of `chat`. Each figure is the median of the repeats, all of them recorded, and counts only with its check
+(`checks.py`): 8 requests of the timed run are teacher-forced through transformers in float32. The last accepted run of a row stays in
+results/h200.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ class Run:
     first_token_s: list[float]
 
 
-def run_once(engine: LLMEngine, requests: list[tuple[list[int], int]], checked: set[int] = frozenset()) -> Run:  # type: ignore[assignment]
+def run_once(engine: LLMEngine, requests: list[tuple[list[int], int]], checked: Set[int] = frozenset()) -> Run:
     """Run `requests` to their end. Raises RuntimeError if one ends early or with an error."""
     tokens: list[list[int]] = [[] for _ in requests]
     logprobs: list[list[float]] = [[] for _ in requests]
@@ -63,7 +65,7 @@ def run_once(engine: LLMEngine, requests: list[tuple[list[int], int]], checked: 
     seconds = time.perf_counter() - started
     wrong = [i for i, (_, count) in enumerate(requests) if len(tokens[i]) != count]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} requests did not produce what they were asked for; request {wrong[0]}: {len(tokens[wrong[0]])} tokens")
+        raise RuntimeError(f"{len(wrong)} requests produced too few or too many tokens; request {wrong[0]}: {len(tokens[wrong[0]])}")
     return Run(seconds, tokens, logprobs, first)
 
 
@@ -77,7 +79,8 @@ def measure(engine: LLMEngine, workload: Workload, repeats: int) -> tuple[dict[s
     num_all = num_out + sum(len(prompt) for prompt, _ in workload.requests)
     seconds = statistics.median(run.seconds for run in runs)
     figures = {
-        "out_tok_s": round(num_out / seconds, 1), "in_out_tok_s": round(num_all / seconds, 1), "seconds": [round(run.seconds, 3) for run in runs],
+        "out_tok_s": round(num_out / seconds, 1), "in_out_tok_s": round(num_all / seconds, 1),
+        "seconds": [round(run.seconds, 3) for run in runs],
     }  # fmt: skip
     return figures, _samples(workload, runs[-1], checked)
 
