@@ -14,21 +14,18 @@ from gantline_runtime.sizing import MIN_SESSION_LEN, TENSOR_PARALLEL
 
 from gantline_operator.fields import (
     REQUIRED,
-    Amount,
     AutoOr,
     Choice,
-    DecimalText,
-    Duration,
     Flag,
     ListOf,
     MapOf,
     Object,
-    Quantity,
     Rule,
     Text,
     Whole,
     declare,
 )
+from gantline_operator.quantities import Amount, DecimalText, Duration, Quantity
 
 __all__ = [
     "GROUP",

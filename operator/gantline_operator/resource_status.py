@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gantline_operator.fields import REQUIRED, Choice, Flag, ListOf, Number, Object, Text, Whole, declare
+from gantline_operator.fields import REQUIRED, Choice, Flag, ListOf, Object, Text, Whole, declare
 
 __all__ = [
     "ArtefactStatus",
     "ConditionStatus",
+    "FactsStatus",
     "InferenceServiceStatus",
     "MemoryStatus",
     "ModelStatus",
@@ -27,6 +28,8 @@ __all__ = [
 
 _WORD = Text(128)
 _SENTENCE = Text(1024)
+_NUMBER = Text(32)  # floats are written as text, as everywhere in Kubernetes' API
+_TIME = Text(32)
 _BYTES = Whole(0, 1 << 60)
 _COUNT = Whole(0, 1 << 31)
 
@@ -40,10 +43,9 @@ class QuantizationFactsStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelStatus:
-    """What the inspection of the source found."""
+class FactsStatus:
+    """What a checkpoint is (`gantline_runtime.model_facts.ModelFacts`)."""
 
-    source: str | None = declare(Text(64), "Hash of what was inspected; another source or revision is inspected anew.")
     name: str | None = declare(Text(256), "The model's own name.")
     revision: str | None = declare(Text(256), "The commit that was found, or what the spec named.")
     fingerprint: str | None = declare(Text(256), "Hash over config.json and the headers of all weight files.")
@@ -66,9 +68,16 @@ class ModelStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelStatus(FactsStatus):
+    """What the inspection of the source found."""
+
+    inputs: str | None = declare(Text(64), "Hash of what was inspected; another source or revision is inspected anew.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerplexityStatus:
-    before: float | None = declare(Number(), "Held-out perplexity of the original.")
-    after: float | None = declare(Number(), "Held-out perplexity of the copy.")
+    before: str | None = declare(_NUMBER, "Held-out perplexity of the original.")
+    after: str | None = declare(_NUMBER, "Held-out perplexity of the copy.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +85,12 @@ class ArtefactStatus:
     """Something that a Job made in the cache volume."""
 
     kind: str = declare(_WORD, "fetch or awq.", default=REQUIRED)
-    hash: str = declare(Text(64), "Hash of what it was made from; the folder is <kind>-<hash>.", default=REQUIRED)
+    hash: str = declare(Text(64), "Hash of what it was made from.", default=REQUIRED)
+    path: str | None = declare(Text(512), "Folder inside the pods.")
+    claim: str | None = declare(Text(253), "Claim that holds it.")
     bytes: int | None = declare(_BYTES, "Bytes of its weights.")
+    facts: FactsStatus | None = declare(Object(FactsStatus), "Facts of the copy, read from its files.")
     perplexity: PerplexityStatus | None = declare(Object(PerplexityStatus), "Quality of a quantized copy.")
-    model: ModelStatus | None = declare(Object(ModelStatus), "Facts of the copy, read from its files.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,21 +150,26 @@ class PlanStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class StartupStatus:
-    """Measured phases of the latest pod's start, in seconds."""
+    """Measured phases of the latest pod's start."""
 
-    scheduled: float | None = declare(Number(), "From the pod's creation to its node.")
-    pull: float | None = declare(Number(), "From its node to the container's start.")
-    load: float | None = declare(Number(), "From the container's start to ready.")
-    total: float | None = declare(Number(), "From the pod's creation to ready.")
+    scheduled: str | None = declare(_TIME, "From the pod's creation to its node, such as 2s.")
+    pulled: str | None = declare(_TIME, "From its node to the container's start.")
+    loaded: str | None = declare(_TIME, "From the container's start to ready.")
+    total: str | None = declare(_TIME, "From the pod's creation to ready.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """A Job that is under way or failed."""
+    """A Job that prepares the model."""
 
-    name: str = declare(_WORD, "inspect, fetch or quantize.", default=REQUIRED)
-    job: str | None = declare(Text(63), "The Job.")
+    name: str = declare(Choice(("inspect", "fetch", "quantize")), "The stage.", default=REQUIRED)
+    hash: str | None = declare(Text(64), "Hash of its inputs.")
     attempt: int | None = declare(_COUNT, "How often it was tried anew.")
+    state: str | None = declare(Choice(("Waiting", "Running", "Succeeded", "Failed")), "Where it stands.")
+    job: str | None = declare(Text(63), "The Job.")
+    reason: str | None = declare(Text(64), "Why it failed or waits, as one word.")
+    message: str | None = declare(_SENTENCE, "Why, as a sentence.")
+    finished_at: str | None = declare(_TIME, "When it ended.")
     progress: str | None = declare(Text(256), "How far it is.")
 
 
@@ -166,7 +182,7 @@ class ConditionStatus:
     reason: str = declare(Text(64, min_length=1), "Why, as one word; docs/operations.md has each one's cure.", default=REQUIRED)
     message: str | None = declare(Text(4096), "Cause and cure.")
     observed_generation: int | None = declare(Whole(0, 1 << 53), "Generation of the spec that it is about.")
-    last_transition_time: str = declare(Text(32), "When the status last changed.", default=REQUIRED)
+    last_transition_time: str = declare(_TIME, "When the status last changed.", default=REQUIRED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +196,8 @@ class InferenceServiceStatus:
     url: str | None = declare(Text(512), "Address inside the cluster.")
     model: ModelStatus | None = declare(Object(ModelStatus), ModelStatus.__doc__ or "")
     plan: PlanStatus | None = declare(Object(PlanStatus), PlanStatus.__doc__ or "")
-    stage: StageStatus | None = declare(Object(StageStatus), StageStatus.__doc__ or "")
-    artefacts: tuple[ArtefactStatus, ...] | None = declare(ListOf(Object(ArtefactStatus), 8), ArtefactStatus.__doc__ or "")
+    stages: tuple[StageStatus, ...] | None = declare(ListOf(Object(StageStatus), 8, key="name"), StageStatus.__doc__ or "")
+    artefacts: tuple[ArtefactStatus, ...] | None = declare(ListOf(Object(ArtefactStatus), 8, key="kind"), ArtefactStatus.__doc__ or "")
     startup: StartupStatus | None = declare(Object(StartupStatus), StartupStatus.__doc__ or "")
     conditions: tuple[ConditionStatus, ...] | None = declare(
         ListOf(Object(ConditionStatus), 16, key="type"), "Findings, one of each type."
