@@ -1,0 +1,83 @@
+"""Kubernetes objects from a plan: pure functions, plain dicts, the same answer for the same question.
+
+naming       names, labels, owner references, hashes
+context      the service, the installation's settings, where a model lies
+pod          what every pod has in common
+placement    where a pod runs and what it takes
+jobs         inspect, fetch, quantize
+serving      ServiceAccount, Service, Deployment, PodDisruptionBudget
+cache        the claim for artefacts
+"""
+
+from gantline_operator.resources.cache import cache_claim
+from gantline_operator.resources.context import MissingImage, ModelLocation, Parent, Settings, cache_location, source_location
+from gantline_operator.resources.jobs import (
+    ALGORITHM_VERSIONS,
+    fetch_hash,
+    fetch_job,
+    inspect_hash,
+    inspect_job,
+    quantize_hash,
+    quantize_job,
+    quantize_job_hash,
+)  # fmt: skip
+from gantline_operator.resources.naming import (
+    MANAGED_KINDS,
+    SELECTOR,
+    ManagedKind,
+    Object,
+    cache_claim_name,
+    child_selector,
+    job_name,
+    labels,
+    owner_reference,
+    pod_selector,
+)  # fmt: skip
+from gantline_operator.resources.pod import Mount
+from gantline_operator.resources.serving import (
+    RESTARTED_AT,
+    ServingPlan,
+    build_template,
+    replicas,
+    revision,
+    service_account,
+    serving,
+    startup_budget_s,
+)  # fmt: skip
+
+__all__ = [
+    "ALGORITHM_VERSIONS",
+    "MANAGED_KINDS",
+    "RESTARTED_AT",
+    "SELECTOR",
+    "ManagedKind",
+    "MissingImage",
+    "ModelLocation",
+    "Mount",
+    "Object",
+    "Parent",
+    "ServingPlan",
+    "Settings",
+    "build_template",
+    "cache_claim",
+    "cache_claim_name",
+    "cache_location",
+    "child_selector",
+    "fetch_hash",
+    "fetch_job",
+    "inspect_hash",
+    "inspect_job",
+    "job_name",
+    "labels",
+    "owner_reference",
+    "pod_selector",
+    "quantize_hash",
+    "quantize_job",
+    "quantize_job_hash",
+    "replicas",
+    "revision",
+    "service_account",
+    "serving",
+    "source_location",
+    "startup_budget_s",
+]

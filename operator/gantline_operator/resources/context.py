@@ -1,0 +1,113 @@
+"""What builders are given beside the plan: the service, the installation's settings, and where the model lies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gantline_operator.resource import InferenceServiceSpec
+from gantline_operator.resources.naming import Object, cache_claim_name, owner_reference
+from gantline_operator.resources.pod import CACHE_MOUNT, SOURCE_MOUNT, Mount
+from gantline_operator.settings import OperatorSettings
+
+__all__ = ["MissingImage", "ModelLocation", "Parent", "Settings", "cache_location", "cache_mount", "source_location", "source_mounts"]
+
+
+class MissingImage(LookupError):
+    """The installation names no image for what a pod shall run on; the message names the setting."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The service that owns what is built. `restarted_at` is its annotation gantline.io/restartedAt."""
+
+    name: str
+    namespace: str
+    uid: str
+    spec: InferenceServiceSpec
+    restarted_at: str = ""
+
+    @property
+    def owner(self) -> Object:
+        return owner_reference(self.name, self.uid)
+
+    @property
+    def served_name(self) -> str:
+        return self.spec.model.served_name or self.name
+
+    @property
+    def cache_claim(self) -> str:
+        """The claim for artefacts: the user's, or the one that is made."""
+        return self.spec.cache.claim_name or cache_claim_name(self.name)
+
+    @property
+    def cache_on_one_node(self) -> bool:
+        """Whether everything that mounts the cache has to run on one node."""
+        return self.spec.cache.access_mode != "ReadWriteMany"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the installation fixes for every pod. `images` by accelerator: cuda, cpu, rocm, ascend."""
+
+    version: str
+    images: Mapping[str, str]
+    image_pull_policy: str = "IfNotPresent"
+    image_pull_secrets: tuple[str, ...] = ()
+    hf_endpoint: str = ""
+
+    @staticmethod
+    def of(operator: OperatorSettings, version: str) -> Settings:
+        return Settings(version, operator.images, operator.image_pull_policy, operator.image_pull_secrets, operator.hf_endpoint)
+
+    def image(self, accelerator: str) -> str:
+        """Raises MissingImage."""
+        if not self.images.get(accelerator):
+            raise MissingImage(f"no runtime image for {accelerator} is set: set the chart's value runtime.images.{accelerator}")
+        return self.images[accelerator]
+
+    @property
+    def small_image(self) -> str:
+        """For what needs no accelerator: the CPU's image, else any. Raises MissingImage."""
+        return self.images.get("cpu") or next(iter(sorted(filter(None, self.images.values()))), "") or self.image("cpu")
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model's files lie inside a pod: at `path`, on `mounts`, or in the image where there are none.
+
+    `one_node` says that the volume can be mounted on one node only.
+    """
+
+    path: str
+    mounts: tuple[Mount, ...] = field(default=())
+    one_node: bool = False
+
+
+_CLAIM_URI = re.compile(r"pvc://([^/]+)(/.*)?")
+
+
+def source_location(uri: str) -> ModelLocation | None:
+    """Where a local source lies: file:///path in the image, pvc://claim/path on its claim, mounted read-only. None for remote sources."""
+    if uri.startswith("file://"):
+        return ModelLocation(uri.removeprefix("file://").rstrip("/"))
+    match = _CLAIM_URI.fullmatch(uri)
+    if match is None:
+        return None
+    claim, path = match.group(1), (match.group(2) or "").rstrip("/")
+    return ModelLocation(f"{SOURCE_MOUNT}{path}", (Mount(claim, SOURCE_MOUNT, read_only=True),))
+
+
+def source_mounts(uri: str) -> tuple[Mount, ...]:
+    location = source_location(uri)
+    return location.mounts if location else ()
+
+
+def cache_mount(parent: Parent, *, read_only: bool) -> Mount:
+    return Mount(parent.cache_claim, CACHE_MOUNT, read_only=read_only)
+
+
+def cache_location(parent: Parent, kind: str, digest: str) -> ModelLocation:
+    """Folder of the artefact `kind` (fetch, awq) that was made from inputs with the hash `digest`, as the server mounts it."""
+    return ModelLocation(f"{CACHE_MOUNT}/{kind}-{digest}", (cache_mount(parent, read_only=True),), parent.cache_on_one_node)

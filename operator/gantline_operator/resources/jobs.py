@@ -1,0 +1,151 @@
+"""The stages' Jobs: inspect, fetch, quantize. Created once under a name that says what they do, never applied again.
+
+Of Kubernetes' retries only one is used: a pod that was evicted or preempted is replaced. A pod that failed is not; its reason stands in its
+termination message, and the operator decides whether trying again can help (then as a Job of its own, so that this one keeps its log).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gantline_operator.resource import InferenceServiceSpec
+from gantline_operator.resources.context import ModelLocation, Parent, Settings, cache_location, cache_mount, source_location
+from gantline_operator.resources.naming import Object, Stage, content_hash, job_name, labels, metadata, service_account_name
+from gantline_operator.resources.placement import (
+    DevicePlan,
+    cpu_threads,
+    planned_placement,
+    same_node,
+    small_placement,
+    volume_labels,
+)  # fmt: skip
+from gantline_operator.resources.pod import Mount, Placement, build_container, build_pod
+
+__all__ = [
+    "ALGORITHM_VERSIONS", "fetch_hash", "fetch_job", "inspect_hash", "inspect_job", "quantize_hash", "quantize_job", "quantize_job_hash",
+]  # fmt: skip
+
+ALGORITHM_VERSIONS: Mapping[str, int] = {"inspect": 1, "fetch": 1, "awq": 1}
+"""Part of each stage's hash. Raised when a stage's result changes for the same input, so that old results are made anew; an image with the
+same algorithm makes nothing anew."""
+
+_DEADLINE_S: Mapping[Stage, int] = {"inspect": 3600, "fetch": 2 * 86400, "quantize": 3 * 86400}
+"""Seconds until a Job is given up, pulling its image and waiting for a node included: a bound for what hangs, not a prediction."""
+
+
+def inspect_hash(spec: InferenceServiceSpec) -> str:
+    """Of what is inspected: the source and its revision."""
+    return content_hash({"stage": "inspect", "version": ALGORITHM_VERSIONS["inspect"], **_source(spec)})
+
+
+def fetch_hash(spec: InferenceServiceSpec, revision: str | None = None) -> str:
+    """Of what is fetched. `revision` is the commit that the inspection found: a branch that moves on is fetched anew, a commit never is."""
+    source = {**_source(spec), **({"revision": revision} if revision else {})}
+    return content_hash({"stage": "fetch", "version": ALGORITHM_VERSIONS["fetch"], **source})
+
+
+def quantize_hash(spec: InferenceServiceSpec, fingerprint: str) -> str:
+    """Of the quantized copy, hence of its folder: the checkpoint and the method's parameters, not the limit that it is judged by."""
+    wish = spec.quantization
+    parameters = {"method": wish.method, "bits": wish.bits, "groupSize": wish.group_size, "model": fingerprint}
+    return content_hash({"stage": "quantize", "version": ALGORITHM_VERSIONS["awq"], **parameters})
+
+
+def quantize_job_hash(spec: InferenceServiceSpec, fingerprint: str) -> str:
+    """Of the Job: the copy and the limit. Another limit is another Job, which finds the copy made already and only judges it."""
+    return content_hash({"copy": quantize_hash(spec, fingerprint), "limit": spec.quantization.max_perplexity_increase})
+
+
+def inspect_job(parent: Parent, settings: Settings, *, attempt: int = 0) -> Object:
+    """Reads the source's config and headers. Raises MissingImage."""
+    source = source_location(parent.spec.model.uri)
+    arguments = ["inspect", _inside(parent.spec.model.uri, source), *_revision(parent.spec.model.revision)]
+    mounts = source.mounts if source else ()
+    placement = small_placement(parent, settings)
+    return _job(parent, settings, "inspect", inspect_hash(parent.spec), attempt, placement, arguments, mounts, env=_hub(parent, settings))
+
+
+def fetch_job(parent: Parent, plan: DevicePlan, settings: Settings, *, revision: str | None = None, attempt: int = 0) -> Object:
+    """Downloads a remote source into the cache. `revision` is the commit that was inspected. Raises MissingImage."""
+    digest = fetch_hash(parent.spec, revision)
+    target = cache_location(parent, "fetch", digest).path
+    arguments = ["fetch", parent.spec.model.uri, target, *_revision(revision or parent.spec.model.revision)]
+    mounts = (cache_mount(parent, read_only=False),)
+    placement = planned_placement(parent, plan, settings, resources=False)
+    return _job(parent, settings, "fetch", digest, attempt, placement, arguments, mounts, env=_hub(parent, settings))
+
+
+def quantize_job(
+    parent: Parent, plan: DevicePlan, settings: Settings, *, source: ModelLocation, fingerprint: str, attempt: int = 0
+) -> Object:
+    """Makes a quantized copy of `source` in the cache. Raises MissingImage."""
+    wish = parent.spec.quantization
+    target = cache_location(parent, wish.method, quantize_hash(parent.spec, fingerprint)).path
+    arguments = ["quantize", wish.method, source.path, target, f"--bits={wish.bits}", f"--group-size={wish.group_size}"]
+    if wish.max_perplexity_increase is not None:
+        arguments.append(f"--max-perplexity-increase={wish.max_perplexity_increase}")
+    cache = cache_mount(parent, read_only=False)
+    # A source that lies in the cache itself is reached through the cache's own mount.
+    mounts = [*(mount for mount in source.mounts if mount.path != cache.path), cache]
+    placement = planned_placement(parent, plan, settings, resources=False)
+    env = [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(plan, 1))}, {"name": "HF_HUB_OFFLINE", "value": "1"}]
+    return _job(parent, settings, "quantize", quantize_job_hash(parent.spec, fingerprint), attempt, placement, arguments, mounts, env=env)
+
+
+def _job(
+    parent: Parent,
+    settings: Settings,
+    stage: Stage,
+    digest: str,
+    attempt: int,
+    placement: Placement,
+    arguments: Sequence[str],
+    mounts: Sequence[Mount],
+    *,
+    env: Sequence[Object],
+) -> Object:
+    marks = labels(parent.name, stage, version=settings.version, revision=digest)
+    beside = volume_labels(mounts, parent.cache_claim)
+    pod = build_pod(
+        placement,
+        build_container(stage, placement, arguments, env=env, mounts=mounts),
+        service_account=service_account_name(parent.name),
+        mounts=mounts,
+        affinity=same_node(beside) if parent.cache_on_one_node else {},
+        restartPolicy="Never",
+        terminationGracePeriodSeconds=30,
+    )
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata(job_name(parent.name, stage, digest, attempt), parent.namespace, marks, parent.owner),
+        "spec": {
+            "backoffLimit": 0,
+            "activeDeadlineSeconds": _DEADLINE_S[stage],
+            "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]},
+            "template": {"metadata": {"labels": {**labels(parent.name, stage, revision=digest), **beside}}, "spec": pod},
+        },
+    }
+
+
+def _source(spec: InferenceServiceSpec) -> dict[str, str | None]:
+    return {"uri": spec.model.uri.rstrip("/"), "revision": spec.model.revision}
+
+
+def _inside(uri: str, location: ModelLocation | None) -> str:
+    """The source as the pod sees it."""
+    return uri if location is None else f"file://{location.path}"
+
+
+def _revision(revision: str | None) -> list[str]:
+    return [f"--revision={revision}"] if revision else []
+
+
+def _hub(parent: Parent, settings: Settings) -> list[Object]:
+    """Where the hub is and what opens it; only for remote sources, so that no other pod holds the token."""
+    if source_location(parent.spec.model.uri) is not None:
+        return []
+    endpoint = [{"name": "HF_ENDPOINT", "value": settings.hf_endpoint}] if settings.hf_endpoint else []
+    secret = parent.spec.model.secret_ref
+    reference = {"secretKeyRef": {"name": secret.name, "key": "HF_TOKEN"}} if secret else {}
+    return endpoint + ([{"name": "HF_TOKEN", "valueFrom": reference}] if reference else [])

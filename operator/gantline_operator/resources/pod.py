@@ -1,0 +1,196 @@
+"""What every pod of ours has in common: Pod Security `restricted`, folders to write to, no token, and where it may run.
+
+    /mnt/source            the claim that a `pvc://` source names, read-only
+    /mnt/cache             the service's cache claim: read-only to the server, writable to the stages that fill it
+    /tmp                   temporary files, and HOME
+    /var/cache/gantline    what compilers keep (Triton, torch, CUDA), empty at each start
+    /dev/shm               memory for ranks that share a pod, where there is more than one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gantline_operator.resources.naming import Object
+
+__all__ = [
+    "CACHE_MOUNT", "CONTAINER_SECURITY", "POD_SECURITY", "SOURCE_MOUNT", "Mount", "Placement", "build_container", "build_pod",
+    "merge_env", "shared_memory_bytes",
+]  # fmt: skip
+
+SOURCE_MOUNT = "/mnt/source"
+CACHE_MOUNT = "/mnt/cache"
+_TEMPORARY = "/tmp"
+_COMPILED = "/var/cache/gantline"
+_SHARED_MEMORY = "/dev/shm"
+
+_USER = 1000
+"""Of the images, and of the files that pods leave in a cache volume (fsGroup)."""
+
+_GIB = 1 << 30
+_SCRATCH_BYTES = 8 * _GIB
+"""Most that a pod may leave in one of its temporary folders: past it the kubelet evicts this pod instead of the node filling up."""
+
+POD_SECURITY: Object = {
+    "runAsNonRoot": True,
+    "runAsUser": _USER,
+    "runAsGroup": _USER,
+    "fsGroup": _USER,
+    # Walking through a volume of a million files at each start would take longer than loading the model.
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+CONTAINER_SECURITY: Object = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+_FOLDERS = {
+    "HOME": _TEMPORARY,
+    "TMPDIR": _TEMPORARY,
+    "XDG_CACHE_HOME": _COMPILED,
+    "TRITON_CACHE_DIR": f"{_COMPILED}/triton",
+    "TORCHINDUCTOR_CACHE_DIR": f"{_COMPILED}/inductor",
+    "CUDA_CACHE_PATH": f"{_COMPILED}/cuda",
+    "HF_HOME": f"{_COMPILED}/huggingface",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A claim, where it is mounted, and whether the pod may write to it."""
+
+    claim: str
+    path: str
+    read_only: bool = True
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The image of a pod, where the pod may run, and what it takes there. Quantities are Kubernetes' strings."""
+
+    image: str
+    image_pull_policy: str
+    requests: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    node_requirements: Sequence[Object] = ()
+    """matchExpressions that all have to hold."""
+    tolerations: Sequence[Object] = ()
+    priority_class: str = ""
+    runtime_class: str = ""
+    image_pull_secrets: Sequence[str] = ()
+    env: Sequence[Object] = ()
+    """The user's, which win over ours of the same name."""
+
+
+def build_container(
+    name: str, placement: Placement, arguments: Sequence[str], *, env: Sequence[Object] = (), mounts: Sequence[Mount] = (), tp: int = 1
+) -> Object:
+    """A container whose entry point is the image's; its last words come from its termination message, else from the end of its log."""
+    ours = [{"name": key, "value": value} for key, value in _FOLDERS.items()] + list(env)
+    return {
+        "name": name,
+        "image": placement.image,
+        "imagePullPolicy": placement.image_pull_policy,
+        "args": list(arguments),
+        "env": merge_env(ours, placement.env),
+        "resources": {"requests": dict(placement.requests), "limits": dict(placement.limits)},
+        "securityContext": CONTAINER_SECURITY,
+        "terminationMessagePath": "/dev/termination-log",
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": _TEMPORARY},
+            {"name": "compiled", "mountPath": _COMPILED},
+            *([{"name": "shm", "mountPath": _SHARED_MEMORY}] if tp > 1 else []),
+            *_volume_mounts(mounts),
+        ],
+    }
+
+
+def build_pod(
+    placement: Placement,
+    container: Object,
+    *,
+    service_account: str,
+    mounts: Sequence[Mount] = (),
+    tp: int = 1,
+    affinity: Mapping[str, Any] | None = None,
+    **extra: Any,
+) -> Object:
+    """A pod's spec around `container`. `extra` are further fields of the spec; empty ones are left out, so that an apply owns no void."""
+    spec: Object = {
+        "serviceAccountName": service_account,
+        "automountServiceAccountToken": False,
+        # A namespace of a thousand Services would put ten thousand variables into each container.
+        "enableServiceLinks": False,
+        "securityContext": POD_SECURITY,
+        "containers": [container],
+        "volumes": [
+            _scratch("tmp"),
+            _scratch("compiled"),
+            *([_memory("shm", shared_memory_bytes(tp))] if tp > 1 else []),
+            *_claim_volumes(mounts),
+        ],
+        "nodeSelector": dict(placement.node_selector),
+        "affinity": {**_node_affinity(placement.node_requirements), **(affinity or {})},
+        "tolerations": [dict(item) for item in placement.tolerations],
+        "priorityClassName": placement.priority_class,
+        "runtimeClassName": placement.runtime_class,
+        "imagePullSecrets": [{"name": name} for name in dict.fromkeys(placement.image_pull_secrets)],
+        **extra,
+    }
+    return {key: value for key, value in spec.items() if value not in ({}, [], "", None)}
+
+
+def merge_env(ours: Iterable[Object], theirs: Iterable[Object]) -> list[Object]:
+    """Ours, then theirs; of one name the last one stands, since an apply refuses a list that names a variable twice."""
+    merged: dict[str, Object] = {}
+    for item in (*ours, *theirs):
+        merged[item["name"]] = dict(item)
+    return list(merged.values())
+
+
+def shared_memory_bytes(tp: int) -> int:
+    """Room in /dev/shm, in bytes: NCCL and gloo take some 100 MiB a rank. It counts towards the container's memory limit once used."""
+    return tp * _GIB // 2
+
+
+def _node_affinity(requirements: Sequence[Object]) -> Object:
+    if not requirements:
+        return {}
+    term = {"matchExpressions": [dict(item) for item in requirements]}
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+
+
+def _volume_names(mounts: Sequence[Mount]) -> dict[str, str]:
+    """Names of volumes by claim. A claim mounted at two places is one volume: kubelets have hung on two volumes of one claim."""
+    claims = list(dict.fromkeys(mount.claim for mount in mounts))
+    return {claim: f"claim-{index}" for index, claim in enumerate(claims)}
+
+
+def _volume_mounts(mounts: Sequence[Mount]) -> list[Object]:
+    names = _volume_names(mounts)
+    return [
+        {"name": names[mount.claim], "mountPath": mount.path, **({"readOnly": True} if mount.read_only else {})} for mount in mounts
+    ]  # fmt: skip
+
+
+def _claim_volumes(mounts: Sequence[Mount]) -> list[Object]:
+    # readOnly stands at the mount, not here: here it would ask the driver for a read-only attachment, which some refuse for RWO claims.
+    return [{"name": name, "persistentVolumeClaim": {"claimName": claim}} for claim, name in _volume_names(mounts).items()]
+
+
+def _scratch(name: str) -> Object:
+    return {"name": name, "emptyDir": {"sizeLimit": str(_SCRATCH_BYTES)}}
+
+
+def _memory(name: str, num_bytes: int) -> Object:
+    return {"name": name, "emptyDir": {"medium": "Memory", "sizeLimit": str(num_bytes)}}
