@@ -120,7 +120,7 @@ def _json(body: bytes) -> Object:
 
 @dataclass(frozen=True)
 class Resource:
-    """Where the objects of one kind live. `plural` may name a subresource of it nowhere: those are arguments of the calls."""
+    """Where the objects of one kind live."""
 
     api_version: str
     kind: str
@@ -172,8 +172,8 @@ class Client:
         Raises Gone where the version is too old. A stream that falls silent for longer than bookmarks take is Unavailable.
         """
         query = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": resource_version, "timeoutSeconds": str(timeout_s)}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=75)  # bookmarks come every minute
-        async with self._response("GET", resource.path(namespace), query=query, timeout=timeout) as response:
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=75)  # bookmarks come every minute
+        async with self._response("GET", resource.path(namespace), query=query, limits=limits) as response:
             async for line in _lines(response):
                 event = _json(line)
                 if event.get("type") == "ERROR":
@@ -184,19 +184,20 @@ class Client:
     async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
         return await self._json("POST", resource.path(namespace), body=body, query={"fieldManager": FIELD_MANAGER})
 
-    async def apply(self, resource: Resource, body: Object, *, subresource: str = "") -> Object:
-        """Server-side apply, forced: what we name is ours. A `metadata.uid` in `body` guards against applying to a successor (Conflict)."""
+    async def apply(self, resource: Resource, body: Object, *, subresource: str = "", force: bool = True) -> Object:
+        """Server-side apply; `force` takes fields over. A `metadata.uid` in `body` guards against applying to a successor (Conflict)."""
         path = resource.path(body["metadata"].get("namespace"), body["metadata"]["name"], subresource)
-        query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict"}
+        query = {"fieldManager": FIELD_MANAGER, "force": "true" if force else "false", "fieldValidation": "Strict"}
         return await self._json("PATCH", path, body=body, query=query, content_type="application/apply-patch+yaml")
 
     async def patch(self, resource: Resource, namespace: str, name: str, body: Object) -> Object:
         """Merge patch; put uid or resourceVersion into its metadata as preconditions."""
         path = resource.path(namespace, name)
-        return await self._json("PATCH", path, body=body, query={"fieldManager": FIELD_MANAGER}, content_type="application/merge-patch+json")
+        query = {"fieldManager": FIELD_MANAGER}
+        return await self._json("PATCH", path, body=body, query=query, content_type="application/merge-patch+json")
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, resource_version: str = "") -> None:
-        """Deletes exactly the object with `uid` (at `resource_version`, if given), its dependents in the background. Gone already is fine."""
+        """Deletes exactly the object with `uid` (at `resource_version`, if given), dependents in the background. Gone already is fine."""
         preconditions = {"uid": uid, **({"resourceVersion": resource_version} if resource_version else {})}
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background", "preconditions": preconditions}
         with contextlib.suppress(NotFound):
@@ -206,8 +207,8 @@ class Client:
         return _json(await self._send(method, path, **arguments))
 
     async def _send(self, method: str, path: str, **arguments: Any) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10)
-        async with self._response(method, path, timeout=timeout, **arguments) as response:
+        limits = aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10)
+        async with self._response(method, path, limits=limits, **arguments) as response:
             return await response.read()
 
     @contextlib.asynccontextmanager
@@ -216,15 +217,15 @@ class Client:
         method: str,
         path: str,
         *,
-        timeout: aiohttp.ClientTimeout,
+        limits: aiohttp.ClientTimeout,
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
         content_type: str = "application/json",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         url = self._configuration.host + path + (f"?{urlencode(query)}" if query else "")
-        headers = {"Content-Type": content_type, "Accept": "application/json", "User-Agent": FIELD_MANAGER, **self._authorization()}
+        headers = {"Content-Type": content_type, "Accept": "application/json", "User-Agent": FIELD_MANAGER, **await self._authorization()}
         try:
-            answer = await self._rest.request(method, url, headers=headers, body=body, _request_timeout=timeout)
+            answer = await self._rest.request(method, url, headers=headers, body=body, _request_timeout=limits)
             async with answer.response as response:
                 if response.status >= 400:
                     raise translated(response.status, await response.read(), response.headers.get("Retry-After"))
@@ -232,9 +233,9 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unavailable(f"{method} {path}: {type(error).__name__}: {error}"[:500]) from error
 
-    def _authorization(self) -> dict[str, str]:
+    async def _authorization(self) -> dict[str, str]:
         """The token, read again by the loader where it is about to expire (a projected token lives for an hour)."""
-        token = self._configuration.get_api_key_with_prefix("BearerToken")
+        token = await self._configuration.get_api_key_with_prefix("BearerToken")
         if not token:
             return {}
         return {"Authorization": token if " " in token else f"Bearer {token}"}

@@ -160,16 +160,17 @@ class StartupStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """A Job that prepares the model."""
+    """The stage that is not done yet: its Job is under way, or failed."""
 
-    name: str = declare(Choice(("inspect", "fetch", "quantize")), "The stage.", default=REQUIRED)
-    hash: str | None = declare(Text(64), "Hash of its inputs.")
+    name: str = declare(_WORD, "inspect, fetch or quantize.", default=REQUIRED)
+    hash: str = declare(Text(64), "Hash of what the stage does; other inputs start it anew.", default=REQUIRED)
+    state: str = declare(Choice(("Running", "Failed")), "Whether its last Job is under way or failed.", default=REQUIRED)
     attempt: int | None = declare(_COUNT, "How often it was tried anew.")
-    state: str | None = declare(Choice(("Waiting", "Running", "Succeeded", "Failed")), "Where it stands.")
     job: str | None = declare(Text(63), "The Job.")
-    reason: str | None = declare(Text(64), "Why it failed or waits, as one word.")
-    message: str | None = declare(_SENTENCE, "Why, as a sentence.")
-    finished_at: str | None = declare(_TIME, "When it ended.")
+    reason: str | None = declare(Text(64), "Why it failed, as one word.")
+    message: str | None = declare(_SENTENCE, "Why it failed.")
+    finished_at: str | None = declare(Text(32), "When it failed; a further attempt counts from here.")
+    restarted_at: str | None = declare(Text(256), "The annotation gantline.io/restartedAt at that time; another value tries anew.")
     progress: str | None = declare(Text(256), "How far it is.")
 
 
@@ -194,6 +195,7 @@ class InferenceServiceStatus:
     ready_replicas: int | None = declare(_COUNT, "Pods that answer.")
     selector: str | None = declare(_SENTENCE, "Selects the pods, for autoscalers.")
     url: str | None = declare(Text(512), "Address inside the cluster.")
+    revision: str | None = declare(Text(64), "The revision that was rolled out last; its objects stand in a ControllerRevision.")
     model: ModelStatus | None = declare(Object(ModelStatus), ModelStatus.__doc__ or "")
     plan: PlanStatus | None = declare(Object(PlanStatus), PlanStatus.__doc__ or "")
     stages: tuple[StageStatus, ...] | None = declare(ListOf(Object(StageStatus), 8, key="name"), StageStatus.__doc__ or "")

@@ -125,7 +125,7 @@ class WorkQueue(Generic[K]):
         self._wake()
 
     def retry(self, key: K, *, at_least_s: float = 0.0) -> float:
-        """Comes back after a delay that doubles with each failure in a row, and is no shorter than a server asked for. Returns the delay."""
+        """Comes back after a delay that doubles with each failure in a row, and is no shorter than a server asked for. Returns it."""
         self._failures[key] = self._failures.get(key, 0) + 1
         delay_s = max(at_least_s, backoff_s(self._failures[key], self._jitter()))
         self.add_after(key, delay_s)

@@ -1,0 +1,202 @@
+"""Brings a service's children to what is desired, and says what stood in the way.
+
+`observe` lists what carries our labels; `Children.apply` then writes. An object is ours only if its controller reference names our
+parent's uid: a stranger's object of the same name is left alone and reported, one of a deleted parent of the same name is waited for.
+
+    listed, ours          apply, with its uid as guard: replaced meanwhile -> Conflict, and everything is looked at again
+    not listed            get; not there -> apply unforced; ours (labels were taken off) -> apply; else -> a problem
+
+Jobs and claims are immutable: they are created and never applied again. Pruning comes last and only if every apply succeeded, so a
+failure half-way never removes what still serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gantline_operator.client import ApiError, Client, Conflict, Forbidden, Invalid, KindMissing, NotFound, Object, Resource
+from gantline_operator.conditions import Reason
+
+__all__ = ["Child", "Children", "Parent", "Problem", "controller_uid", "problem_of"]
+
+Child = tuple[str, str]
+"""Kind and name; the namespace is the parent's."""
+
+_IMMUTABLE = {"Job", "PersistentVolumeClaim", "ControllerRevision"}
+_SLOW_RETRY_S = 60.0
+_DELETION_RETRY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Whose children these are."""
+
+    namespace: str
+    name: str
+    uid: str
+    selector: str
+    """Label selector that finds the children."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A write that the API server will go on refusing: for a condition, and another try after `retry_s`."""
+
+    reason: Reason
+    message: str
+    retry_s: float = _SLOW_RETRY_S
+
+
+def problem_of(error: ApiError, what: str) -> Problem | None:
+    """The condition's side of `error`; None where it will pass by itself and the reconcile is to be retried instead."""
+    if isinstance(error, Forbidden):
+        return Problem(Reason.FORBIDDEN, f"The API server forbids {what}: {error}")
+    if isinstance(error, KindMissing):
+        return Problem(Reason.KIND_MISSING, f"The cluster does not know the kind of {what}: {error}")
+    if isinstance(error, Invalid):
+        return Problem(Reason.REJECTED, f"The API server rejects {what}: {error}")
+    return None
+
+
+def controller_uid(item: Object) -> str:
+    """uid of the object's controller, "" without one."""
+    owners = item.get("metadata", {}).get("ownerReferences") or []
+    return next((str(owner.get("uid", "")) for owner in owners if owner.get("controller")), "")
+
+
+def _orphan_of(item: Object, parent: Parent) -> bool:
+    """Whether it belonged to an earlier service of the same name, and waits for the garbage collector."""
+    owners = item.get("metadata", {}).get("ownerReferences") or []
+    return any(o.get("kind") == "InferenceService" and o.get("name") == parent.name and o.get("uid") != parent.uid for o in owners)
+
+
+@dataclass
+class Children:
+    """The children of one parent, as listed and since written. One reconcile makes one and drops it."""
+
+    client: Client
+    parent: Parent
+    kinds: Sequence[Resource]
+    live: dict[Child, Object] = field(default_factory=dict)
+    """Ours, newest known state."""
+    problems: list[Problem] = field(default_factory=list)
+    count: Callable[[str, str], None] = lambda kind, verb: None
+    """Told of each write."""
+
+    async def observe(self) -> None:
+        """Lists every managed kind by label. A kind that the cluster lacks, or that we may not list, is a problem, not a crash."""
+        listed = await asyncio.gather(*(self._list(resource) for resource in self.kinds))
+        for resource, items in zip(self.kinds, listed, strict=True):
+            for item in items:
+                item["apiVersion"], item["kind"] = resource.api_version, resource.kind
+                if controller_uid(item) == self.parent.uid:
+                    self.live[resource.kind, item["metadata"]["name"]] = item
+
+    def of_kind(self, kind: str) -> list[Object]:
+        return [item for (of, _), item in sorted(self.live.items()) if of == kind]
+
+    async def ensure(self, desired: Object) -> Object | None:
+        """The live object after creating or applying `desired`; None where a problem was noted. Raises ApiError for what will pass."""
+        child = (desired["kind"], desired["metadata"]["name"])
+        try:
+            live = await self._create_or_keep(desired) if desired["kind"] in _IMMUTABLE else await self._apply(desired)
+        except ApiError as error:
+            problem = problem_of(error, f"{child[0]} {child[1]}")
+            if problem is None:
+                raise
+            self.problems.append(problem)
+            return None
+        if live is not None:
+            self.live[child] = live
+        return live
+
+    async def apply(self, desired: Iterable[Object]) -> bool:
+        """Ensures all, in order; True if none was refused."""
+        results = [await self.ensure(item) for item in desired]
+        return all(result is not None for result in results)
+
+    async def prune(self, keep: Iterable[Child]) -> None:
+        """Deletes what is ours and not kept. Only after everything that is desired was applied."""
+        kept = set(keep)
+        for child in sorted(set(self.live) - kept):
+            await self.delete(child)
+
+    async def delete(self, child: Child) -> None:
+        """Deletes one of ours, exactly as seen: where somebody changed it since, Conflict, and it is looked at again."""
+        item = self.live[child]
+        metadata = item["metadata"]
+        if "deletionTimestamp" not in metadata:
+            self.count(child[0], "delete")
+            resource = self._resource(child[0])
+            version = metadata["resourceVersion"]
+            await self.client.delete(resource, self.parent.namespace, child[1], uid=metadata["uid"], resource_version=version)
+        del self.live[child]
+
+    async def patch(self, child: Child, changes: Mapping[str, object]) -> None:
+        """Merge patch of one of ours, with its uid as precondition."""
+        metadata = self.live[child]["metadata"]
+        self.count(child[0], "patch")
+        body = {**changes, "metadata": {"uid": metadata["uid"]}}
+        self.live[child] = await self.client.patch(self._resource(child[0]), self.parent.namespace, child[1], body)
+
+    async def _list(self, resource: Resource) -> list[Object]:
+        try:
+            return await self.client.list(resource, self.parent.namespace, labelSelector=self.parent.selector)
+        except (Forbidden, KindMissing) as error:
+            problem = problem_of(error, f"listing {resource.plural}")
+            assert problem is not None
+            self.problems.append(problem)
+            return []
+
+    async def _apply(self, desired: Object) -> Object | None:
+        child = (desired["kind"], desired["metadata"]["name"])
+        known = self.live.get(child)
+        force = True
+        if known is None:
+            known = await self._find(desired)
+            if known is not None and controller_uid(known) != self.parent.uid:
+                self._strange(known)
+                return None
+            force = known is not None
+        guard = {"uid": known["metadata"]["uid"]} if known is not None else {}
+        body = {**desired, "metadata": {**desired["metadata"], "namespace": self.parent.namespace, **guard}}
+        self.count(child[0], "apply")
+        return await self.client.apply(self._resource(child[0]), body, force=force)
+
+    async def _create_or_keep(self, desired: Object) -> Object | None:
+        child = (desired["kind"], desired["metadata"]["name"])
+        if child in self.live:
+            return self.live[child]
+        self.count(child[0], "create")
+        try:
+            return await self.client.create(self._resource(child[0]), self.parent.namespace, desired)
+        except Conflict as error:
+            if error.reason != "AlreadyExists":
+                raise
+        known = await self._find(desired)
+        if known is None:
+            raise Conflict(f"{child[0]} {child[1]} came and went")
+        if controller_uid(known) == self.parent.uid:
+            return known
+        self._strange(known)
+        return None
+
+    async def _find(self, desired: Object) -> Object | None:
+        try:
+            return await self.client.get(self._resource(desired["kind"]), self.parent.namespace, desired["metadata"]["name"])
+        except NotFound:
+            return None
+
+    def _strange(self, item: Object) -> None:
+        kind, name = item["kind"], item["metadata"]["name"]
+        if _orphan_of(item, self.parent):
+            message = f"{kind} {name} of a deleted service of the same name is still there; waiting until it is gone."
+            self.problems.append(Problem(Reason.NAME_CONFLICT, message, _DELETION_RETRY_S))
+            return
+        message = f"{kind} {name} exists and is not ours. Delete or rename it, or give the service another name."
+        self.problems.append(Problem(Reason.NAME_CONFLICT, message))
+
+    def _resource(self, kind: str) -> Resource:
+        return next(resource for resource in self.kinds if resource.kind == kind)
