@@ -13,6 +13,7 @@ from gantline_operator.resources.cache import cache_claim
 from gantline_operator.resources.context import MissingImage, ModelLocation, Parent, Settings, cache_location, source_location
 from gantline_operator.resources.jobs import (
     ALGORITHM_VERSIONS,
+    ATTEMPT,
     fetch_hash,
     fetch_job,
     inspect_hash,
@@ -47,6 +48,7 @@ from gantline_operator.resources.serving import (
 
 __all__ = [
     "ALGORITHM_VERSIONS",
+    "ATTEMPT",
     "MANAGED_KINDS",
     "RESTARTED_AT",
     "SELECTOR",

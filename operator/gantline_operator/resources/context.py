@@ -67,11 +67,6 @@ class Settings:
             raise MissingImage(f"no runtime image for {accelerator} is set: set the chart's value runtime.images.{accelerator}")
         return self.images[accelerator]
 
-    @property
-    def small_image(self) -> str:
-        """For what needs no accelerator: the CPU's image, else any. Raises MissingImage."""
-        return self.images.get("cpu") or next(iter(sorted(filter(None, self.images.values()))), "") or self.image("cpu")
-
 
 @dataclass(frozen=True)
 class ModelLocation:

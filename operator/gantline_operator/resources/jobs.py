@@ -10,24 +10,27 @@ from collections.abc import Mapping, Sequence
 
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.resources.context import ModelLocation, Parent, Settings, cache_location, cache_mount, source_location
-from gantline_operator.resources.naming import Object, Stage, content_hash, job_name, labels, metadata, service_account_name
+from gantline_operator.resources.naming import GROUP, Object, Stage, content_hash, job_name, labels, metadata, service_account_name
 from gantline_operator.resources.placement import (
-    DevicePlan,
+    Placement,
+    build_base,
     cpu_threads,
-    planned_placement,
     same_node,
-    small_placement,
     volume_labels,
-)  # fmt: skip
-from gantline_operator.resources.pod import Mount, Placement, build_container, build_pod
+)
+from gantline_operator.resources.pod import Mount, PodBase, build_container, build_pod
 
 __all__ = [
-    "ALGORITHM_VERSIONS", "fetch_hash", "fetch_job", "inspect_hash", "inspect_job", "quantize_hash", "quantize_job", "quantize_job_hash",
+    "ALGORITHM_VERSIONS", "ATTEMPT", "fetch_hash", "fetch_job", "inspect_hash", "inspect_job", "quantize_hash", "quantize_job",
+    "quantize_job_hash",
 ]  # fmt: skip
 
 ALGORITHM_VERSIONS: Mapping[str, int] = {"inspect": 1, "fetch": 1, "awq": 1}
 """Part of each stage's hash. Raised when a stage's result changes for the same input, so that old results are made anew; an image with the
 same algorithm makes nothing anew."""
+
+ATTEMPT = f"{GROUP}/attempt"
+"""Annotation of a Job: 0 for the first of its kind, then 1 and so on."""
 
 _DEADLINE_S: Mapping[Stage, int] = {"inspect": 3600, "fetch": 2 * 86400, "quantize": 3 * 86400}
 """Seconds until a Job is given up, pulling its image and waiting for a node included: a bound for what hangs, not a prediction."""
@@ -56,27 +59,27 @@ def quantize_job_hash(spec: InferenceServiceSpec, fingerprint: str) -> str:
     return content_hash({"copy": quantize_hash(spec, fingerprint), "limit": spec.quantization.max_perplexity_increase})
 
 
-def inspect_job(parent: Parent, settings: Settings, *, attempt: int = 0) -> Object:
+def inspect_job(parent: Parent, placement: Placement, settings: Settings, *, attempt: int = 0) -> Object:
     """Reads the source's config and headers. Raises MissingImage."""
     source = source_location(parent.spec.model.uri)
     arguments = ["inspect", _inside(parent.spec.model.uri, source), *_revision(parent.spec.model.revision)]
     mounts = source.mounts if source else ()
-    placement = small_placement(parent, settings)
-    return _job(parent, settings, "inspect", inspect_hash(parent.spec), attempt, placement, arguments, mounts, env=_hub(parent, settings))
+    base = build_base(parent, placement, settings)
+    return _job(parent, settings, "inspect", inspect_hash(parent.spec), attempt, base, arguments, mounts, env=_hub(parent, settings))
 
 
-def fetch_job(parent: Parent, plan: DevicePlan, settings: Settings, *, revision: str | None = None, attempt: int = 0) -> Object:
+def fetch_job(parent: Parent, placement: Placement, settings: Settings, *, revision: str | None = None, attempt: int = 0) -> Object:
     """Downloads a remote source into the cache. `revision` is the commit that was inspected. Raises MissingImage."""
     digest = fetch_hash(parent.spec, revision)
     target = cache_location(parent, "fetch", digest).path
     arguments = ["fetch", parent.spec.model.uri, target, *_revision(revision or parent.spec.model.revision)]
     mounts = (cache_mount(parent, read_only=False),)
-    placement = planned_placement(parent, plan, settings, resources=False)
-    return _job(parent, settings, "fetch", digest, attempt, placement, arguments, mounts, env=_hub(parent, settings))
+    base = build_base(parent, placement, settings)
+    return _job(parent, settings, "fetch", digest, attempt, base, arguments, mounts, env=_hub(parent, settings))
 
 
 def quantize_job(
-    parent: Parent, plan: DevicePlan, settings: Settings, *, source: ModelLocation, fingerprint: str, attempt: int = 0
+    parent: Parent, placement: Placement, settings: Settings, *, source: ModelLocation, fingerprint: str, attempt: int = 0
 ) -> Object:
     """Makes a quantized copy of `source` in the cache. Raises MissingImage."""
     wish = parent.spec.quantization
@@ -87,9 +90,9 @@ def quantize_job(
     cache = cache_mount(parent, read_only=False)
     # A source that lies in the cache itself is reached through the cache's own mount.
     mounts = [*(mount for mount in source.mounts if mount.path != cache.path), cache]
-    placement = planned_placement(parent, plan, settings, resources=False)
-    env = [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(plan, 1))}, {"name": "HF_HUB_OFFLINE", "value": "1"}]
-    return _job(parent, settings, "quantize", quantize_job_hash(parent.spec, fingerprint), attempt, placement, arguments, mounts, env=env)
+    base = build_base(parent, placement, settings)
+    env = [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(base, 1))}, {"name": "HF_HUB_OFFLINE", "value": "1"}]
+    return _job(parent, settings, "quantize", quantize_job_hash(parent.spec, fingerprint), attempt, base, arguments, mounts, env=env)
 
 
 def _job(
@@ -98,17 +101,18 @@ def _job(
     stage: Stage,
     digest: str,
     attempt: int,
-    placement: Placement,
+    base: PodBase,
     arguments: Sequence[str],
     mounts: Sequence[Mount],
     *,
     env: Sequence[Object],
 ) -> Object:
     marks = labels(parent.name, stage, version=settings.version, revision=digest)
+    meta = metadata(job_name(parent.name, stage, digest, attempt), parent.namespace, marks, parent.owner)
     beside = volume_labels(mounts, parent.cache_claim)
     pod = build_pod(
-        placement,
-        build_container(stage, placement, arguments, env=env, mounts=mounts),
+        base,
+        build_container(stage, base, arguments, env=env, mounts=mounts),
         service_account=service_account_name(parent.name),
         mounts=mounts,
         affinity=same_node(beside) if parent.cache_on_one_node else {},
@@ -118,7 +122,7 @@ def _job(
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata(job_name(parent.name, stage, digest, attempt), parent.namespace, marks, parent.owner),
+        "metadata": {**meta, "annotations": {ATTEMPT: str(attempt)}},
         "spec": {
             "backoffLimit": 0,
             "activeDeadlineSeconds": _DEADLINE_S[stage],

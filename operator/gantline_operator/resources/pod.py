@@ -16,7 +16,7 @@ from typing import Any
 from gantline_operator.resources.naming import Object
 
 __all__ = [
-    "CACHE_MOUNT", "CONTAINER_SECURITY", "POD_SECURITY", "SOURCE_MOUNT", "Mount", "Placement", "build_container", "build_pod",
+    "CACHE_MOUNT", "CONTAINER_SECURITY", "POD_SECURITY", "SOURCE_MOUNT", "Mount", "PodBase", "build_container", "build_pod",
     "merge_env", "shared_memory_bytes",
 ]  # fmt: skip
 
@@ -73,7 +73,7 @@ class Mount:
 
 
 @dataclass(frozen=True)
-class Placement:
+class PodBase:
     """The image of a pod, where the pod may run, and what it takes there. Quantities are Kubernetes' strings."""
 
     image: str
@@ -92,17 +92,17 @@ class Placement:
 
 
 def build_container(
-    name: str, placement: Placement, arguments: Sequence[str], *, env: Sequence[Object] = (), mounts: Sequence[Mount] = (), tp: int = 1
+    name: str, base: PodBase, arguments: Sequence[str], *, env: Sequence[Object] = (), mounts: Sequence[Mount] = (), tp: int = 1
 ) -> Object:
     """A container whose entry point is the image's; its last words come from its termination message, else from the end of its log."""
     ours = [{"name": key, "value": value} for key, value in _FOLDERS.items()] + list(env)
     return {
         "name": name,
-        "image": placement.image,
-        "imagePullPolicy": placement.image_pull_policy,
+        "image": base.image,
+        "imagePullPolicy": base.image_pull_policy,
         "args": list(arguments),
-        "env": merge_env(ours, placement.env),
-        "resources": {"requests": dict(placement.requests), "limits": dict(placement.limits)},
+        "env": merge_env(ours, base.env),
+        "resources": {"requests": dict(base.requests), "limits": dict(base.limits)},
         "securityContext": CONTAINER_SECURITY,
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -116,7 +116,7 @@ def build_container(
 
 
 def build_pod(
-    placement: Placement,
+    base: PodBase,
     container: Object,
     *,
     service_account: str,
@@ -139,12 +139,12 @@ def build_pod(
             *([_memory("shm", shared_memory_bytes(tp))] if tp > 1 else []),
             *_claim_volumes(mounts),
         ],
-        "nodeSelector": dict(placement.node_selector),
-        "affinity": {**_node_affinity(placement.node_requirements), **(affinity or {})},
-        "tolerations": [dict(item) for item in placement.tolerations],
-        "priorityClassName": placement.priority_class,
-        "runtimeClassName": placement.runtime_class,
-        "imagePullSecrets": [{"name": name} for name in dict.fromkeys(placement.image_pull_secrets)],
+        "nodeSelector": dict(base.node_selector),
+        "affinity": {**_node_affinity(base.node_requirements), **(affinity or {})},
+        "tolerations": [dict(item) for item in base.tolerations],
+        "priorityClassName": base.priority_class,
+        "runtimeClassName": base.runtime_class,
+        "imagePullSecrets": [{"name": name} for name in dict.fromkeys(base.image_pull_secrets)],
         **extra,
     }
     return {key: value for key, value in spec.items() if value not in ({}, [], "", None)}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from gantline_runtime.config import EngineConfig, ServerConfig, to_arguments
+from gantline_runtime.sizing import MemoryEstimate
 
 from gantline_operator.resources.context import ModelLocation, Parent, Settings
 from gantline_operator.resources.naming import GROUP, Object, content_hash, labels, metadata, pod_selector, service_account_name
-from gantline_operator.resources.placement import DevicePlan, cpu_threads, planned_placement, same_node, volume_labels
-from gantline_operator.resources.pod import build_container, build_pod
+from gantline_operator.resources.placement import Placement, build_base, cpu_threads, same_node, volume_labels
+from gantline_operator.resources.pod import PodBase, build_container, build_pod
 
 __all__ = ["RESTARTED_AT", "ServingPlan", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s"]
 
@@ -24,25 +26,15 @@ _PULL_ALLOWANCE_S = 900  # an image of 6 GB on a slow registry, and a node that 
 _EXIT_ALLOWANCE_S = 30  # from the end of the drain time to the end of the process
 
 
-class ServingPlan(DevicePlan, Protocol):
-    """A plan of the server's pods."""
+class ServingPlan(Protocol):
+    """A plan of the server's pods: `gantline_operator.plan.Plan`."""
 
     @property
-    def backend(self) -> Any: ...
+    def placement(self) -> Placement: ...
     @property
-    def device(self) -> Any: ...
+    def engine(self) -> EngineConfig: ...
     @property
-    def tensor_parallel(self) -> int: ...
-    @property
-    def dtype(self) -> Any: ...
-    @property
-    def session_len(self) -> int: ...
-    @property
-    def max_batch_size(self) -> int: ...
-    @property
-    def cache_blocks(self) -> int | None: ...
-    @property
-    def planned_bytes(self) -> int: ...
+    def memory(self) -> MemoryEstimate: ...
     @property
     def load_seconds(self) -> float: ...
 
@@ -75,20 +67,33 @@ def replicas(parent: Parent) -> int:
 
 def revision(parent: Parent, plan: ServingPlan, model: ModelLocation) -> str:
     """A hash over what pods are made from: the plan, the model's place, the spec's part that reaches a pod; not image or template."""
-    spec = parent.spec
+    spec, placement = parent.spec, plan.placement
     return content_hash(
         {
-            "plan": [plan.backend, plan.device, plan.tensor_parallel, plan.dtype, plan.session_len, plan.max_batch_size, plan.cache_blocks],
-            "devices": [plan.image, plan.resource, plan.count, plan.memory_bytes, plan.cpu_millis, plan.planned_bytes],
-            "labels": [[key, list(values)] for key, values in plan.node_labels],
+            "engine": to_arguments(plan.engine),
+            "server": to_arguments(_server_config(parent)),
+            "devices": [placement.image, placement.resource, placement.count, placement.memory_bytes, placement.cpu_millis],
+            "nodes": [[item.key, list(item.values)] for item in placement.node_labels],
+            "selector": dict(spec.accelerator.node_selector or {}),
+            "tolerated": list(placement.tolerated),
+            "promise": plan.memory.total,
             "model": [model.path, [mount.claim for mount in model.mounts], model.one_node],
-            "engine": [spec.engine.cache_max_entry_count, spec.engine.enable_prefix_caching],
-            "names": [parent.served_name, dict(spec.accelerator.node_selector or {})],
-            "drain": spec.rollout.drain_timeout,
-            "pod": repr(spec.pod),
+            "pod": _given(spec.pod),
             "restartedAt": parent.restarted_at,
         }
     )
+
+
+def _given(value: Any) -> Any:
+    """`value` as plain JSON, without what equals its default: a field that a later version adds must not change old hashes."""
+    if not dataclasses.is_dataclass(value):
+        return [_given(item) for item in value] if isinstance(value, tuple) else value
+    given = {item.name: getattr(value, item.name) for item in dataclasses.fields(value) if getattr(value, item.name) != _default(item)}
+    return {name: _given(item) for name, item in given.items()}
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
 
 
 def startup_budget_s(plan: ServingPlan) -> int:
@@ -98,20 +103,19 @@ def startup_budget_s(plan: ServingPlan) -> int:
 
 def build_template(parent: Parent, plan: ServingPlan, model: ModelLocation, settings: Settings) -> Object:
     """The pod template of the Deployment. Raises MissingImage."""
-    placement = planned_placement(parent, plan, settings, resources=True)
-    server = _server_config(parent)
-    container = build_container(
-        "server", placement, _arguments(parent, plan, model, server), env=_environment(plan), mounts=model.mounts, tp=plan.tensor_parallel
-    )
+    base = build_base(parent, plan.placement, settings, wished=parent.spec.pod.resources)
+    server, tp = _server_config(parent), plan.engine.tp
+    arguments = ["serve", model.path, *to_arguments(plan.engine), *to_arguments(server)]
+    container = build_container("server", base, arguments, env=_environment(plan, base), mounts=model.mounts, tp=tp)
     container["ports"] = [{"name": "http", "containerPort": _PORT, "protocol": "TCP"}]
     container.update(_probes(plan))
     beside = volume_labels(model.mounts, parent.cache_claim)
     pod = build_pod(
-        placement,
+        base,
         container,
         service_account=service_account_name(parent.name),
         mounts=model.mounts,
-        tp=plan.tensor_parallel,
+        tp=tp,
         affinity=same_node(beside) if model.one_node else {},
         terminationGracePeriodSeconds=math.ceil(server.drain_delay + server.drain_timeout) + _EXIT_ALLOWANCE_S,
     )
@@ -126,26 +130,12 @@ def _server_config(parent: Parent) -> ServerConfig:
     )
 
 
-def _arguments(parent: Parent, plan: ServingPlan, model: ModelLocation, server: ServerConfig) -> list[str]:
-    engine = EngineConfig(
-        backend=plan.backend,
-        device=plan.device,
-        dtype=plan.dtype,
-        tp=plan.tensor_parallel,
-        session_len=plan.session_len,
-        max_batch_size=plan.max_batch_size,
-        cache_max_entry_count=parent.spec.engine.cache_max_entry_count,
-        num_cache_blocks=plan.cache_blocks,
-        enable_prefix_caching=parent.spec.engine.enable_prefix_caching,
-    )
-    return ["serve", model.path, *to_arguments(engine), *to_arguments(server)]
-
-
-def _environment(plan: ServingPlan) -> list[Object]:
-    threads = [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(plan, plan.tensor_parallel))}] if plan.device == "cpu" else []
+def _environment(plan: ServingPlan, base: PodBase) -> list[Object]:
+    on_gpu = bool(plan.placement.resource)
+    threads = [] if on_gpu else [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(base, plan.engine.tp))}]
     return [
-        # The runtime compares it with what it reserves and exports the difference.
-        {"name": "GANTLINE_PLANNED_BYTES", "value": str(plan.planned_bytes)},
+        # Bytes of one GPU; the runtime compares them with what it reserves and exports the difference.
+        {"name": "GANTLINE_PLANNED_BYTES", "value": str(plan.memory.total)},
         {"name": "HF_HUB_OFFLINE", "value": "1"},
         *threads,
     ]
@@ -190,9 +180,9 @@ def _strategy(count: int, plan: ServingPlan, model: ModelLocation) -> Object:
     """Surge where a further pod costs only CPU and memory. On GPUs replicas are replaced one by one in place: a spare GPU is not to be
     counted on. First all go, then all come: a single replica on GPUs, and a volume that ties pods to a node that may not hold both.
     """
-    if model.one_node or (plan.resource and count <= 1):
+    if model.one_node or (plan.placement.resource and count <= 1):
         return {"type": "Recreate"}
-    surge, missing = (0, 1) if plan.resource else (1, 0)
+    surge, missing = (0, 1) if plan.placement.resource else (1, 0)
     return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": missing}}
 
 
