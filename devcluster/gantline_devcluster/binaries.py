@@ -1,0 +1,154 @@
+"""What the cluster is made of: each Go module, its binaries, how they are built, and where they lie once built.
+
+A module's key is a hash of everything that decides its binaries: `go.mod`, `go.sum`, our own sources in its folder, and the flags below. Its binaries lie in
+`<cache>/modules/<module>-<key>/`; `<cache>/<key of all modules>/bin/` collects them by links, which makes one folder for PATH.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from gantline_devcluster.cache import cache_root
+from gantline_devcluster.errors import DevclusterError
+
+GO_SOURCES = Path(__file__).resolve().parents[1] / "go"
+_CNI = "github.com/containernetworking/plugins/plugins"
+_CONTAINERD = "github.com/containerd/containerd/v2/cmd"
+# One fixed date: `kubectl version` needs some date, and a build must not depend on the day.
+_BUILD_DATE = "2026-01-01T00:00:00Z"
+
+
+@dataclass(frozen=True)
+class Module:
+    """A Go module under devcluster/go: `binaries` maps a binary's name to its package."""
+
+    name: str
+    binaries: dict[str, str]
+    tags: tuple[str, ...] = ()
+    stamps: tuple[str, ...] = ()  # variables set at link time; {version} is the version that go.mod requires of `versioned`
+    versioned: str = ""
+
+    @property
+    def source(self) -> Path:
+        return GO_SOURCES / self.name
+
+    @cached_property
+    def version(self) -> str:
+        """The pinned version ("v1.36.3") of the module's principal requirement; "v0.0.0" where it has none."""
+        if not self.versioned:
+            return "v0.0.0"
+        found = re.search(rf"^(?:require )?\s*{re.escape(self.versioned)} (v\S+)", self._read("go.mod"), re.MULTILINE)
+        if not found:
+            raise DevclusterError(f"{self.source / 'go.mod'} requires no {self.versioned}", "Restore it from version control")
+        return found[1]
+
+    @property
+    def linker_flags(self) -> str:
+        major, minor = self.version.removeprefix("v").split(".")[:2]
+        values = {"version": self.version, "major": major, "minor": minor, "date": _BUILD_DATE}
+        return " ".join(["-s", "-w", *(f"-X {stamp.format(**values)}" for stamp in self.stamps)])
+
+    @cached_property
+    def key(self) -> str:
+        digest = hashlib.sha256(repr((self.binaries, self.tags, self.linker_flags, platform.machine())).encode())
+        for path in sorted(p for p in self.source.rglob("*") if p.suffix == ".go" or p.name in ("go.mod", "go.sum")):
+            digest.update(f"\0{path.relative_to(self.source)}\0".encode() + path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def folder(self) -> Path:
+        return cache_root() / "modules" / f"{self.name}-{self.key}"
+
+    def missing(self, wanted: frozenset[str]) -> list[str]:
+        """Those of `wanted` that belong to this module and are not built yet, in build order."""
+        return [name for name in self.binaries if name in wanted and not (self.folder / name).exists()]
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.source / name).read_text()
+        except OSError as error:
+            cure = "Run from a checkout of the repository, with gantline installed in editable mode"
+            raise DevclusterError(f"the Go modules are not at {GO_SOURCES}", cure) from error
+
+
+_VERSION = "k8s.io/component-base/version"
+KUBERNETES = Module(
+    "kubernetes",
+    # kube-apiserver first: the others share most of its packages, and it is what the most tests wait for.
+    {name: f"k8s.io/kubernetes/cmd/{name}" for name in ("kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")},
+    stamps=(
+        f"{_VERSION}.gitVersion={{version}}", f"{_VERSION}.gitMajor={{major}}", f"{_VERSION}.gitMinor={{minor}}",
+        f"{_VERSION}.gitTreeState=clean", f"{_VERSION}.buildDate={{date}}",
+    ),
+    versioned="k8s.io/kubernetes",
+)  # fmt: skip
+MODULES = (
+    Module("tools", {"keys": "./cmd/keys", "pause": "./cmd/pause"}),
+    Module("etcd", {"etcd": "go.etcd.io/etcd/server/v3"}, versioned="go.etcd.io/etcd/server/v3"),
+    KUBERNETES,
+    Module(
+        "containerd",
+        {name: f"{_CONTAINERD}/{name}" for name in ("containerd", "containerd-shim-runc-v2", "ctr")},
+        tags=("no_btrfs", "no_devmapper", "no_zfs"),
+        stamps=("github.com/containerd/containerd/v2/version.Version={version}",),
+        versioned="github.com/containerd/containerd/v2",
+    ),
+    Module(
+        "cni",
+        {"bridge": f"{_CNI}/main/bridge", "loopback": f"{_CNI}/main/loopback", "host-local": f"{_CNI}/ipam/host-local", "portmap": f"{_CNI}/meta/portmap"},
+        stamps=("github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion={version}",),
+        versioned="github.com/containernetworking/plugins",
+    ),
+    Module("coredns", {"coredns": "."}, versioned="github.com/coredns/coredns"),
+    Module(
+        "helm", {"helm": "helm.sh/helm/v4/cmd/helm"}, stamps=("helm.sh/helm/v4/internal/version.version={version}",), versioned="helm.sh/helm/v4",
+    ),
+    Module("kwok", {"kwok": "sigs.k8s.io/kwok/cmd/kwok"}, versioned="sigs.k8s.io/kwok"),
+)  # fmt: skip
+
+_API = frozenset({"keys", "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler"})
+_EVERYTHING = frozenset(name for module in MODULES for name in module.binaries)
+SETS: dict[str, frozenset[str]] = {
+    "client": frozenset({"kubectl", "helm"}),
+    "api": _API,
+    "test": _API | {"kwok"},
+    "node": _EVERYTHING - {"kwok"},
+    "all": _EVERYTHING,
+}
+
+
+def missing(wanted: frozenset[str]) -> list[str]:
+    return [name for module in MODULES for name in module.missing(wanted)]
+
+
+def find(name: str) -> Path:
+    """The built binary `name`. Raises DevclusterError naming the build command where there is none."""
+    module = next(m for m in MODULES if name in m.binaries)
+    path = module.folder / name
+    if not path.exists():
+        smallest = next(title for title in ("api", "test", "node", "all") if name in SETS[title])
+        raise DevclusterError(f"{name} {module.version} is not built yet", f"Run: python -m gantline_devcluster build --set {smallest}")
+    return path
+
+
+def collected() -> Path:
+    """The folder with links to every binary built so far (bring it up to date with each call): what goes into PATH."""
+    key = hashlib.sha256("".join(module.key for module in MODULES).encode()).hexdigest()[:16]
+    folder = cache_root() / key / "bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    for module in MODULES:
+        for name in module.binaries:
+            target = module.folder / name
+            if target.exists() and not (folder / name).exists():
+                temporary = folder / f".{name}.{os.getpid()}"
+                with contextlib.suppress(FileExistsError):
+                    temporary.symlink_to(os.path.relpath(target, folder))
+                temporary.replace(folder / name)
+    return folder
