@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ def build(wanted: frozenset[str], tell: Callable[[str], None] = print) -> Path:
         return not binaries.missing(wanted)
 
     if not satisfied():
-        waiting = lambda holder: tell(f"waiting for the build of process {holder}")  # noqa: E731
+        waiting = lambda holder: tell(f"waiting for the build of process {holder}")
         with locked(cache_root() / "build.lock", satisfied, waiting) as needed:
             if needed:
                 count = _build_missing(wanted, tell)
@@ -63,7 +64,9 @@ def build_one(go: Path, module: Module, name: str, progress: Progress) -> Path:
     try:
         code = _follow(command, module.source, build_environment(go), log, progress)
         if code:
-            raise DevclusterError(f"building {name} failed: {_tail(log)}", f"Look into {log}; run the build again, it continues where it stopped")
+            raise DevclusterError(
+                f"building {name} failed: {_tail(log)}", f"Look into {log}; run the build again, it continues where it stopped"
+            )
         partial.replace(module.folder / name)
     finally:
         partial.unlink(missing_ok=True)
@@ -113,7 +116,7 @@ class Progress:
     packages: int = 0
     downloads: int = 0
     _told: float = 0.0
-    _bar: tqdm[None] | None = None
+    _bar: tqdm[Any] | None = None
 
     def __post_init__(self) -> None:
         self._told = self.started

@@ -20,7 +20,9 @@ def cache_root() -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DevclusterError(f"the cache {root} cannot be made: {error.strerror}", "Set GANTLINE_CACHE to a folder that you may write") from error
+        raise DevclusterError(
+            f"the cache {root} cannot be made: {error.strerror}", "Set GANTLINE_CACHE to a folder that you may write"
+        ) from error
     return root
 
 

