@@ -75,7 +75,7 @@ _LOAD_FIXED_S = {"cuda": 60.0, "cpu": 20.0}  # imports, CUDA context, first comp
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one GPU. `total` is what the plan needs, `capacity_tokens` what the cache could hold if it took all that is usable."""
+    """Bytes of one GPU. `total` is what is asked for, `capacity_tokens` what the cache can hold beside weights and workspace."""
 
     weights: int
     workspace: int
@@ -87,12 +87,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        return self.total <= self.usable
-
-    @property
-    def missing(self) -> int:
-        """Bytes that one GPU lacks; 0 where it fits."""
-        return max(0, self.total - self.usable)
+        return self.total <= self.usable and self.cache <= self.capacity_tokens * self.cache_bytes_per_token
 
 
 def cache_bytes_per_token(facts: ModelFacts, tp: int, kv_bytes: int) -> int:
@@ -114,17 +109,20 @@ def estimate(
     gpu_memory_bytes: int,
     usable_share: float = USABLE_SHARE,
     workspace_bytes: int = WORKSPACE_BYTES,
+    cache_share: float = 1.0,
 ) -> MemoryEstimate:
     """Memory of one of `tp` GPUs when `concurrency` sessions of `session_len` tokens are cached.
 
     `dtype_bytes` is the width that unquantized weights have once loaded, `kv_bytes` that of a cached element, `gpu_memory_bytes` the
-    memory of one GPU (labelled, or measured) of which `usable_share` counts.
+    memory of one GPU (labelled, or measured) of which `usable_share` counts. Of what weights and workspace leave of it, the cache takes
+    at most `cache_share` (the engine's `cache_max_entry_count`).
     """
     weights = math.ceil(loaded_weight_bytes(facts, dtype_bytes) / tp * (1 + WEIGHT_OVERHEAD))
     token_bytes = cache_bytes_per_token(facts, tp, kv_bytes)
     cache = session_len * concurrency * token_bytes
     usable = int(gpu_memory_bytes * usable_share)
-    room = max(0, usable - weights - workspace_bytes)
+    beside = weights + workspace_bytes
+    room = max(0, min(usable - beside, int(cache_share * (gpu_memory_bytes - beside))))
     return MemoryEstimate(
         weights=weights,
         workspace=workspace_bytes,
