@@ -1,0 +1,255 @@
+"""The other ranks of a tensor-parallel engine: processes that load their part, then repeat every step that rank 0 sends.
+
+Rank 0 lives in the engine's own process. To each worker leads a pipe: control messages (pickled by our own parent, never by a peer)
+at the start, then one packed batch a step. Results need no way back: rank 0 samples, and the tokens reach the others as a collective.
+A worker ends when its pipe closes, so none outlives rank 0; rank 0 learns of a dead worker from its sentinel.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import tempfile
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gantline_runtime.batch import BatchShape
+from gantline_runtime.checkpoint import open_checkpoint
+from gantline_runtime.errors import GantlineError
+from gantline_runtime.layers.weights import BuildContext
+from gantline_runtime.memory import free_bytes
+from gantline_runtime.model_runner import BatchLimits, ModelRunner
+from gantline_runtime.parallel import Parallel
+from gantline_runtime.termination import Reason
+
+__all__ = ["RankError", "WorkerGroup", "WorkerPlan", "join_group", "leave_group", "make_rendezvous"]
+
+_SHAPE_WORDS = 8
+"""Header of a step: the fields of BatchShape, rounded up to an even number, since the batch begins with 64-bit words."""
+_STOP_TIMEOUT_S = 5.0
+_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
+
+
+class RankError(GantlineError):
+    """A rank other than 0 failed or died; the engine cannot go on without it."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What a rank needs to know to build its part; the same on all."""
+
+    model_dir: str
+    session_len: int
+    dtype: torch.dtype
+    device_type: str
+    backend: str
+    size: int
+    rendezvous: str
+    num_threads: int
+
+    def device(self, rank: int) -> torch.device:
+        return torch.device("cuda", rank) if self.device_type == "cuda" else torch.device("cpu")
+
+    def build(self, rank: int) -> BuildContext:
+        return BuildContext(dtype=self.dtype, device=self.device(rank), backend=self.backend)
+
+
+def join_group(plan: WorkerPlan, rank: int) -> Parallel:
+    """Make this process rank `rank` of the group: NCCL between GPUs, gloo over the loopback device between CPU processes."""
+    if plan.size == 1:
+        return Parallel()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if plan.device_type == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if plan.device_type == "cuda" else "gloo",
+        init_method=f"file://{plan.rendezvous}",
+        rank=rank,
+        world_size=plan.size,
+        timeout=_COLLECTIVE_TIMEOUT,
+    )
+    return Parallel(rank=rank, size=plan.size)
+
+
+def leave_group(parallel: Parallel) -> None:
+    if parallel.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class WorkerGroup:
+    """Rank 0's handle on ranks 1 and up. Every method but `close` raises RankError when one of them is gone."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[multiprocessing.connection.Connection] = []
+        self._processes: list[Any] = []
+        self._closing = False
+        self.failure: str | None = None
+        for rank in range(1, plan.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker_main, args=(rank, plan, theirs), name=f"gantline-rank-{rank}", daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._watcher = threading.Thread(target=self._watch, name="gantline-rank-watch", daemon=True)
+        self._watcher.start()
+
+    def gather(self) -> list[Any]:
+        """One control message from each rank. Raises what a rank reports as its error."""
+        return [self._receive(rank, pipe) for rank, pipe in enumerate(self._pipes, 1)]
+
+    def send(self, message: Any) -> None:
+        for pipe in self._pipes:
+            self._guarded(pipe.send, message)
+
+    def send_step(self, shape: BatchShape, words: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        header = np.zeros(_SHAPE_WORDS, dtype=np.int32)
+        header[: len(shape)] = shape
+        data = header.tobytes() + words.tobytes()
+        for pipe in self._pipes:
+            self._guarded(pipe.send_bytes, data)
+
+    def check(self) -> None:
+        """Raise RankError if a rank has died, with what it reported last if it could."""
+        if self.failure is not None:
+            raise RankError(self.failure, cure="The engine must be started again; see the log of the rank that ended.")
+
+    def check_soon(self, timeout_s: float = 2.0) -> None:
+        """After a collective failed: wait a little for the death that caused it to become known, then raise RankError if there was one."""
+        multiprocessing.connection.wait([p.sentinel for p in self._processes], timeout=timeout_s)
+        self._watcher.join(timeout=timeout_s)
+        self.check()
+
+    def close(self) -> None:
+        self._closing = True
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(_STOP_TIMEOUT_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def _watch(self) -> None:
+        ready = multiprocessing.connection.wait([process.sentinel for process in self._processes])
+        if self._closing:
+            return
+        for rank, process in enumerate(self._processes, 1):
+            if process.sentinel in ready:
+                process.join(1.0)
+                self.failure = f"rank {rank} {_last_words(self._pipes[rank - 1]) or _describe_exit(process.exitcode)}"
+                return
+
+    def _receive(self, rank: int, pipe: multiprocessing.connection.Connection) -> Any:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            self.check_soon()
+            raise RankError(f"rank {rank} closed its pipe", cure="See the log of that rank.") from None
+        if isinstance(message, _Failure):
+            raise RankError(f"rank {rank}: {message.message}", reason=message.reason, cure=message.cure)
+        return message
+
+    def _guarded(self, function: Any, argument: Any) -> None:
+        self.check()
+        try:
+            function(argument)
+        except OSError:
+            self.check_soon()
+            raise
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: Reason
+    message: str
+    cure: str
+
+
+def _last_words(pipe: multiprocessing.connection.Connection) -> str:
+    """The error that a rank which has ended reported, if any."""
+    try:
+        while pipe.poll():
+            message = pipe.recv()
+            if isinstance(message, _Failure):
+                return f"failed: {message.message}"
+    except (EOFError, OSError):
+        pass
+    return ""
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        hint = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(-code).name}{hint}"
+    return f"ended unexpectedly with exit code {code}"
+
+
+def _worker_main(rank: int, plan: WorkerPlan, pipe: multiprocessing.connection.Connection) -> None:
+    """Body of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; rank 0 decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining is rank 0's business, too
+    _end_with_parent()
+    torch.set_num_threads(plan.num_threads)
+    try:
+        _serve_steps(rank, plan, pipe)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # rank 0 is gone, or done
+    except Exception as error:
+        traceback.print_exc()
+        _report(pipe, error)
+        os._exit(1)  # the interpreter's ordinary end would wait in the process group's destructor
+    os._exit(0)
+
+
+def _serve_steps(rank: int, plan: WorkerPlan, pipe: multiprocessing.connection.Connection) -> None:
+    pipe.send(None)  # imports are done; joining can be waited for
+    parallel = join_group(plan, rank)
+    runner = ModelRunner(open_checkpoint(plan.model_dir), session_len=plan.session_len, build=plan.build(rank), parallel=parallel)
+    pipe.send(free_bytes(plan.device(rank), shared_by=plan.size))
+    num_blocks, block_size, limits = pipe.recv()
+    assert isinstance(limits, BatchLimits)
+    runner.allocate(num_blocks, block_size, limits)
+    pipe.send(None)
+    while True:
+        words = torch.frombuffer(bytearray(pipe.recv_bytes()), dtype=torch.int32)
+        shape = BatchShape(*words[: len(BatchShape._fields)].tolist())
+        runner.execute(words[_SHAPE_WORDS:], shape, None, shape.num_samples)
+
+
+def _report(pipe: multiprocessing.connection.Connection, error: Exception) -> None:
+    failure = _Failure(Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}"[:500], "")
+    if isinstance(error, GantlineError):
+        failure = _Failure(error.reason, str(error), error.cure)
+    try:
+        pipe.send(failure)
+    except OSError:
+        pass
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, whatever it is waiting for then."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(0)
+
+    threading.Thread(target=wait, name="gantline-parent-watch", daemon=True).start()
+
+
+def make_rendezvous() -> str:
+    """A fresh file name for the group's first meeting."""
+    return str(Path(tempfile.mkdtemp(prefix="gantline-ranks-")) / "store")

@@ -1,0 +1,214 @@
+"""The engine: one loop from requests to tokens.
+
+    add_request -> Scheduler.schedule -> Executor.launch ..device works.. PendingTokens.read -> Scheduler.postprocess -> TokenOutput
+
+On a GPU the loop runs one step ahead: step n+1 is scheduled and launched before the tokens of step n are read, so the host's work hides
+behind the device's. On a CPU, which would only compute tokens nobody wants, it reads each step before it schedules the next; the
+code is the same, with another depth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gantline_runtime.checkpoint import Checkpoint, open_checkpoint
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.executor import Executor
+from gantline_runtime.generation import read_eos_token_ids
+from gantline_runtime.kv_cache import CacheManager
+from gantline_runtime.loader import Progress
+from gantline_runtime.messages import EngineRequest, TokenOutput
+from gantline_runtime.model_runner import PendingTokens
+from gantline_runtime.request import QueueFull, RequestRejected, Sequence
+from gantline_runtime.scheduler import Scheduler, Step
+
+__all__ = ["EngineStats", "LLMEngine", "Progress", "QueueFull", "RequestRejected", "StepTimes"]
+
+
+@dataclass
+class StepTimes:
+    """Seconds of the host, summed over all steps: where a step's time goes."""
+
+    schedule_s: float = 0.0
+    launch_s: float = 0.0
+    """Building and sending the batch; on a CPU the computation itself."""
+    wait_s: float = 0.0
+    """Waiting for the device."""
+    postprocess_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot; counters run since the start."""
+
+    num_running: int
+    num_waiting: int
+    max_waiting: int
+    num_cache_blocks: int
+    block_size: int
+    cache_usage: float
+    """Share of the cache's blocks that running requests hold."""
+    prefix_hit_rate: float
+    """Share of prompt tokens whose keys and values the prefix cache had."""
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_finished: int
+    num_steps: int
+    step_times: StepTimes
+    weight_bytes: int
+    cache_bytes: int
+    estimated_weight_bytes: int
+    """What sizing.py, and so the operator, expected of one rank's weights."""
+    estimated_cache_bytes_per_token: int
+    cache_bytes_per_token: int
+    load_seconds: float
+
+
+@dataclass
+class _Counters:
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    steps: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+
+
+class LLMEngine:
+    """One model, on one GPU or several, or on a CPU. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(self, model_dir: str | Path, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None) -> None:
+        """Loads the model and sizes the cache. `on_progress` hears of the weights' bytes. Raises CheckpointError, ConfigurationError,
+        SourceError, CapacityError, RankError."""
+        started = time.monotonic()
+        checkpoint = open_checkpoint(model_dir)
+        self._vocab_size = checkpoint.shape.vocab_size
+        self.eos_token_ids = read_eos_token_ids(checkpoint)
+        self._executor = Executor(Path(model_dir), checkpoint, config, on_progress)
+        self._start(checkpoint, self._executor.config)
+        self._load_seconds = time.monotonic() - started
+
+    def _start(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+        executor = self._executor
+        assert config.session_len is not None
+        self.config = config
+        self.session_len: int = config.session_len
+        self._cache = CacheManager(
+            num_blocks=executor.num_blocks,
+            block_size=config.block_size,
+            max_slots=executor.limits.max_slots,
+            max_blocks=executor.limits.max_blocks,
+            prefix_caching=config.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(
+            self._cache, max_running=config.max_batch_size, max_waiting=config.max_waiting, max_tokens=config.max_prefill_token_num
+        )
+        self._facts = checkpoint.facts
+        self._in_flight: deque[tuple[Step, PendingTokens | None]] = deque()
+        self._depth = executor.depth
+        self._arrivals = 0
+        self._counters = _Counters()
+
+    # ---- requests
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestRejected if it can never run, QueueFull if too many wait."""
+        prompt = request.prompt_ids
+        if not prompt:
+            raise RequestRejected("the prompt is empty")
+        if len(prompt) >= self.session_len:
+            raise RequestRejected(f"the prompt has {len(prompt)} tokens; with at least one to generate, {self.session_len} are the limit")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise RequestRejected(f"the prompt has a token outside of 0 to {self._vocab_size - 1}")
+        if any(not 0 <= token < self._vocab_size for token in request.sampling.logit_bias):
+            raise RequestRejected(f"logit_bias names a token outside of 0 to {self._vocab_size - 1}")
+        sequence = Sequence(
+            request, arrival=self._arrivals, session_len=self.session_len, eos_token_ids=self.eos_token_ids, vocab_size=self._vocab_size
+        )
+        self._scheduler.add(sequence)
+        self._arrivals += 1
+        self._counters.prompt_tokens += len(prompt)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request early; no output follows. False if there is none of that name. Its blocks are free after at most one more step."""
+        return self._scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do: requests, a step in flight, or a dead rank to report."""
+        return bool(self._in_flight) or self._scheduler.has_work() or self._executor.failed
+
+    # ---- the loop
+
+    def step(self) -> list[TokenOutput]:
+        """Launch one step and take the results of the one `depth` before it. Raises RankError or a device's error; then the engine is dead."""
+        self._executor.check()
+        clock, times = time.perf_counter, self._counters.times
+        t0 = clock()
+        step = self._scheduler.schedule()
+        t1 = clock()
+        times.schedule_s += t1 - t0
+        if step is not None:
+            self._in_flight.append((step, self._executor.launch(step, self._cache)))
+            self._counters.steps += 1
+            times.launch_s += clock() - t1
+        if not self._in_flight or (step is not None and len(self._in_flight) <= self._depth):
+            return []
+        return self._take_results(*self._in_flight.popleft())
+
+    def _take_results(self, step: Step, pending: PendingTokens | None) -> list[TokenOutput]:
+        clock, counters = time.perf_counter, self._counters
+        t0 = clock()
+        tokens, logprobs = ([], None) if pending is None else self._executor.read(pending)
+        t1 = clock()
+        outputs = self._scheduler.postprocess(step, tokens, logprobs)
+        counters.generated_tokens += len(outputs)
+        counters.finished += sum(output.finish_reason is not None for output in outputs)
+        counters.times.wait_s += t1 - t0
+        counters.times.postprocess_s += clock() - t1
+        return outputs
+
+    # ---- what others want to know
+
+    def stats(self) -> EngineStats:
+        scheduler, cache, counters, executor = self._scheduler, self._cache, self._counters, self._executor
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            max_waiting=scheduler.max_waiting,
+            num_cache_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            cache_usage=cache.usage,
+            prefix_hit_rate=cache.hit_rate,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=counters.prompt_tokens,
+            num_cached_tokens=cache.num_hit_tokens,
+            num_generated_tokens=counters.generated_tokens,
+            num_finished=counters.finished,
+            num_steps=counters.steps,
+            step_times=counters.times,
+            weight_bytes=executor.weight_bytes,
+            cache_bytes=executor.block_bytes * cache.num_blocks,
+            estimated_weight_bytes=executor.estimate.weights,
+            estimated_cache_bytes_per_token=executor.estimate.cache_bytes_per_token,
+            cache_bytes_per_token=executor.block_bytes // cache.block_size,
+            load_seconds=self._load_seconds,
+        )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached block that no running request holds."""
+        self._cache.clear_prefixes()
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of scheduler and cache."""
+        self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """End the other ranks and give up the model's memory; the engine cannot be used afterwards."""
+        self._in_flight.clear()
+        self._executor.close()

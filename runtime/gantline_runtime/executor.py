@@ -1,0 +1,226 @@
+"""Rank 0's side of running steps: builds the model on every rank, sizes the cache, packs batches and starts them.
+
+Settings left to `auto` are resolved here, where the device and the checkpoint are known.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from gantline_kernels import api
+
+from gantline_runtime import sizing
+from gantline_runtime.batch import batch_words, pack_batch
+from gantline_runtime.checkpoint import Checkpoint
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.distributed import WorkerGroup, WorkerPlan, join_group, leave_group, make_rendezvous
+from gantline_runtime.errors import CapacityError, ConfigurationError
+from gantline_runtime.kv_cache import CacheManager
+from gantline_runtime.loader import Progress
+from gantline_runtime.memory import available_cpus, free_bytes
+from gantline_runtime.messages import TokenLogprobs
+from gantline_runtime.model_runner import BatchLimits, ModelRunner, PendingTokens
+from gantline_runtime.parallel import Parallel
+from gantline_runtime.sampling import SamplingTable
+from gantline_runtime.scheduler import Step
+
+__all__ = ["Executor"]
+
+_HOST_RESERVE_BYTES = 768 << 20
+"""Kept free on a CPU beside the cache: the API process (0.4 GiB) and activations."""
+_NUM_BUFFERS = 3
+"""Batches whose copy to the device may be under way at once: one more than steps in flight, and one being written."""
+
+
+class Executor:
+    """After construction `config` has no `auto` left, and every rank waits for steps."""
+
+    def __init__(
+        self, model_dir: Path, checkpoint: Checkpoint, config: EngineConfig, on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        config = _resolve(config, checkpoint)
+        _check_parallel(config, checkpoint)
+        self.device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
+        self.depth = 1 if self.device.type == "cuda" else 0
+        plan = _worker_plan(model_dir, config, checkpoint.shape.max_position_embeddings)
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(plan.num_threads)
+        self._workers = WorkerGroup(plan) if config.tp > 1 else None
+        try:
+            self._load(checkpoint, config, plan, on_progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, checkpoint: Checkpoint, config: EngineConfig, plan: WorkerPlan, on_progress: Callable[[Progress], None] | None) -> None:
+        if self._workers is not None:
+            self._workers.gather()
+        self._parallel = join_group(plan, 0)
+        self._runner = ModelRunner(
+            checkpoint, session_len=plan.session_len, build=plan.build(0), parallel=self._parallel, on_progress=on_progress
+        )
+        self.weight_bytes = self._runner.weight_bytes
+        self.block_bytes = self._runner.cache_block_bytes(config.block_size)
+        free = [free_bytes(self.device, shared_by=config.tp), *(self._workers.gather() if self._workers is not None else ())]
+        self.num_blocks, self.config = _size_cache(config, checkpoint, min(free), self.block_bytes)
+        assert self.config.session_len is not None
+        max_blocks = -(-self.config.session_len // config.block_size)
+        self.limits = BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
+        self._allocate()
+        self.estimate = _estimate(self.config, checkpoint, min(free))
+        self._table = SamplingTable(self.limits.max_slots)
+        words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
+        self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=self.device.type == "cuda") for _ in range(_NUM_BUFFERS)]
+        self._next_buffer = 0
+
+    def _allocate(self) -> None:
+        size = self.config.block_size
+        if self._workers is not None:
+            self._workers.send((self.num_blocks, size, self.limits))
+        try:
+            self._runner.allocate(self.num_blocks, size, self.limits)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            raise CapacityError(
+                f"the cache of {self.num_blocks} blocks ({self.num_blocks * self.block_bytes / 1e9:.1f} GB) cannot be allocated: {error}",
+                cure="Lower cache_max_entry_count or num_cache_blocks.",
+            ) from None
+        if self._workers is not None:
+            self._workers.gather()
+
+    # ---- steps
+
+    def launch(self, step: Step, cache: CacheManager) -> PendingTokens | None:
+        """Start a step on all ranks. None if it samples nothing."""
+        buffer = self._buffers[self._next_buffer]
+        self._next_buffer = (self._next_buffer + 1) % _NUM_BUFFERS
+        array = buffer.numpy()
+        shape = pack_batch(array, step, tables=cache.tables, updates=cache.take_table_updates(), block_size=cache.block_size)
+        num_words = shape.num_words
+        if self._workers is not None:
+            self._workers.send_step(shape, array[:num_words])
+        sampling = self._table.batch(step, num_rows=shape.num_samples)
+        try:
+            return self._runner.execute(buffer[:num_words], shape, sampling, len(step.samples))
+        except RuntimeError:
+            self._blame_dead_rank()
+            raise
+
+    def read(self, pending: PendingTokens) -> tuple[list[int], list[TokenLogprobs | None] | None]:
+        try:
+            return pending.read()
+        except RuntimeError:
+            self._blame_dead_rank()
+            raise
+
+    @property
+    def failed(self) -> bool:
+        return self._workers is not None and self._workers.failure is not None
+
+    def check(self) -> None:
+        """Raise RankError if another rank has died."""
+        if self._workers is not None:
+            self._workers.check()
+
+    def _blame_dead_rank(self) -> None:
+        if self._workers is not None:
+            self._workers.check_soon()
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+        leave_group(getattr(self, "_parallel", Parallel()))
+        self.__dict__.pop("_runner", None)
+
+
+def _resolve(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "device is 'cuda', but torch sees no GPU", cure="Give --device cpu, or check the driver with `gantline check-env`."
+        )
+    if device == "cpu" and config.backend == "cuda":
+        raise ConfigurationError("the cuda backend cannot run on a CPU", cure="Give --backend auto or torch.")
+    backend = api.select(config.backend, device)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else checkpoint.facts.dtype  # type: ignore[assignment]
+    limit = checkpoint.shape.max_position_embeddings
+    if config.session_len is not None and config.session_len > limit and not _stretches(checkpoint):
+        raise ConfigurationError(
+            f"session_len is {config.session_len}, but the model was made for {limit} tokens", cure=f"Give at most {limit}, or auto."
+        )
+    return replace(config, device=device, backend=backend, dtype=dtype)  # type: ignore[arg-type]
+
+
+def _stretches(checkpoint: Checkpoint) -> bool:
+    """Whether the model's position embedding goes beyond its limit by itself (dynamic NTK scaling)."""
+    section = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    return section.get("rope_type", section.get("type")) == "dynamic"
+
+
+def _check_parallel(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    reason = sizing.legal_tensor_parallel(checkpoint.facts, config.tp)
+    if reason is not None:
+        raise ConfigurationError(f"tp is {config.tp}, but {reason}", cure="Use less tensor parallelism.")
+    if config.device == "cuda" and torch.cuda.device_count() < config.tp:
+        raise ConfigurationError(
+            f"tp is {config.tp}, but there are {torch.cuda.device_count()} GPUs", cure="Use less tensor parallelism, or more GPUs."
+        )
+
+
+def _worker_plan(model_dir: Path, config: EngineConfig, position_limit: int) -> WorkerPlan:
+    return WorkerPlan(
+        model_dir=str(model_dir),
+        session_len=config.session_len or position_limit,
+        dtype=getattr(torch, config.dtype),
+        device_type=config.device,
+        backend=config.backend,
+        size=config.tp,
+        rendezvous=make_rendezvous() if config.tp > 1 else "",
+        num_threads=max(1, available_cpus() // config.tp),
+    )
+
+
+def _size_cache(config: EngineConfig, checkpoint: Checkpoint, free: int, block_bytes: int) -> tuple[int, EngineConfig]:
+    """(blocks, settings with `session_len` resolved). Raises CapacityError if one session does not fit."""
+    size, limit = config.block_size, checkpoint.shape.max_position_embeddings
+    wanted = config.session_len or limit
+    if config.num_cache_blocks is not None:
+        num_blocks = config.num_cache_blocks
+        if num_blocks * block_bytes > free:
+            raise CapacityError(
+                f"num_cache_blocks is {num_blocks}, {num_blocks * block_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free after loading",
+                cure="Give fewer blocks, or auto.",
+            )
+    else:
+        share = config.cache_max_entry_count * max(0, free - (_HOST_RESERVE_BYTES if config.device == "cpu" else 0))
+        num_blocks = int(share) // block_bytes
+        if config.device == "cpu":  # memory is shared with others there: no more than can ever be used
+            num_blocks = min(num_blocks, config.max_batch_size * -(-wanted // size))
+    capacity = num_blocks * size
+    if capacity < (wanted if config.session_len is not None else min(wanted, sizing.MIN_SESSION_LEN)):
+        raise CapacityError(
+            f"the cache holds {capacity} tokens ({free / 1e9:.2f} GB free after loading), but one session needs {wanted}",
+            cure=f"Lower session_len to {capacity} or less, raise cache_max_entry_count, or give more memory.",
+        )
+    return num_blocks, replace(config, session_len=min(wanted, capacity), num_cache_blocks=num_blocks)
+
+
+def _estimate(config: EngineConfig, checkpoint: Checkpoint, free: int) -> sizing.MemoryEstimate:
+    """What the formula that the operator plans with says about this engine."""
+    assert config.session_len is not None
+    width = getattr(torch, config.dtype).itemsize
+    return sizing.estimate(
+        checkpoint.facts,
+        tp=config.tp,
+        session_len=config.session_len,
+        concurrency=1,
+        dtype_bytes=width,
+        kv_bytes=width,
+        gpu_memory_bytes=free,
+        workspace_bytes=sizing.CPU_WORKSPACE_BYTES if config.device == "cpu" else sizing.WORKSPACE_BYTES,
+    )

@@ -1,0 +1,99 @@
+"""A request while the engine has it: its tokens, how far it is computed, and the blocks it holds.
+
+    waiting --admit--> running (prefilling, then decoding) --last token--> finished
+       ^                  |
+       +----preempted-----+      its blocks are given up; its tokens stay and are computed anew
+
+Steps overlap, so a sequence is counted in two ways. What is *scheduled* runs ahead: `num_computed` and `num_sampled` include the
+step in flight. What is *known* lags: `tokens` holds the prompt and the sampled tokens that have reached the host.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from gantline_runtime.messages import EngineRequest, FinishReason, SamplingParams
+
+__all__ = ["QueueFull", "RequestRejected", "Sequence"]
+
+
+class QueueFull(Exception):
+    """As many requests wait as the engine is allowed to hold; the caller should answer 429 and have the client try again."""
+
+
+class RequestRejected(ValueError):
+    """A request that can never run: too long, empty, a token outside of the vocabulary, or an identifier in use."""
+
+
+class Sequence:
+    """One request's state. Owned by the scheduler; `blocks` and the digests are the cache manager's to write."""
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "digests",
+        "finish_reason",
+        "in_flight",
+        "max_new_tokens",
+        "min_new_tokens",
+        "num_cached_tokens",
+        "num_computed",
+        "num_published",
+        "num_sampled",
+        "preempted",
+        "prompt_len",
+        "request_id",
+        "sampling",
+        "seed",
+        "slot",
+        "stop_ids",
+        "tokens",
+    )
+
+    def __init__(
+        self, request: EngineRequest, *, arrival: int, session_len: int, eos_token_ids: Seq[int], vocab_size: int = 1 << 31
+    ) -> None:
+        sampling = request.sampling
+        self.request_id = request.request_id
+        self.sampling: SamplingParams = sampling
+        self.arrival = arrival
+        self.tokens: array[int] = array("i", request.prompt_ids)
+        self.prompt_len = len(request.prompt_ids)
+        self.max_new_tokens = min(sampling.max_new_tokens, session_len - self.prompt_len)
+        self.min_new_tokens = sampling.min_new_tokens
+        stops = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids))
+        self.stop_ids = frozenset(token for token in stops if 0 <= token < vocab_size)
+        self.seed = random.getrandbits(64) if sampling.seed is None else sampling.seed & (1 << 64) - 1
+        self.slot = -1
+        """Row of the device's per-request state (block table, last token, sampling parameters); -1 while not running."""
+        self.blocks: list[int] = []
+        self.digests: list[bytes] = []
+        """Chained digest of each full block of `tokens`, computed on demand."""
+        self.num_published = 0
+        """Leading blocks that the prefix cache already knows."""
+        self.num_computed = 0
+        """Tokens whose keys and values are in the cache, or will be once the step in flight has run."""
+        self.num_sampled = 0
+        """Tokens sampled so far, with the one in flight."""
+        self.num_cached_tokens = 0
+        self.in_flight = 0
+        """Steps in flight that write to `blocks`."""
+        self.preempted = False
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that exist, on the host or still on the device."""
+        return self.prompt_len + self.num_sampled
+
+    @property
+    def num_generated(self) -> int:
+        """Sampled tokens that have reached the host."""
+        return len(self.tokens) - self.prompt_len
+
+    def __repr__(self) -> str:
+        state: dict[str, Any] = {"length": self.length, "computed": self.num_computed, "slot": self.slot, "blocks": len(self.blocks)}
+        return f"Sequence({self.request_id!r}, {', '.join(f'{k}={v}' for k, v in state.items())})"

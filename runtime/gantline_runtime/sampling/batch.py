@@ -1,0 +1,172 @@
+"""Sampling parameters: one row of a table per running request, gathered into a batch for each step.
+
+Nothing of this is needed, and nothing is made, while every request of a step is greedy and plain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gantline_runtime.request import Sequence
+from gantline_runtime.sampling.random import uniforms
+from gantline_runtime.scheduler import Step
+
+__all__ = ["Edits", "SamplingBatch", "SamplingTable"]
+
+_RANDOM, _FILTERED, _PENALIZED, _EDITED, _LOGPROBS = 1, 2, 4, 8, 16
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Sparse changes of logits: `logits[rows, tokens] += values`; a token is forbidden by -inf."""
+
+    rows: Integers
+    tokens: Integers
+    values: Floats
+
+
+@dataclass(frozen=True)
+class FreshPenalties:
+    """A request whose token counts begin anew on the device: `prompt` and `output` are its tokens so far."""
+
+    slot: int
+    prompt: Integers
+    output: Integers
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Parameters of the S rows that a step samples. An absent part means that no row needs it; within a part, other rows are neutral."""
+
+    num_rows: int
+    temperature: Floats | None = None
+    """0 for greedy rows; None if all are."""
+    uniforms: Floats | None = None
+    """One random number in [0, 1) per row, from the request's seed and the token's position alone."""
+    top_k: Integers | None = None
+    """int64; 0 for no limit. Present with top_p and min_p."""
+    top_p: Floats | None = None
+    min_p: Floats | None = None
+    repetition_penalty: Floats | None = None
+    """Present with the other penalties."""
+    presence_penalty: Floats | None = None
+    frequency_penalty: Floats | None = None
+    fresh_penalties: tuple[FreshPenalties, ...] = ()
+    edits: Edits | None = None
+    logprob_rows: Integers | None = None
+    """Rows whose log-probabilities are wanted."""
+    logprob_counts: tuple[int, ...] = ()
+    """How many of the likeliest tokens each of them wants."""
+
+    @property
+    def num_logprobs(self) -> int:
+        return max(self.logprob_counts, default=0)
+
+
+class SamplingTable:
+    def __init__(self, max_slots: int) -> None:
+        self._flags = np.zeros(max_slots, dtype=np.uint8)
+        self._floats = {name: np.zeros(max_slots, dtype=np.float32) for name in _FLOATS}
+        self._top_k = np.zeros(max_slots, dtype=np.int64)
+        self._seeds = np.zeros(max_slots, dtype=np.uint64)
+
+    def set(self, sequence: Sequence) -> None:
+        """Take over the parameters of a sequence that samples its first token in this slot."""
+        params, slot = sequence.sampling, sequence.slot
+        for name in _FLOATS:
+            self._floats[name][slot] = getattr(params, name)
+        self._top_k[slot] = params.top_k
+        self._seeds[slot] = sequence.seed
+        filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        penalized = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        flags = 0
+        if params.temperature > 0.0:
+            flags |= _RANDOM | (_FILTERED if filtered else 0)
+        if penalized:
+            flags |= _PENALIZED
+        if params.logit_bias or (params.min_new_tokens and sequence.stop_ids):
+            flags |= _EDITED
+        if params.num_logprobs is not None:
+            flags |= _LOGPROBS
+        self._flags[slot] = flags
+
+    def batch(self, step: Step, *, num_rows: int) -> SamplingBatch | None:
+        """The parameters for a step's samples, or None if plain greedy will do; `num_rows` may include padding at the end."""
+        for sequence in step.samples[step.num_decodes :]:
+            self.set(sequence)
+        slots = np.array([s.slot for s in step.samples], dtype=np.int64)
+        flags = self._flags[slots]
+        present = int(np.bitwise_or.reduce(flags)) if len(flags) else 0
+        if not present:
+            return None
+        parts: dict[str, Any] = {}
+        if present & _RANDOM:
+            parts |= self._random_part(step, slots, num_rows, filtered=bool(present & _FILTERED))
+        if present & _PENALIZED:
+            parts |= self._penalty_part(step, slots, flags, num_rows)
+        if present & _EDITED:
+            parts["edits"] = _edits([(int(i), step.samples[i]) for i in np.flatnonzero(flags & _EDITED)])
+        if present & _LOGPROBS:
+            rows = np.flatnonzero(flags & _LOGPROBS)
+            parts["logprob_rows"] = rows
+            parts["logprob_counts"] = tuple(step.samples[i].sampling.num_logprobs or 0 for i in rows)
+        return SamplingBatch(num_rows=num_rows, **parts)
+
+    def _random_part(self, step: Step, slots: Integers, num_rows: int, *, filtered: bool) -> dict[str, Any]:
+        positions = np.array([s.length - 1 for s in step.samples], dtype=np.uint64)
+        part: dict[str, Any] = {
+            "temperature": _pad(self._floats["temperature"][slots], num_rows, 0.0),
+            "uniforms": _pad(uniforms(self._seeds[slots], positions), num_rows, 0.0),
+        }
+        if filtered:
+            part["top_k"] = _pad(self._top_k[slots], num_rows, 0)
+            part["top_p"] = _pad(self._floats["top_p"][slots], num_rows, 1.0)
+            part["min_p"] = _pad(self._floats["min_p"][slots], num_rows, 0.0)
+        return part
+
+    def _penalty_part(self, step: Step, slots: Integers, flags: NDArray[np.uint8], num_rows: int) -> dict[str, Any]:
+        part: dict[str, Any] = {
+            "repetition_penalty": _pad(self._floats["repetition_penalty"][slots], num_rows, 1.0),
+            "presence_penalty": _pad(self._floats["presence_penalty"][slots], num_rows, 0.0),
+            "frequency_penalty": _pad(self._floats["frequency_penalty"][slots], num_rows, 0.0),
+        }
+        fresh = [s for i, s in enumerate(step.samples) if i >= step.num_decodes and flags[i] & _PENALIZED]
+        part["fresh_penalties"] = tuple(_fresh(sequence) for sequence in fresh)
+        return part
+
+
+def _fresh(sequence: Sequence) -> FreshPenalties:
+    tokens = np.array(sequence.tokens, dtype=np.int64)
+    return FreshPenalties(sequence.slot, np.unique(tokens[: sequence.prompt_len]), tokens[sequence.prompt_len :])
+
+
+def _edits(members: list[tuple[int, Sequence]]) -> Edits | None:
+    rows: list[int] = []
+    tokens: list[int] = []
+    values: list[float] = []
+    for row, sequence in members:
+        bias = sequence.sampling.logit_bias
+        rows += [row] * len(bias)
+        tokens += bias.keys()
+        values += bias.values()
+        if sequence.num_sampled <= sequence.min_new_tokens:  # this sample counts already
+            rows += [row] * len(sequence.stop_ids)
+            tokens += sequence.stop_ids
+            values += [-np.inf] * len(sequence.stop_ids)
+    if not rows:
+        return None
+    return Edits(np.array(rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32))
+
+
+def _pad(values: NDArray[Any], size: int, neutral: float) -> NDArray[Any]:
+    if len(values) == size:
+        return values
+    return np.concatenate([values, np.full(size - len(values), neutral, dtype=values.dtype)])

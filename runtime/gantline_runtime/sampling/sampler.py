@@ -1,0 +1,108 @@
+"""Choosing tokens on the device. Nothing here waits for the device; what the host wants is copied out by the caller.
+
+Order: log-probabilities of the untouched logits; penalties; edits (bias, forbidden tokens); temperature, top-k, top-p, min-p and the draw,
+which the kernels' `sample` does from one uniform number a row, so that a request's tokens do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gantline_kernels import api
+from numpy.typing import NDArray
+
+from gantline_runtime.sampling.batch import SamplingBatch
+
+__all__ = ["SampledTokens", "Sampler"]
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """On the device: `tokens` int64 [S]; where asked for, of `logprob_rows`: chosen [R], top ids and log-probabilities [R, n]."""
+
+    tokens: torch.Tensor
+    chosen_logprobs: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+
+class Sampler:
+    """Keeps, for requests with penalties, how often each token has occurred; the memory is taken when the first such request comes."""
+
+    def __init__(self, *, max_slots: int, vocab_size: int, device: torch.device, backend: str) -> None:
+        self._max_slots = max_slots
+        self._vocab_size = vocab_size
+        self._device = device
+        self._backend = backend
+        self._output_counts: torch.Tensor | None = None
+        self._in_prompt: torch.Tensor | None = None
+
+    @staticmethod
+    def state_bytes(max_slots: int, vocab_size: int) -> int:
+        """What penalties take on the device once a request uses them."""
+        return max_slots * vocab_size * (2 + 1)
+
+    def __call__(self, logits: torch.Tensor, batch: SamplingBatch | None, slots: torch.Tensor) -> SampledTokens:
+        """`logits` [S, vocabulary] in any floating type; `slots` int64 [S], each row's place in the per-request state."""
+        if batch is None:
+            return SampledTokens(api.argmax(logits, backend=self._backend))
+        edited = logits
+        if batch.repetition_penalty is not None:
+            edited = self._penalize(logits.float(), batch, slots)
+        if batch.edits is not None:
+            rows, tokens, values = (self._upload(x) for x in (batch.edits.rows, batch.edits.tokens, batch.edits.values))
+            edited = edited.float().index_put((rows, tokens), values, accumulate=True)
+        tokens = self._choose(edited, batch)
+        if batch.repetition_penalty is not None:
+            self._count(slots, tokens)
+        if batch.logprob_rows is None:
+            return SampledTokens(tokens)
+        return self._with_logprobs(logits, tokens, self._upload(batch.logprob_rows), batch.num_logprobs)
+
+    def _choose(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        if batch.temperature is None or batch.uniforms is None:
+            return api.argmax(logits, backend=self._backend)
+        limits = (None if x is None else self._upload(x) for x in (batch.top_k, batch.top_p, batch.min_p))
+        return api.sample(logits, self._upload(batch.uniforms), self._upload(batch.temperature), *limits, backend=self._backend)
+
+    def _penalize(self, logits: torch.Tensor, batch: SamplingBatch, slots: torch.Tensor) -> torch.Tensor:
+        """Repetition divides or multiplies what has occurred in prompt or output; presence and frequency subtract for the output."""
+        assert batch.presence_penalty is not None and batch.frequency_penalty is not None and batch.repetition_penalty is not None
+        counts, in_prompt = self._penalty_state()
+        for fresh in batch.fresh_penalties:
+            counts[fresh.slot].zero_()
+            counts[fresh.slot].index_put_((self._upload(fresh.output),), counts.new_ones(()), accumulate=True)
+            in_prompt[fresh.slot].zero_()
+            in_prompt[fresh.slot, self._upload(fresh.prompt)] = True
+        count = counts[slots]
+        seen = in_prompt[slots] | (count > 0)
+        repetition, presence, frequency = (
+            self._upload(x).unsqueeze(-1) for x in (batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
+        )
+        logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+        return logits - frequency * count - presence * (count > 0)
+
+    def _count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        counts, _ = self._penalty_state()
+        counts.index_put_((slots, tokens), counts.new_ones(()), accumulate=True)
+
+    def _penalty_state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._output_counts is None or self._in_prompt is None:
+            shape = (self._max_slots, self._vocab_size)
+            self._output_counts = torch.zeros(shape, dtype=torch.int16, device=self._device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        return self._output_counts, self._in_prompt
+
+    def _with_logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, count: int) -> SampledTokens:
+        logprobs = logits[rows].float().log_softmax(dim=-1)
+        chosen = logprobs.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
+        top, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+        return SampledTokens(tokens, chosen, ids, top)
+
+    def _upload(self, values: NDArray[Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)

@@ -1,0 +1,269 @@
+"""Which tokens the next step computes. All policy is on this page.
+
+One token budget a step. Sequences that decode come first, one token each; what is left of the budget goes to chunks of prompts, in
+the order of arrival, so that a long prompt delays nobody's next token by more than one step. A sequence is admitted when the cache
+has blocks for all its tokens and one more for each that runs. When a decoding sequence needs a block and none is free, the running
+sequence that is cheapest to compute again is preempted; never the oldest, so that something always finishes.
+
+Steps overlap: `schedule` may be called while the results of earlier steps are outstanding, and `postprocess` takes results in the
+order of their steps. Blocks of a sequence are released only when no step in flight includes it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from gantline_runtime.kv_cache import CacheManager
+from gantline_runtime.messages import TokenLogprobs, TokenOutput
+from gantline_runtime.request import QueueFull, RequestRejected, Sequence
+
+__all__ = ["Scheduler", "Step"]
+
+
+@dataclass(slots=True)
+class Step:
+    """Work of one forward pass: `query_lens[i]` tokens of `sequences[i]` from position `starts[i]`; the first `num_decodes` sequences
+    have one token, which an earlier step sampled. `samples` are the sequences whose next token is sampled, `sample_rows` their rows."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    query_lens: list[int] = field(default_factory=list)
+    num_decodes: int = 0
+    samples: list[Sequence] = field(default_factory=list)
+    sample_rows: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    def __init__(self, cache: CacheManager, *, max_running: int, max_waiting: int, max_tokens: int) -> None:
+        """`max_running` may not exceed the rows of `cache.tables` nor `max_tokens`, the budget of one step."""
+        self.cache = cache
+        self.max_running = min(max_running, max_tokens)
+        self.max_waiting = max_waiting
+        self.max_tokens = max_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: deque[Sequence] = deque()
+        self.decoding: list[Sequence] = []
+        self.leaving: set[Sequence] = set()
+        """Finished or preempted, but a step in flight includes them: they keep slot and blocks until it is over."""
+        self.sequences: dict[str, Sequence] = {}
+        self.num_preemptions = 0
+        self._free_slots = list(range(self.max_running - 1, -1, -1))
+
+    @property
+    def num_running(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    def has_work(self) -> bool:
+        return bool(self.sequences or self.leaving)
+
+    # ---- requests come and go
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises QueueFull, or RequestRejected if its identifier is in use."""
+        if sequence.request_id in self.sequences:
+            raise RequestRejected(f"a request {sequence.request_id!r} is running already")
+        if len(self.waiting) >= self.max_waiting + len(self._free_slots):
+            raise QueueFull(f"{len(self.waiting)} requests are waiting")
+        self.sequences[sequence.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; no output follows. Its blocks are free at once, or when the step in flight is over."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None:
+            return False
+        sequence.finish_reason = "abort"
+        self._finish(sequence)
+        return True
+
+    # ---- one step
+
+    def schedule(self) -> Step | None:
+        """The next step, or None if nothing can run now (though something may be in flight, or wait for blocks that are)."""
+        step = Step()
+        self._schedule_decodes(step)
+        step.num_decodes = step.num_tokens
+        for sequence in list(self.prefilling):
+            if step.num_tokens >= self.max_tokens:
+                break
+            self._schedule_chunk(step, sequence)
+        while step.num_tokens < self.max_tokens and (admitted := self._admit_next()):
+            self._schedule_chunk(step, admitted)
+        return step if step.num_tokens else None
+
+    def _schedule_decodes(self, step: Step) -> None:
+        block_size = self.cache.block_size
+        for sequence in list(self.decoding):
+            computed = sequence.num_computed
+            if sequence.num_sampled >= sequence.max_new_tokens or not computed:
+                continue  # its last token is in flight, or it was preempted for a sequence before it in this loop
+            if computed == len(sequence.blocks) * block_size and not self._grow(sequence, step):
+                continue
+            step.sequences.append(sequence)
+            step.starts.append(computed)
+            sequence.num_computed = computed + 1
+            sequence.num_sampled += 1
+            sequence.in_flight += 1
+        step.num_tokens = len(step.sequences)
+        step.query_lens = [1] * step.num_tokens
+        step.samples = step.sequences.copy()
+        step.sample_rows = list(range(step.num_tokens))
+
+    def _schedule_chunk(self, step: Step, sequence: Sequence) -> None:
+        start, length = sequence.num_computed, sequence.length
+        count = min(length - start, self.max_tokens - step.num_tokens)
+        step.sequences.append(sequence)
+        step.starts.append(start)
+        step.query_lens.append(count)
+        step.num_tokens += count
+        sequence.num_computed = start + count
+        sequence.in_flight += 1
+        self.cache.publish(sequence, sequence.num_computed)
+        if sequence.num_computed == length:
+            self.prefilling.remove(sequence)
+            insort(self.decoding, sequence, key=_arrival)
+            sequence.num_sampled += 1
+            step.samples.append(sequence)
+            step.sample_rows.append(step.num_tokens - 1)
+
+    def _admit_next(self) -> Sequence | None:
+        """Take the first waiting sequence into the running ones, if there is room."""
+        if not self.waiting or not self._free_slots:
+            return None
+        sequence = self.waiting[0]
+        if sequence.in_flight or not self.cache.admit(sequence, self._free_slots[-1], reserve=self.num_running):
+            return None
+        self._free_slots.pop()
+        self.waiting.popleft()
+        self.prefilling.append(sequence)
+        return sequence
+
+    # ---- room
+
+    def _grow(self, sequence: Sequence, step: Step) -> bool:
+        """A block for `sequence`, from another one if need be; False if it must sit this step out or was itself preempted."""
+        if self.cache.grow(sequence):
+            return True
+        if not self._blocks_are_coming():
+            victim = self._cheapest_victim(step)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return self.cache.grow(sequence)
+
+    def _blocks_are_coming(self) -> bool:
+        return any(self.cache.num_exclusive(s) for s in self.leaving)
+
+    def _cheapest_victim(self, step: Step) -> Sequence | None:
+        """The running sequence, of those not in `step` yet, with the fewest tokens to compute again for each block that it frees."""
+        chosen = set(step.sequences)
+        running = [s for s in (*self.decoding, *self.prefilling) if s not in self.leaving]
+        oldest = min(running, key=_arrival)
+        candidates = [
+            s for s in running if s is not oldest and s not in chosen and s.num_sampled < s.max_new_tokens and self.cache.num_exclusive(s)
+        ]
+        return min(candidates, key=lambda s: (self._recompute_cost(s), -s.arrival), default=None)
+
+    def _recompute_cost(self, sequence: Sequence) -> float:
+        """Tokens to compute again, blocks shared with others excepted, for each block that becomes free."""
+        exclusive = self.cache.num_exclusive(sequence)
+        shared_tokens = (len(sequence.blocks) - exclusive) * self.cache.block_size
+        return max(0, sequence.num_computed - shared_tokens) / exclusive
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        sequence.preempted = True
+        sequence.num_computed = 0
+        self._leave(sequence)
+        self._requeue(sequence)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Back among the waiting, in the order of arrival."""
+        self.waiting.insert(sum(s.arrival < sequence.arrival for s in self.waiting), sequence)
+
+    # ---- results
+
+    def postprocess(self, step: Step, tokens: Seq[int], logprobs: Seq[TokenLogprobs | None] | None = None) -> list[TokenOutput]:
+        """Account for a step that is over; `tokens[i]` was sampled for `step.samples[i]`. Tokens of sequences that are no more are dropped."""
+        for sequence in step.sequences:
+            sequence.in_flight -= 1
+        outputs: list[TokenOutput] = []
+        block_size = self.cache.block_size
+        for i, (sequence, token) in enumerate(zip(step.samples, tokens, strict=True)):
+            if sequence.finish_reason is not None:
+                continue
+            sequence.tokens.append(token)
+            generated = len(sequence.tokens) - sequence.prompt_len
+            if token in sequence.stop_ids and generated > sequence.min_new_tokens:
+                sequence.finish_reason = "stop"
+            elif generated >= sequence.max_new_tokens:
+                sequence.finish_reason = "length"
+            entry = logprobs[i] if logprobs is not None else None
+            outputs.append(
+                TokenOutput(
+                    request_id=sequence.request_id,
+                    token_ids=[token],
+                    logprobs=[entry] if entry is not None else None,
+                    finish_reason=sequence.finish_reason,
+                    num_cached_tokens=sequence.num_cached_tokens,
+                )
+            )
+            if sequence.finish_reason is not None:
+                self._finish(sequence)
+            elif len(sequence.tokens) % block_size == 1:
+                self._publish_known(sequence)
+        for sequence in [s for s in self.leaving if not s.in_flight] if self.leaving else ():
+            self.leaving.discard(sequence)
+            self._release(sequence)
+        return outputs
+
+    def _publish_known(self, sequence: Sequence) -> None:
+        """Publish blocks whose tokens have reached the host and whose keys and values are computed."""
+        self.cache.publish(sequence, min(sequence.num_computed, len(sequence.tokens)))
+
+    # ---- leaving
+
+    def _finish(self, sequence: Sequence) -> None:
+        del self.sequences[sequence.request_id]
+        if sequence.slot < 0 or sequence in self.leaving:  # never admitted, or preempted (perhaps with a step in flight)
+            self.waiting.remove(sequence)
+        else:
+            self._publish_known(sequence)
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of the running ones; release what it holds now, or once no step in flight includes it."""
+        (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
+        if sequence.in_flight:
+            self.leaving.add(sequence)
+        else:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._free_slots.append(sequence.slot)
+        self.cache.release(sequence)
+
+    def check_integrity(self) -> None:
+        """Assert that slots, blocks and queues agree."""
+        running = [*self.prefilling, *self.decoding]
+        holders = {id(s): s for s in (*running, *self.leaving)}.values()
+        self.cache.check_integrity(holders)
+        slots = [s.slot for s in holders]
+        assert sorted(slots + self._free_slots) == list(range(self.max_running)), "a slot is lost or in two hands"
+        waiting = [s for s in self.waiting if s not in self.leaving]
+        assert all(not s.blocks and s.slot < 0 for s in waiting), "a waiting sequence holds blocks"
+        assert {id(s) for s in (*running, *self.waiting)} == {id(s) for s in self.sequences.values()}, "a sequence is lost"
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
