@@ -72,13 +72,16 @@ class ServerConfig:
     drain_timeout: float = _option(120.0, "Seconds that running streams may go on after SIGTERM.")
     drain_delay: float = _option(3.0, "Seconds after SIGTERM in which new requests are still taken: endpoints lag behind readiness.")
     max_body_bytes: int = _option(8 << 20, "Largest HTTP body accepted, in bytes.")
+    step_timeout: float = _option(30.0, "Seconds without a sign of the engine after which /health is 503. More where steps are slow: CPUs.")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least severe message that is logged.")
+    log_format: Literal["auto", "json", "text"] = _option("auto", "Form of the log on stderr. auto: text on a terminal, JSON elsewhere.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
         _require(0 <= self.drain_timeout <= 86400, "drain_timeout", self.drain_timeout, "0 to 86400 seconds")
         _require(0 <= self.drain_delay <= 600, "drain_delay", self.drain_delay, "0 to 600 seconds")
+        _require(1.0 <= self.step_timeout <= 86400, "step_timeout", self.step_timeout, "1 to 86400 seconds")
         _require(1024 <= self.max_body_bytes <= 1 << 30, "max_body_bytes", self.max_body_bytes, "1 KiB to 1 GiB")
 
 

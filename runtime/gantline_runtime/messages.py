@@ -68,5 +68,7 @@ class TokenOutput(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the prefix cache."""
+    queue_seconds: float | None = None
+    """In a request's first output: how long it waited for its first step."""
     error: str = ""
     """Cause, with finish_reason `error`."""

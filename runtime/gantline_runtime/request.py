@@ -11,6 +11,7 @@ step in flight. What is *known* lags: `tokens` holds the prompt and the sampled 
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -32,7 +33,9 @@ class Sequence:
     """One request's state. Owned by the scheduler; `blocks` and the digests are the cache manager's to write."""
 
     __slots__ = (
+        "admitted_at",
         "arrival",
+        "arrived_at",
         "blocks",
         "digests",
         "finish_reason",
@@ -60,6 +63,9 @@ class Sequence:
         self.request_id = request.request_id
         self.sampling: SamplingParams = sampling
         self.arrival = arrival
+        self.arrived_at = time.monotonic()
+        self.admitted_at: float | None = None
+        """When it was first scheduled; `time.monotonic`, as `arrived_at`."""
         self.tokens: array[int] = array("i", request.prompt_ids)
         self.prompt_len = len(request.prompt_ids)
         self.max_new_tokens = min(sampling.max_new_tokens, session_len - self.prompt_len)

@@ -11,6 +11,7 @@ order of their steps. Blocks of a sequence are released only when no step in fli
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Seq
@@ -144,6 +145,8 @@ class Scheduler:
         self._free_slots.pop()
         self.waiting.popleft()
         self.prefilling.append(sequence)
+        if sequence.admitted_at is None:
+            sequence.admitted_at = time.monotonic()
         return sequence
 
     # ---- room
@@ -216,6 +219,7 @@ class Scheduler:
                     logprobs=[entry] if entry is not None else None,
                     finish_reason=sequence.finish_reason,
                     num_cached_tokens=sequence.num_cached_tokens,
+                    queue_seconds=sequence.admitted_at - sequence.arrived_at if generated == 1 and sequence.admitted_at is not None else None,
                 )
             )
             if sequence.finish_reason is not None:
