@@ -1,0 +1,40 @@
+{{/* What the operator does in a namespace with services. Every verb is one that it uses: server-side apply is `patch` (and `create`). */}}
+{{- define "gantline.namespacedRules" -}}
+- apiGroups: [gantline.io]
+  resources: [inferenceservices]
+  verbs: [get, list, watch]
+- apiGroups: [gantline.io]
+  resources: [inferenceservices/status]
+  verbs: [get, patch]
+# Owner references that block the owner's deletion need this where the API server enforces it.
+- apiGroups: [gantline.io]
+  resources: [inferenceservices/finalizers]
+  verbs: [update]
+- apiGroups: [""]
+  resources: [serviceaccounts, services, persistentvolumeclaims]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [apps]
+  resources: [deployments]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [apps]
+  resources: [controllerrevisions]
+  verbs: [get, list, create, delete]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [policy]
+  resources: [poddisruptionbudgets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- if .Values.rbac.readLogs }}
+# The progress of a download or a quantization, for status.
+- apiGroups: [""]
+  resources: [pods/log]
+  verbs: [get]
+{{- end }}
+{{- end -}}

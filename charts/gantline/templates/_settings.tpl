@@ -1,0 +1,19 @@
+{{/* The operator's settings, variable by variable as gantline_operator/settings.py names them. */}}
+{{- define "gantline.settings" -}}
+- {name: HOME, value: /tmp}
+- {name: GANTLINE_WATCH_NAMESPACES, value: {{ include "gantline.namespaces" . | fromJsonArray | join "," | quote }}}
+- {name: GANTLINE_OBSERVE_NODES, value: {{ ternary "auto" "never" (or (eq .Values.rbac.scope "cluster") .Values.rbac.readNodes) }}}
+{{- range $device, $image := .Values.runtime.images }}
+- {name: GANTLINE_IMAGE_{{ upper $device }}, value: {{ $image | quote }}}
+{{- end }}
+- {name: GANTLINE_IMAGE_PULL_POLICY, value: {{ .Values.runtime.imagePullPolicy }}}
+- {name: GANTLINE_IMAGE_PULL_SECRETS, value: {{ .Values.runtime.imagePullSecrets | join "," | quote }}}
+- {name: GANTLINE_HF_ENDPOINT, value: {{ .Values.runtime.hfEndpoint | quote }}}
+- {name: GANTLINE_INVENTORY_CONFIGMAP, value: {{ with include "gantline.inventory" . }}{{ printf "%s/%s" $.Release.Namespace . | quote }}{{ else }}""{{ end }}}
+- {name: GANTLINE_METRICS_PORT, value: "8080"}
+- {name: GANTLINE_HEALTH_PORT, value: "8081"}
+- {name: GANTLINE_WORKERS, value: {{ .Values.operator.workers | int | quote }}}
+- {name: GANTLINE_RESYNC_SECONDS, value: {{ .Values.operator.resyncSeconds | int | quote }}}
+- {name: GANTLINE_JOB_RETENTION_SECONDS, value: {{ .Values.operator.jobRetentionSeconds | int | quote }}}
+- {name: GANTLINE_LOG_LEVEL, value: {{ .Values.operator.logLevel }}}
+{{- end -}}

