@@ -1,0 +1,191 @@
+"""From `kubectl apply` to streamed tokens, and what a Kubernetes user expects around it, on a real node."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.e2e.conftest import Site, make
+
+pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
+TINY = "file:///opt/gantline/tiny-model"
+
+
+def service(name: str, uri: str = TINY, **spec: Any) -> dict[str, Any]:
+    body = {"model": {"uri": uri}, "accelerator": {"resource": "cpu"}, **spec}
+    return {"apiVersion": "gantline.io/v1alpha1", "kind": "InferenceService", "metadata": {"name": name}, "spec": body}
+
+
+def ready(site: Site, name: str) -> bool:
+    return site.condition(name, "Ready").get("status") == "True"
+
+
+def test_the_quickstart_ends_with_an_answer_and_with_commands_that_work(site: Site) -> None:
+    assert re.search(r"chat {2}\S+", site.output), site.output
+    for command in re.findall(r"^  (kubectl (?:get|describe|explain|logs) .*)$", site.output, re.M):
+        assert site.run("bash", "-c", command).stdout.strip(), command
+    curl = re.search(r"^  (curl .*\\\n.*)$", site.output, re.M)
+    assert curl and json.loads(site.run("bash", "-c", curl[1]).stdout)["choices"][0]["text"]
+
+
+def test_the_columns_tell_what_runs(site: Site) -> None:
+    head, row = site.kubectl("get", "gisvc").splitlines()[:2]
+    assert head.split() == ["NAME", "READY", "REASON", "MODEL", "BACKEND", "TP", "REPLICAS", "URL", "AGE"]
+    assert row.split()[:2] == ["chat", "True"] and "torch" in row and "http://chat.default.svc" in row
+
+
+def test_the_model_was_quantized_in_a_job_and_the_result_is_judged(site: Site) -> None:
+    status = site.get("gisvc", "chat")["status"]
+    artefact = next(a for a in status["artefacts"] if a["kind"] == "awq")
+    assert float(artefact["perplexity"]["after"]) < 1.1 * float(artefact["perplexity"]["before"])
+    assert status["observedGeneration"] == site.get("gisvc", "chat")["metadata"]["generation"]
+    assert all(c["observedGeneration"] == status["observedGeneration"] for c in status["conditions"])
+    arguments = site.get("deployment", "chat")["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert any(artefact["hash"] in argument for argument in arguments), arguments
+
+
+def test_wait_for_ready_returns_at_once(site: Site) -> None:
+    site.kubectl("wait", "--for=condition=Ready", "gisvc/chat", "--timeout=5s")
+
+
+def test_an_unchanged_openai_client_streams_tokens(site: Site) -> None:
+    client = OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+    question = [{"role": "user", "content": "What does os.path.join do?"}]
+    stream = client.chat.completions.create(model="chat", messages=question, stream=True, max_tokens=32, temperature=0)  # type: ignore[arg-type]
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    whole = client.chat.completions.create(model="chat", messages=question, max_tokens=32, temperature=0)  # type: ignore[arg-type]
+    assert streamed.strip() and streamed == whole.choices[0].message.content
+
+
+def test_a_bad_request_gets_openais_error_shape_through_the_service(site: Site) -> None:
+    done = site.run("curl", "-s", f"{site.url}/v1/chat/completions", "-d", '{"model": "nope", "messages": []}')
+    assert set(json.loads(done.stdout)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_scaling_follows_kubectl_and_back(site: Site) -> None:
+    site.kubectl("scale", "gisvc/chat", "--replicas=2")
+    site.until("two replicas are ready", lambda: site.get("gisvc", "chat")["status"].get("readyReplicas") == 2, 180)
+    site.kubectl("scale", "gisvc/chat", "--replicas=1")
+    site.until("one replica is left", lambda: site.get("gisvc", "chat")["status"].get("replicas") == 1)
+    assert site.kubectl("get", "gisvc/chat", "-o", "jsonpath={.status.selector}")
+
+
+def test_logs_of_operator_job_and_runtime_can_be_read(site: Site) -> None:
+    assert site.kubectl("logs", "-n", "gantline-system", "deployment/gantline")
+    jobs = [j["metadata"]["name"] for j in site.get("jobs", "-l", "gantline.io/service=chat")["items"]]
+    assert {name.split("-")[1] for name in jobs} == {"inspect", "quantize"}
+    assert all(site.kubectl("logs", f"job/{name}") for name in jobs)
+    assert site.kubectl("logs", "deployment/chat")
+
+
+def test_the_operator_is_no_admin(site: Site) -> None:
+    account = "--as=system:serviceaccount:gantline-system:gantline"
+    for verb, what in (("get", "secrets"), ("create", "pods/exec"), ("delete", "nodes"), ("create", "clusterroles")):
+        assert site.kubectl("auth", "can-i", verb, what, account, check=False).strip() == "no", (verb, what)
+    assert site.kubectl("auth", "can-i", "patch", "inferenceservices/status", account).strip() == "yes"
+
+
+def test_a_killed_runtime_comes_back(site: Site) -> None:
+    def restarts() -> int:
+        pods = site.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server")["items"]
+        return sum(s["restartCount"] for p in pods for s in p["status"].get("containerStatuses", []))
+
+    before = restarts()
+    site.kubectl("exec", "deployment/chat", "--", "/bin/sh", "-c", "kill -9 $(pgrep -f gantline | grep -v '^1$' | head -1)", check=False)
+    site.until("the container was restarted", lambda: restarts() > before)
+    site.until("the service is ready again", lambda: ready(site, "chat"), 120)
+
+
+@pytest.mark.parametrize(
+    ("name", "uri", "spec", "kind", "reason"),
+    [
+        ("no-folder", "file:///opt/gantline/nothing", {}, "ModelReady", "ModelNotFound"),
+        ("no-model", "file:///usr/share", {}, "ModelReady", "NotAModel"),
+        ("no-heads", TINY, {"engine": {"tensorParallel": 8}}, "PlanResolved", None),
+        ("no-gpu", TINY, {"accelerator": {"resource": "auto"}}, "PlanResolved", None),
+        ("no-quality", TINY, {"quantization": {"method": "awq", "maxPerplexityIncrease": "0.0"}, "cache": {"size": "1Gi"}},
+         "QuantizationReady", "QualityGateFailed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_says_why_and_never_serves(site: Site, name: str, uri: str, spec: dict[str, Any], kind: str, reason: str | None) -> None:
+    site.apply(service(name, uri, **spec))
+    found = site.until(
+        f"{kind} is False for {name}",
+        lambda: (c := site.condition(name, kind)).get("status") == "False" and (reason in (None, c["reason"])) and c,
+        150,
+    )
+    assert len(found["message"]) > 10
+    assert site.condition(name, "Ready")["status"] == "False"
+    assert site.get("deployment", name) is None
+    site.kubectl("delete", "gisvc", name)
+
+
+def test_an_unknown_field_is_refused_with_its_name(site: Site) -> None:
+    manifest = json.dumps(service("odd", modell={"uri": "x"}))
+    done = site.run("kubectl", "apply", "-f", "-", stdin=manifest, check=False)
+    assert done.returncode and "modell" in done.stderr
+
+
+def test_an_upgrade_of_the_chart_restarts_no_serving_pod(site: Site) -> None:
+    before = _server_pods(site)
+    site.run("helm", "upgrade", "gantline", "charts/gantline", "-n", "gantline-system", "--reuse-values", "--set", "operator.logLevel=debug", "--wait")
+    site.until("the service is ready", lambda: ready(site, "chat"))
+    assert _server_pods(site) == before
+
+
+def test_helm_test_creates_asks_and_deletes_a_service(site: Site) -> None:
+    site.run("helm", "test", "gantline", "-n", "gantline-system", "--timeout", "6m")
+    assert [s["metadata"]["name"] for s in site.get("gisvc", "-A")["items"]] == ["chat"]
+
+
+def test_a_second_quickstart_picks_up_where_things_stand(site: Site) -> None:
+    before = _server_pods(site)
+    done = make("quickstart")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _server_pods(site) == before
+
+
+def test_streams_finish_while_a_pod_is_drained(site: Site) -> None:
+    client = OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+    finished: list[str | None] = []
+
+    def stream() -> None:
+        chunks = client.completions.create(model="chat", prompt="The licence", max_tokens=200, stream=True, extra_body={"ignore_eos": True})
+        finished.append([c.choices[0].finish_reason for c in chunks if c.choices][-1])
+
+    threads = [threading.Thread(target=stream) for _ in range(4)]
+    [thread.start() for thread in threads]
+    site.kubectl("delete", "pods", "-l", "gantline.io/service=chat,gantline.io/role=server", "--wait=false")
+    [thread.join(120) for thread in threads]
+    assert finished == ["length"] * 4
+    site.until("the service is ready again", lambda: ready(site, "chat"))
+
+
+def test_delete_leaves_nothing(site: Site) -> None:
+    site.apply(service("brief", suspend=True))
+    site.kubectl("delete", "gisvc", "chat", "brief")
+    kinds = "deployments,jobs,pods,services,serviceaccounts,pvc,pdb,controllerrevisions"
+    site.until("no child is left", lambda: not site.get(kinds, "-l", "app.kubernetes.io/managed-by=gantline-operator")["items"])
+
+
+def test_uninstall_keeps_the_resource_definition_and_another_release_takes_it(site: Site) -> None:
+    values = site.run("helm", "get", "values", "gantline", "-n", "gantline-system", "-o", "json").stdout
+    site.run("helm", "uninstall", "gantline", "-n", "gantline-system", "--wait")
+    assert site.get("crd", "inferenceservices.gantline.io")
+    site.run("helm", "install", "other", "charts/gantline", "-n", "other", "--create-namespace", "--values", "-", "--wait", stdin=values)
+    site.run("helm", "uninstall", "other", "-n", "other", "--wait")
+
+
+def test_down_leaves_nothing_behind(site: Site) -> None:
+    assert make("down").returncode == 0
+    listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout
+    assert not re.search(r"kube|etcd|containerd|gantline", listening), listening
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert not re.search(r"kube-apiserver|kubelet|containerd|/etcd |kube-proxy|gantline_devcluster", processes)
+    assert "gantline" not in open("/proc/mounts").read()
