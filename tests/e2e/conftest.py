@@ -27,10 +27,8 @@ class Site:
     url: str
     environment: dict[str, str]
 
-    def run(self, *command: str, check: bool = True, stdin: str | None = None, timeout: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, input=stdin, capture_output=True, text=True, timeout=timeout
-        )  # fmt: skip
+    def run(self, *command: str, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, input=stdin, capture_output=True, text=True, timeout=LIMIT_S)
         assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done
 

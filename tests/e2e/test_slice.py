@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,12 @@ TINY = "file:///opt/gantline/tiny-model"
 def service(name: str, uri: str = TINY, **spec: Any) -> dict[str, Any]:
     body = {"model": {"uri": uri}, "accelerator": {"resource": "cpu"}, **spec}
     return {"apiVersion": "gantline.io/v1alpha1", "kind": "InferenceService", "metadata": {"name": name}, "spec": body}
+
+
+def server_pods(site: Site) -> dict[str, str]:
+    """uid of each serving pod, by its revision."""
+    pods = site.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server")["items"]
+    return {p["metadata"]["uid"]: p["metadata"]["labels"].get("gantline.io/revision", "") for p in pods}
 
 
 def ready(site: Site, name: str) -> bool:
@@ -113,7 +120,9 @@ def test_a_killed_runtime_comes_back(site: Site) -> None:
          "QuantizationReady", "QualityGateFailed"),
     ],
 )  # fmt: skip
-def test_what_cannot_run_says_why_and_never_serves(site: Site, name: str, uri: str, spec: dict[str, Any], kind: str, reason: str | None) -> None:
+def test_what_cannot_run_says_why_and_never_serves(
+    site: Site, name: str, uri: str, spec: dict[str, Any], kind: str, reason: str | None
+) -> None:
     site.apply(service(name, uri, **spec))
     found = site.until(
         f"{kind} is False for {name}",
@@ -133,10 +142,11 @@ def test_an_unknown_field_is_refused_with_its_name(site: Site) -> None:
 
 
 def test_an_upgrade_of_the_chart_restarts_no_serving_pod(site: Site) -> None:
-    before = _server_pods(site)
-    site.run("helm", "upgrade", "gantline", "charts/gantline", "-n", "gantline-system", "--reuse-values", "--set", "operator.logLevel=debug", "--wait")
+    before = server_pods(site)
+    changed = ("--reuse-values", "--set", "operator.logLevel=debug")
+    site.run("helm", "upgrade", "gantline", "charts/gantline", "-n", "gantline-system", *changed, "--wait")
     site.until("the service is ready", lambda: ready(site, "chat"))
-    assert _server_pods(site) == before
+    assert server_pods(site) == before
 
 
 def test_helm_test_creates_asks_and_deletes_a_service(site: Site) -> None:
@@ -145,10 +155,10 @@ def test_helm_test_creates_asks_and_deletes_a_service(site: Site) -> None:
 
 
 def test_a_second_quickstart_picks_up_where_things_stand(site: Site) -> None:
-    before = _server_pods(site)
+    before = server_pods(site)
     done = make("quickstart")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert _server_pods(site) == before
+    assert server_pods(site) == before
 
 
 def test_streams_finish_while_a_pod_is_drained(site: Site) -> None:
@@ -188,4 +198,4 @@ def test_down_leaves_nothing_behind(site: Site) -> None:
     assert not re.search(r"kube|etcd|containerd|gantline", listening), listening
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert not re.search(r"kube-apiserver|kubelet|containerd|/etcd |kube-proxy|gantline_devcluster", processes)
-    assert "gantline" not in open("/proc/mounts").read()
+    assert "gantline" not in Path("/proc/mounts").read_text()
