@@ -1,6 +1,7 @@
 """One step's inputs, packed into one array of int32, so that they travel as one copy: to the device, and to other ranks.
 
-    slots (int64, 2 T words) | ids T | positions T | query_starts B+1 | context_lens B | rows B | sample_rows S | sample_slots S | updates 3 U
+    slots (int64, 2 T words) | ids T | positions T | query_starts B+1 | context_lens B | rows B
+    | sample_rows S | sample_slots S | updates 3 U
 
 T tokens, B sequences, S of them sampled, U changed entries of block tables as (row, index, block). A `row` is a sequence's place in the
 device's per-request state: its block table and its last token. The segments follow from a `BatchShape` alone, so sender and receiver

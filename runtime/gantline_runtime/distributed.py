@@ -7,6 +7,7 @@ A worker ends when its pipe closes, so none outlives rank 0; rank 0 learns of a 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import multiprocessing.connection
@@ -232,10 +233,8 @@ def _report(pipe: multiprocessing.connection.Connection, error: Exception) -> No
     failure = _Failure(Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}"[:500], "")
     if isinstance(error, GantlineError):
         failure = _Failure(error.reason, str(error), error.cure)
-    try:
+    with contextlib.suppress(OSError):
         pipe.send(failure)
-    except OSError:
-        pass
 
 
 def _end_with_parent() -> None:

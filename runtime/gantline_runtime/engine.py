@@ -3,7 +3,7 @@
     add_request -> Scheduler.schedule -> Executor.launch ..device works.. PendingTokens.read -> Scheduler.postprocess -> TokenOutput
 
 On a GPU the loop runs one step ahead: step n+1 is scheduled and launched before the tokens of step n are read, so the host's work hides
-behind the device's. On a CPU, which would only compute tokens nobody wants, it reads each step before it schedules the next; the
+behind the device's. On a CPU, which would only compute tokens that nobody wants, it reads each step before it schedules the next; the
 code is the same, with another depth.
 """
 
@@ -12,21 +12,23 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
-from gantline_runtime.checkpoint import Checkpoint, open_checkpoint
+from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.executor import Executor
+from gantline_runtime.executor import Executor, MemoryReport
 from gantline_runtime.generation import read_eos_token_ids
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
-from gantline_runtime.messages import EngineRequest, TokenOutput
-from gantline_runtime.model_runner import PendingTokens
+from gantline_runtime.messages import EngineRequest, TokenLogprobs, TokenOutput
+from gantline_runtime.model_runner import BatchLimits, PendingTokens
 from gantline_runtime.request import QueueFull, RequestRejected, Sequence
 from gantline_runtime.scheduler import Scheduler, Step
 
-__all__ = ["EngineStats", "LLMEngine", "Progress", "QueueFull", "RequestRejected", "StepTimes"]
+__all__ = ["EngineLoop", "EngineStats", "LLMEngine", "Progress", "QueueFull", "RequestRejected", "StepTimes"]
 
 
 @dataclass
@@ -47,7 +49,6 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
-    max_waiting: int
     num_cache_blocks: int
     block_size: int
     cache_usage: float
@@ -57,48 +58,58 @@ class EngineStats:
     num_preemptions: int
     num_prompt_tokens: int
     num_cached_tokens: int
+    """Prompt tokens that the prefix cache had."""
     num_generated_tokens: int
     num_finished: int
     num_steps: int
     step_times: StepTimes
-    weight_bytes: int
-    cache_bytes: int
-    estimated_weight_bytes: int
-    """What sizing.py, and so the operator, expected of one rank's weights."""
-    estimated_cache_bytes_per_token: int
-    cache_bytes_per_token: int
+    memory: MemoryReport
     load_seconds: float
 
 
 @dataclass
 class _Counters:
     prompt_tokens: int = 0
-    cached_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     steps: int = 0
     times: StepTimes = field(default_factory=StepTimes)
 
 
-class LLMEngine:
-    """One model, on one GPU or several, or on a CPU. Not thread-safe: one thread adds, steps and aborts."""
+class StepExecutor(Protocol):
+    """What the loop needs of whoever runs steps: `Executor`, or a test's model that costs nothing."""
 
-    def __init__(self, model_dir: str | Path, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None) -> None:
-        """Loads the model and sizes the cache. `on_progress` hears of the weights' bytes. Raises CheckpointError, ConfigurationError,
-        SourceError, CapacityError, RankError."""
-        started = time.monotonic()
-        checkpoint = open_checkpoint(model_dir)
-        self._vocab_size = checkpoint.shape.vocab_size
-        self.eos_token_ids = read_eos_token_ids(checkpoint)
-        self._executor = Executor(Path(model_dir), checkpoint, config, on_progress)
-        self._start(checkpoint, self._executor.config)
-        self._load_seconds = time.monotonic() - started
+    config: EngineConfig
+    depth: int
+    """Steps that are launched before the oldest is read."""
+    num_blocks: int
+    limits: BatchLimits
+    memory: MemoryReport
 
-    def _start(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
-        executor = self._executor
+    @property
+    def failed(self) -> bool: ...
+
+    def launch(self, step: Step, cache: CacheManager) -> PendingTokens: ...
+
+    def read(self, pending: PendingTokens) -> tuple[list[int], list[TokenLogprobs | None] | None]: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EngineLoop:
+    """Requests in, tokens out, over any executor. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(self, executor: StepExecutor, *, vocab_size: int, eos_token_ids: Seq[int], load_seconds: float = 0.0) -> None:
+        config = executor.config
         assert config.session_len is not None
         self.config = config
         self.session_len: int = config.session_len
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._executor = executor
+        self._load_seconds = load_seconds
         self._cache = CacheManager(
             num_blocks=executor.num_blocks,
             block_size=config.block_size,
@@ -109,9 +120,7 @@ class LLMEngine:
         self._scheduler = Scheduler(
             self._cache, max_running=config.max_batch_size, max_waiting=config.max_waiting, max_tokens=config.max_prefill_token_num
         )
-        self._facts = checkpoint.facts
-        self._in_flight: deque[tuple[Step, PendingTokens | None]] = deque()
-        self._depth = executor.depth
+        self._in_flight: deque[tuple[Step, PendingTokens]] = deque()
         self._arrivals = 0
         self._counters = _Counters()
 
@@ -119,21 +128,30 @@ class LLMEngine:
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestRejected if it can never run, QueueFull if too many wait."""
-        prompt = request.prompt_ids
-        if not prompt:
-            raise RequestRejected("the prompt is empty")
-        if len(prompt) >= self.session_len:
-            raise RequestRejected(f"the prompt has {len(prompt)} tokens; with at least one to generate, {self.session_len} are the limit")
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            raise RequestRejected(f"the prompt has a token outside of 0 to {self._vocab_size - 1}")
-        if any(not 0 <= token < self._vocab_size for token in request.sampling.logit_bias):
-            raise RequestRejected(f"logit_bias names a token outside of 0 to {self._vocab_size - 1}")
+        self._check(request)
         sequence = Sequence(
-            request, arrival=self._arrivals, session_len=self.session_len, eos_token_ids=self.eos_token_ids, vocab_size=self._vocab_size
+            request,
+            arrival=self._arrivals,
+            session_len=self.session_len,
+            eos_token_ids=self.eos_token_ids,
+            vocab_size=self._vocab_size,
         )
         self._scheduler.add(sequence)
         self._arrivals += 1
-        self._counters.prompt_tokens += len(prompt)
+        self._counters.prompt_tokens += sequence.prompt_len
+
+    def _check(self, request: EngineRequest) -> None:
+        prompt, vocab_size = request.prompt_ids, self._vocab_size
+        if not prompt:
+            raise RequestRejected("the prompt is empty")
+        if len(prompt) >= self.session_len:
+            raise RequestRejected(f"the prompt has {len(prompt)} tokens; with one to generate, {self.session_len} are the limit")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise RequestRejected(f"the prompt has a token outside of 0 to {vocab_size - 1}")
+        if any(not 0 <= token < vocab_size for token in request.sampling.logit_bias):
+            raise RequestRejected(f"logit_bias names a token outside of 0 to {vocab_size - 1}")
+        if request.sampling.max_new_tokens < 1:
+            raise RequestRejected("max_new_tokens must be 1 or more")
 
     def abort(self, request_id: str) -> bool:
         """End a request early; no output follows. False if there is none of that name. Its blocks are free after at most one more step."""
@@ -146,7 +164,10 @@ class LLMEngine:
     # ---- the loop
 
     def step(self) -> list[TokenOutput]:
-        """Launch one step and take the results of the one `depth` before it. Raises RankError or a device's error; then the engine is dead."""
+        """Launch one step and take the results of the one `depth` before it.
+
+        Raises RankError or a device's error; then the engine is dead.
+        """
         self._executor.check()
         clock, times = time.perf_counter, self._counters.times
         t0 = clock()
@@ -157,14 +178,14 @@ class LLMEngine:
             self._in_flight.append((step, self._executor.launch(step, self._cache)))
             self._counters.steps += 1
             times.launch_s += clock() - t1
-        if not self._in_flight or (step is not None and len(self._in_flight) <= self._depth):
+        if not self._in_flight or (step is not None and len(self._in_flight) <= self._executor.depth):
             return []
         return self._take_results(*self._in_flight.popleft())
 
-    def _take_results(self, step: Step, pending: PendingTokens | None) -> list[TokenOutput]:
+    def _take_results(self, step: Step, pending: PendingTokens) -> list[TokenOutput]:
         clock, counters = time.perf_counter, self._counters
         t0 = clock()
-        tokens, logprobs = ([], None) if pending is None else self._executor.read(pending)
+        tokens, logprobs = self._executor.read(pending)
         t1 = clock()
         outputs = self._scheduler.postprocess(step, tokens, logprobs)
         counters.generated_tokens += len(outputs)
@@ -176,11 +197,10 @@ class LLMEngine:
     # ---- what others want to know
 
     def stats(self) -> EngineStats:
-        scheduler, cache, counters, executor = self._scheduler, self._cache, self._counters, self._executor
+        scheduler, cache, counters = self._scheduler, self._cache, self._counters
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            max_waiting=scheduler.max_waiting,
             num_cache_blocks=cache.num_blocks,
             block_size=cache.block_size,
             cache_usage=cache.usage,
@@ -191,12 +211,8 @@ class LLMEngine:
             num_generated_tokens=counters.generated_tokens,
             num_finished=counters.finished,
             num_steps=counters.steps,
-            step_times=counters.times,
-            weight_bytes=executor.weight_bytes,
-            cache_bytes=executor.block_bytes * cache.num_blocks,
-            estimated_weight_bytes=executor.estimate.weights,
-            estimated_cache_bytes_per_token=executor.estimate.cache_bytes_per_token,
-            cache_bytes_per_token=executor.block_bytes // cache.block_size,
+            step_times=replace(counters.times),
+            memory=self._executor.memory,
             load_seconds=self._load_seconds,
         )
 
@@ -212,3 +228,19 @@ class LLMEngine:
         """End the other ranks and give up the model's memory; the engine cannot be used afterwards."""
         self._in_flight.clear()
         self._executor.close()
+
+
+class LLMEngine(EngineLoop):
+    """One model, on one GPU or several, or on a CPU."""
+
+    def __init__(self, model_dir: str | Path, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None) -> None:
+        """Loads the model and sizes the cache; `on_progress` hears of the weights' bytes.
+
+        Raises CheckpointError, ConfigurationError, SourceError, CapacityError, or RankError.
+        """
+        started = time.monotonic()
+        checkpoint = open_checkpoint(model_dir)
+        eos_token_ids = read_eos_token_ids(checkpoint)
+        executor = Executor(Path(model_dir), checkpoint, config, on_progress)
+        load_seconds = time.monotonic() - started
+        super().__init__(executor, vocab_size=checkpoint.shape.vocab_size, eos_token_ids=eos_token_ids, load_seconds=load_seconds)

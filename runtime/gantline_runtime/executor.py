@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,12 +28,23 @@ from gantline_runtime.parallel import Parallel
 from gantline_runtime.sampling import SamplingTable
 from gantline_runtime.scheduler import Step
 
-__all__ = ["Executor"]
+__all__ = ["Executor", "MemoryReport"]
 
 _HOST_RESERVE_BYTES = 768 << 20
 """Kept free on a CPU beside the cache: the API process (0.4 GiB) and activations."""
 _NUM_BUFFERS = 3
 """Batches whose copy to the device may be under way at once: one more than steps in flight, and one being written."""
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of one rank: what was allocated, and what sizing.py, and so the operator, expected."""
+
+    weight_bytes: int
+    cache_bytes: int
+    cache_bytes_per_token: int
+    estimated_weight_bytes: int
+    estimated_cache_bytes_per_token: int
 
 
 class Executor:
@@ -63,7 +74,6 @@ class Executor:
         self._runner = ModelRunner(
             checkpoint, session_len=plan.session_len, build=plan.build(0), parallel=self._parallel, on_progress=on_progress
         )
-        self.weight_bytes = self._runner.weight_bytes
         self.block_bytes = self._runner.cache_block_bytes(config.block_size)
         free = [free_bytes(self.device, shared_by=config.tp), *(self._workers.gather() if self._workers is not None else ())]
         self.num_blocks, self.config = _size_cache(config, checkpoint, min(free), self.block_bytes)
@@ -71,7 +81,7 @@ class Executor:
         max_blocks = -(-self.config.session_len // config.block_size)
         self.limits = BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
         self._allocate()
-        self.estimate = _estimate(self.config, checkpoint, min(free))
+        self.memory = self._report(_estimate(self.config, checkpoint, min(free)))
         self._table = SamplingTable(self.limits.max_slots)
         words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
         self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=self.device.type == "cuda") for _ in range(_NUM_BUFFERS)]
@@ -91,10 +101,19 @@ class Executor:
         if self._workers is not None:
             self._workers.gather()
 
+    def _report(self, expected: sizing.MemoryEstimate) -> MemoryReport:
+        return MemoryReport(
+            weight_bytes=self._runner.weight_bytes,
+            cache_bytes=self.num_blocks * self.block_bytes,
+            cache_bytes_per_token=self.block_bytes // self.config.block_size,
+            estimated_weight_bytes=expected.weights,
+            estimated_cache_bytes_per_token=expected.cache_bytes_per_token,
+        )
+
     # ---- steps
 
-    def launch(self, step: Step, cache: CacheManager) -> PendingTokens | None:
-        """Start a step on all ranks. None if it samples nothing."""
+    def launch(self, step: Step, cache: CacheManager) -> PendingTokens:
+        """Start a step on all ranks."""
         buffer = self._buffers[self._next_buffer]
         self._next_buffer = (self._next_buffer + 1) % _NUM_BUFFERS
         array = buffer.numpy()
@@ -193,7 +212,7 @@ def _size_cache(config: EngineConfig, checkpoint: Checkpoint, free: int, block_b
         num_blocks = config.num_cache_blocks
         if num_blocks * block_bytes > free:
             raise CapacityError(
-                f"num_cache_blocks is {num_blocks}, {num_blocks * block_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free after loading",
+                f"num_cache_blocks is {num_blocks}, {num_blocks * block_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free",
                 cure="Give fewer blocks, or auto.",
             )
     else:

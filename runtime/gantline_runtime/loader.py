@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,10 @@ class Progress:
 
 
 def load_weights(checkpoint: Checkpoint, targets: Iterable[Target], on_progress: Callable[[Progress], None] | None = None) -> int:
-    """Fill every target; returns the bytes read. `on_progress` gets bytes. Raises CheckpointError that names the tensor and file at fault."""
+    """Fill every target; returns the bytes of its tensors, which `on_progress` hears of as they are done.
+
+    Raises CheckpointError that names the tensor and file at fault.
+    """
     wanted = [(target, _find(checkpoint, target)) for target in targets]
     wanted.sort(key=lambda pair: (pair[1].file, pair[1].start))
     total = sum(info.nbytes for _, info in wanted)
@@ -72,10 +75,8 @@ class _Mapping(mmap.mmap):
     """Closing waits for nobody: tensors over the mapping may still live in an exception's frames."""
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with suppress(BufferError):
             self.close()
-        except BufferError:
-            pass
 
 
 def _copy(target: Target, info: TensorInfo, data: mmap.mmap) -> None:

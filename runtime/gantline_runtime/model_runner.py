@@ -42,12 +42,13 @@ class BatchLimits:
 class PendingTokens:
     """Tokens of a step on their way to the host; `read` is the one place where the host waits for the device."""
 
-    def __init__(self, sampled: SampledTokens, sampling: SamplingBatch | None, num_samples: int) -> None:
+    def __init__(self, device: torch.device, sampled: SampledTokens | None, sampling: SamplingBatch | None, num_samples: int) -> None:
+        """`sampled` None: the step samples nothing, but is waited for all the same."""
         self._sampling = sampling
         self._num_samples = num_samples
+        self._host = None if sampled is None else SampledTokens(*(None if t is None else self._copy_out(t) for t in _tensors(sampled)))
         self._event: torch.cuda.Event | None = None
-        self._host = SampledTokens(*(None if t is None else self._copy_out(t) for t in _tensors(sampled)))
-        if sampled.tokens.is_cuda:
+        if device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -65,10 +66,12 @@ class PendingTokens:
         """(token of each sample, log-probabilities where asked for)."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host.tokens[: self._num_samples].tolist(), self._read_logprobs()
+        if self._host is None:
+            return [], None
+        return self._host.tokens[: self._num_samples].tolist(), self._read_logprobs(self._host)
 
-    def _read_logprobs(self) -> list[TokenLogprobs | None] | None:
-        host, sampling = self._host, self._sampling
+    def _read_logprobs(self, host: SampledTokens) -> list[TokenLogprobs | None] | None:
+        sampling = self._sampling
         if host.chosen_logprobs is None or host.top_ids is None or host.top_logprobs is None or sampling is None:
             return None
         assert sampling.logprob_rows is not None
@@ -127,10 +130,10 @@ class ModelRunner:
         self._inputs = torch.zeros(words, dtype=torch.int32, device=self.device)
 
     @torch.inference_mode()
-    def execute(self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, num_samples: int) -> PendingTokens | None:
+    def execute(self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, num_samples: int) -> PendingTokens:
         """Run one step; `words` int32 on the host holds the packed batch, `num_samples` of whose samples are no padding.
 
-        None where nothing is sampled, and on ranks other than 0.
+        Ranks other than 0 have nothing to read.
         """
         inputs = self._upload(words, shape)
         context, ids = self._prepare(inputs, shape)
@@ -139,9 +142,8 @@ class ModelRunner:
         if rows is not None and not len(rows):
             rows = inputs[at.rows][:0]
         hidden = self._model.forward(ids, self._caches, context, rows)
-        if not shape.num_samples:
-            return None
-        return self._sample(hidden, inputs[at.sample_slots].long(), sampling, num_samples)
+        sampled = self._sample(hidden, inputs[at.sample_slots].long(), sampling) if shape.num_samples else None
+        return PendingTokens(self.device, sampled, sampling, num_samples)
 
     def _upload(self, words: torch.Tensor, shape: BatchShape) -> torch.Tensor:
         """The batch on the device; changed block-table entries are applied to the tables."""
@@ -172,7 +174,7 @@ class ModelRunner:
         )
         return context, ids
 
-    def _sample(self, hidden: torch.Tensor, slots: torch.Tensor, sampling: SamplingBatch | None, num_samples: int) -> PendingTokens | None:
+    def _sample(self, hidden: torch.Tensor, slots: torch.Tensor, sampling: SamplingBatch | None) -> SampledTokens | None:
         logits = self._model.logits(hidden)
         if logits is None:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
@@ -180,4 +182,4 @@ class ModelRunner:
             return None
         sampled = self._sampler(logits, sampling, slots)
         self._last_tokens[slots] = self.parallel.broadcast(sampled.tokens)
-        return PendingTokens(sampled, sampling, num_samples)
+        return sampled

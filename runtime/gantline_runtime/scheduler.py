@@ -168,20 +168,18 @@ class Scheduler:
         return any(self.cache.num_exclusive(s) for s in self.leaving)
 
     def _cheapest_victim(self, step: Step) -> Sequence | None:
-        """The running sequence, of those not in `step` yet, with the fewest tokens to compute again for each block that it frees."""
+        """The running sequence, of those not in `step` yet, with the fewest tokens to compute again; the youngest of equals."""
         chosen = set(step.sequences)
-        running = [s for s in (*self.decoding, *self.prefilling) if s not in self.leaving]
+        running = [*self.decoding, *self.prefilling]
         oldest = min(running, key=_arrival)
-        candidates = [
-            s for s in running if s is not oldest and s not in chosen and s.num_sampled < s.max_new_tokens and self.cache.num_exclusive(s)
-        ]
-        return min(candidates, key=lambda s: (self._recompute_cost(s), -s.arrival), default=None)
+        candidates = [s for s in running if s is not oldest and s not in chosen and s.num_sampled < s.max_new_tokens]
+        costs = [(self._recompute_cost(s), -s.arrival, s) for s in candidates if self.cache.num_exclusive(s)]
+        return min(costs)[-1] if costs else None
 
-    def _recompute_cost(self, sequence: Sequence) -> float:
-        """Tokens to compute again, blocks shared with others excepted, for each block that becomes free."""
-        exclusive = self.cache.num_exclusive(sequence)
-        shared_tokens = (len(sequence.blocks) - exclusive) * self.cache.block_size
-        return max(0, sequence.num_computed - shared_tokens) / exclusive
+    def _recompute_cost(self, sequence: Sequence) -> int:
+        """Tokens to compute again, those in blocks that others hold too excepted."""
+        num_shared = len(sequence.blocks) - self.cache.num_exclusive(sequence)
+        return max(0, sequence.num_computed - num_shared * self.cache.block_size)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
@@ -197,7 +195,7 @@ class Scheduler:
     # ---- results
 
     def postprocess(self, step: Step, tokens: Seq[int], logprobs: Seq[TokenLogprobs | None] | None = None) -> list[TokenOutput]:
-        """Account for a step that is over; `tokens[i]` was sampled for `step.samples[i]`. Tokens of sequences that are no more are dropped."""
+        """Account for a step that is over; `tokens[i]` was sampled for `step.samples[i]`, and is dropped if that sequence is no more."""
         for sequence in step.sequences:
             sequence.in_flight -= 1
         outputs: list[TokenOutput] = []

@@ -1,0 +1,130 @@
+"""What the engine's tests share: a model that costs nothing but reads its cache honestly, and small random checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from gantline_runtime.batch import BatchShape, batch_words, pack_batch, segments
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine import EngineLoop
+from gantline_runtime.executor import MemoryReport
+from gantline_runtime.kv_cache import CacheManager
+from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
+from gantline_runtime.model_runner import BatchLimits
+from gantline_runtime.scheduler import Step
+
+VOCAB = 997
+EOS = 7
+
+
+def next_token(context: Iterable[int]) -> int:
+    """The fake model: depends on every token of the context and on its place."""
+    value = 17
+    for token in context:
+        value = (value * 31 + token + 1) % 1_000_003
+    return value % VOCAB
+
+
+def expected_tokens(prompt: list[int], count: int, *, stop: frozenset[int] = frozenset(), min_tokens: int = 0) -> list[int]:
+    tokens = list(prompt)
+    for i in range(count):
+        tokens.append(next_token(tokens))
+        if tokens[-1] in stop and i >= min_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+class FakeExecutor:
+    """Runs packed batches as a device would, late and in order: applies table updates, writes tokens to the slots of its cache, and
+    reads each sequence's context back through its block table. A step runs when it is read, or when a later one is launched past
+    `depth`, so whatever the host changes too early is seen."""
+
+    def __init__(self, config: EngineConfig, *, depth: int = 1) -> None:
+        assert config.session_len is not None and config.num_cache_blocks is not None
+        self.config = config
+        self.depth = depth
+        self.num_blocks = config.num_cache_blocks
+        max_blocks = -(-config.session_len // config.block_size)
+        self.limits = BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
+        self.memory = MemoryReport(0, 0, 0, 0, 0)
+        self.failed = False
+        self.closed = False
+        words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
+        self._buffer = np.zeros(words, dtype=np.int32)
+        self._tables = np.zeros((self.limits.max_slots, max_blocks), dtype=np.int32)
+        self._last = np.zeros(self.limits.max_slots, dtype=np.int64)
+        self._cache = np.full(self.num_blocks * config.block_size, -1, dtype=np.int64)
+        self._launched: list[tuple[BatchShape, np.ndarray[Any, np.dtype[np.int32]], list[int]]] = []
+        self.steps: list[Step] = []
+
+    def launch(self, step: Step, cache: CacheManager) -> Any:
+        shape = pack_batch(self._buffer, step, tables=cache.tables, updates=cache.take_table_updates(), block_size=cache.block_size)
+        result: list[int] = []
+        self._launched.append((shape, self._buffer[: shape.num_words].copy(), result))
+        self.steps.append(step)
+        assert len(self._launched) <= self.depth + 1, "more steps in flight than the depth allows"
+        return result
+
+    def read(self, pending: list[int]) -> tuple[list[int], None]:
+        while self._launched:
+            shape, words, result = self._launched.pop(0)
+            self._run(shape, words, result)
+            if result is pending:
+                break
+        return pending, None
+
+    def _run(self, shape: BatchShape, words: np.ndarray[Any, np.dtype[np.int32]], result: list[int]) -> None:
+        at, size = segments(shape), self.config.block_size
+        for row, column, block in words[at.updates].reshape(-1, 3):
+            self._tables[row, column] = block
+        rows, ids, starts = words[at.rows], words[at.ids].astype(np.int64), words[at.query_starts]
+        ids[: shape.num_decodes] = self._last[rows[: shape.num_decodes]]
+        slots = words[at.slots].copy().view(np.int64)
+        self._cache[slots[slots >= 0]] = ids[slots >= 0]
+        assert int(words[at.context_lens].max()) == shape.max_context_len
+        sampled = dict(zip(words[at.sample_rows].tolist(), words[at.sample_slots].tolist(), strict=True))
+        for i, row in enumerate(rows.tolist()):
+            length, last = int(words[at.context_lens][i]), int(starts[i + 1]) - 1
+            assert words[at.positions][last] == length - 1
+            if last in sampled:
+                assert sampled[last] == row
+                blocks = self._tables[row, : -(-length // size)]
+                context = self._cache.reshape(-1, size)[blocks].reshape(-1)[:length].tolist()
+                self._last[row] = next_token(context)
+                result.append(int(self._last[row]))
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def fake_engine(*, depth: int = 1, **settings: Any) -> tuple[EngineLoop, FakeExecutor]:
+    defaults: dict[str, Any] = {"session_len": 256, "num_cache_blocks": 64, "block_size": 16, "max_batch_size": 8, "max_prefill_token_num": 64}
+    executor = FakeExecutor(EngineConfig(**{**defaults, **settings}), depth=depth)
+    return EngineLoop(executor, vocab_size=VOCAB, eos_token_ids=(EOS,)), executor
+
+
+def request(name: str, prompt: list[int], count: int = 16, **sampling: Any) -> EngineRequest:
+    params = SamplingParams(**{"max_new_tokens": count, "temperature": 0.0, "ignore_eos": True, **sampling})
+    return EngineRequest(request_id=name, prompt_ids=prompt, sampling=params)
+
+
+def drain(engine: EngineLoop, *, checked: bool = True) -> dict[str, list[TokenOutput]]:
+    """Step until nothing is left; integrity is checked after every step."""
+    outputs: dict[str, list[TokenOutput]] = {}
+    for _ in range(100_000):
+        if not engine.has_work():
+            return outputs
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        if checked:
+            engine.check_integrity()
+    raise AssertionError("the engine does not come to an end")
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
