@@ -37,7 +37,6 @@ from gantline_operator.resources.naming import (
 from gantline_operator.resources.pod import Mount
 from gantline_operator.resources.serving import (
     RESTARTED_AT,
-    ServingPlan,
     build_template,
     replicas,
     revision,
@@ -58,7 +57,6 @@ __all__ = [
     "Mount",
     "Object",
     "Parent",
-    "ServingPlan",
     "Settings",
     "build_template",
     "cache_claim",

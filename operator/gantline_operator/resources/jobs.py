@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from gantline_operator.plan_types import Placement
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.resources.context import ModelLocation, Parent, Settings, cache_location, cache_mount, source_location
 from gantline_operator.resources.naming import GROUP, Object, Stage, content_hash, job_name, labels, metadata, service_account_name
 from gantline_operator.resources.placement import (
-    Placement,
     build_base,
     cpu_threads,
     same_node,

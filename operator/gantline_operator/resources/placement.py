@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
+from gantline_operator.plan_types import Placement
 from gantline_operator.quantities import parse_quantity
 from gantline_operator.resource import PodSpec, ResourcesSpec, Toleration
 from gantline_operator.resources.context import Parent, Settings
@@ -12,38 +12,10 @@ from gantline_operator.resources.naming import GROUP, Object, content_hash
 from gantline_operator.resources.pod import Mount, PodBase
 from gantline_operator.resources.quantities import bytes_quantity, cpu_quantity, overlay
 
-__all__ = ["Placement", "Requirement", "build_base", "cpu_threads", "same_node", "volume_labels"]
+__all__ = ["build_base", "cpu_threads", "same_node", "volume_labels"]
 
 _VOLUME_LABEL = f"{GROUP}/cache-volume"
 _HOST = "kubernetes.io/hostname"
-
-
-class Requirement(Protocol):
-    """A label that a node must have, with one of `values`."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def values(self) -> Sequence[str]: ...
-
-
-class Placement(Protocol):
-    """What a plan says about one pod, of the server or of a stage: `gantline_operator.plan.Placement`."""
-
-    @property
-    def image(self) -> str: ...
-    @property
-    def resource(self) -> str: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def node_labels(self) -> Sequence[Requirement]: ...
-    @property
-    def memory_bytes(self) -> int: ...
-    @property
-    def cpu_millis(self) -> int: ...
-    @property
-    def tolerated(self) -> Sequence[str]: ...
 
 
 def build_base(parent: Parent, placement: Placement, settings: Settings, *, wished: ResourcesSpec | None = None) -> PodBase:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from gantline_runtime.config import EngineConfig, ServerConfig, to_arguments
-from gantline_runtime.sizing import MemoryEstimate
+from gantline_runtime.config import ServerConfig, to_arguments
 
+from gantline_operator.plan_types import Plan
 from gantline_operator.resources.context import ModelLocation, Parent, Settings
 from gantline_operator.resources.naming import GROUP, Object, content_hash, labels, metadata, pod_selector, service_account_name
-from gantline_operator.resources.placement import Placement, build_base, cpu_threads, same_node, volume_labels
+from gantline_operator.resources.placement import build_base, cpu_threads, same_node, volume_labels
 from gantline_operator.resources.pod import PodBase, build_container, build_pod
 
-__all__ = ["RESTARTED_AT", "ServingPlan", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s"]
+__all__ = ["RESTARTED_AT", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s"]
 
 RESTARTED_AT = f"{GROUP}/restartedAt"
 """Annotation of a service; another value replaces its pods."""
@@ -26,21 +26,8 @@ _PULL_ALLOWANCE_S = 900  # an image of 6 GB on a slow registry, and a node that 
 _EXIT_ALLOWANCE_S = 30  # from the end of the drain time to the end of the process
 
 
-class ServingPlan(Protocol):
-    """A plan of the server's pods: `gantline_operator.plan.Plan`."""
-
-    @property
-    def placement(self) -> Placement: ...
-    @property
-    def engine(self) -> EngineConfig: ...
-    @property
-    def memory(self) -> MemoryEstimate: ...
-    @property
-    def load_seconds(self) -> float: ...
-
-
 def serving(
-    parent: Parent, plan: ServingPlan, model: ModelLocation, settings: Settings, *, template: Object | None = None
+    parent: Parent, plan: Plan, model: ModelLocation, settings: Settings, *, template: Object | None = None
 ) -> list[Object]:
     """All objects that serve `model`, in the order in which they are applied.
 
@@ -65,7 +52,7 @@ def replicas(parent: Parent) -> int:
     return 0 if parent.spec.suspend else parent.spec.replicas
 
 
-def revision(parent: Parent, plan: ServingPlan, model: ModelLocation) -> str:
+def revision(parent: Parent, plan: Plan, model: ModelLocation) -> str:
     """A hash over what pods are made from: the plan, the model's place, the spec's part that reaches a pod; not image or template."""
     spec, placement = parent.spec, plan.placement
     return content_hash(
@@ -96,12 +83,12 @@ def _default(item: dataclasses.Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
 
 
-def startup_budget_s(plan: ServingPlan) -> int:
+def startup_budget_s(plan: Plan) -> int:
     """Seconds from the container's start after which it is given up: three times the prediction, and two minutes."""
-    return math.ceil(3 * plan.load_seconds) + 120
+    return 3 * math.ceil(plan.load_seconds) + 120  # whole seconds first, as status keeps them: a plan read back gives the same pods
 
 
-def build_template(parent: Parent, plan: ServingPlan, model: ModelLocation, settings: Settings) -> Object:
+def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: Settings) -> Object:
     """The pod template of the Deployment. Raises MissingImage."""
     base = build_base(parent, plan.placement, settings, wished=parent.spec.pod.resources)
     server, tp = _server_config(parent), plan.engine.tp
@@ -130,7 +117,7 @@ def _server_config(parent: Parent) -> ServerConfig:
     )
 
 
-def _environment(plan: ServingPlan, base: PodBase) -> list[Object]:
+def _environment(plan: Plan, base: PodBase) -> list[Object]:
     on_gpu = bool(plan.placement.resource)
     threads = [] if on_gpu else [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(base, plan.engine.tp))}]
     return [
@@ -141,7 +128,7 @@ def _environment(plan: ServingPlan, base: PodBase) -> list[Object]:
     ]
 
 
-def _probes(plan: ServingPlan) -> Object:
+def _probes(plan: Plan) -> Object:
     """Ready is startup's question too: until a model is loaded, liveness is nobody's business but the budget's."""
     return {
         "startupProbe": {
@@ -158,7 +145,7 @@ def _get(path: str) -> Object:
 
 
 def _deployment(
-    parent: Parent, plan: ServingPlan, model: ModelLocation, settings: Settings, template: Mapping[str, Any], mark: str
+    parent: Parent, plan: Plan, model: ModelLocation, settings: Settings, template: Mapping[str, Any], mark: str
 ) -> Object:
     marks = labels(parent.name, "server", version=settings.version, revision=mark)
     return {
@@ -176,7 +163,7 @@ def _deployment(
     }
 
 
-def _strategy(count: int, plan: ServingPlan, model: ModelLocation) -> Object:
+def _strategy(count: int, plan: Plan, model: ModelLocation) -> Object:
     """Surge where a further pod costs only CPU and memory. On GPUs replicas are replaced one by one in place: a spare GPU is not to be
     counted on. First all go, then all come: a single replica on GPUs, and a volume that ties pods to a node that may not hold both.
     """
