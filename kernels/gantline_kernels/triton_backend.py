@@ -1,0 +1,55 @@
+"""The operations by Triton's kernels; matrix products by the vendor's library, through torch. Checks are in `api.py`."""
+
+from __future__ import annotations
+
+import torch
+
+from gantline_kernels.torch_backend import linear
+from gantline_kernels.triton_kernels.awq import awq_dequantize, awq_linear
+from gantline_kernels.triton_kernels.decode import decode_attention
+from gantline_kernels.triton_kernels.elementwise import add_rms_norm, rms_norm, silu_and_mul
+from gantline_kernels.triton_kernels.prefill import prefill_attention
+from gantline_kernels.triton_kernels.rope import rope_and_cache_write
+from gantline_kernels.triton_kernels.sampling import argmax, sample
+
+__all__ = [
+    "add_rms_norm",
+    "argmax",
+    "awq_dequantize",
+    "awq_linear",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_cache_write",
+    "sample",
+    "silu_and_mul",
+]
+
+
+def paged_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    num_decodes: int,
+    sliding_window: int,
+    logit_softcap: float,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    if num_decodes:
+        decode_attention(
+            q[:num_decodes], key_cache, value_cache, block_tables, context_lens, out[:num_decodes],
+            scale, max_context_len, sliding_window, logit_softcap,
+        )  # fmt: skip
+    if num_decodes < len(context_lens):
+        prefill_attention(
+            q, key_cache, value_cache, block_tables, query_starts, context_lens, out, scale, num_decodes, sliding_window, logit_softcap
+        )
+    return out

@@ -1,0 +1,1 @@
+"""Triton kernels. They run on every GPU that Triton knows, and on a CPU under TRITON_INTERPRET=1: so do tests without a GPU."""

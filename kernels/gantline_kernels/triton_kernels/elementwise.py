@@ -1,0 +1,74 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Norms and the gated activation. Bound by memory: each input is read once, each output written once, one program to a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["add_rms_norm", "rms_norm", "silu_and_mul"]
+
+
+@triton.jit
+def _rms_norm(x, residual, weight, out, x_stride, residual_stride, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < size
+    gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_stride + at, mask=inside, other=0.0)
+    if ADD:
+        total = value.to(tl.float32) + tl.load(residual + row * residual_stride + at, mask=inside, other=0.0).to(tl.float32)
+        value = total.to(x.dtype.element_ty)
+        tl.store(residual + row * residual_stride + at, value, mask=inside)
+    wide = value.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
+    tl.store(out + row * size + at, (wide * gain).to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(x, None, weight, out, eps)
+    return out
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum takes the place of `residual`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(x, residual, weight, out, eps)
+    return out, residual
+
+
+def _launch_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
+    rows, size = x.shape
+    if not rows:
+        return
+    block = triton.next_power_of_2(size)
+    stride = 0 if residual is None else residual.stride(0)
+    _rms_norm[(rows,)](
+        x, residual, weight, out, x.stride(0), stride, size, eps, ADD=residual is not None, BLOCK=block, num_warps=_warps(block)
+    )
+
+
+def _warps(block: int) -> int:
+    """So that a thread holds 16 elements: two loads of 16 bytes in flight."""
+    return max(1, min(16, block // 512))
+
+
+@triton.jit
+def _silu_and_mul(x, out, x_stride, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    gate = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * x_stride + size + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    if rows:
+        block = min(2048, triton.next_power_of_2(size))
+        _silu_and_mul[(rows, triton.cdiv(size, block))](x, out, x.stride(0), size, BLOCK=block, num_warps=max(1, min(4, block // 512)))
+    return out

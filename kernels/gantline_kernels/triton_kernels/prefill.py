@@ -1,0 +1,178 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Causal attention of chunks of prompts over the paged cache (https://arxiv.org/abs/2307.08691, the loop; ours, the packing).
+
+A program takes ROWS rows of one sequence and one key/value head, a row being a query and one of the query heads that share the head: so
+short chunks still fill the rows, and each key is read once for all of them. Programs find their sequence by bisection, since only an
+upper bound of their number is known on the host. Long programs come first, so that the last ones to finish are short.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["prefill_attention"]
+
+
+@triton.jit
+def _attend_tile(
+    queries, acc, top, total, tile, position, length, table, key_cache, value_cache, kv_head, kv_heads, dims, scale, softcap, window,
+    MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    at = tile * TILE + tl.arange(0, TILE)
+    if TMA:
+        row = (tl.load(table + tile * TILE // BLOCK_SIZE) * kv_heads + kv_head) * BLOCK_SIZE + (tile * TILE) % BLOCK_SIZE
+        keys = key_cache.load([row, 0])
+        values = value_cache.load([row, 0])
+    else:
+        seen = at < length
+        if TILE <= BLOCK_SIZE:
+            block = tl.load(table + tile * TILE // BLOCK_SIZE).to(tl.int64)
+            place = (block * kv_heads + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
+        else:
+            blocks = tl.load(table + at // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            place = (blocks * kv_heads + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
+        if MASKED:
+            loaded = seen[:, None] & (dims < DIM)[None, :]
+        else:
+            loaded = (dims < DIM)[None, :]
+        keys = tl.load(key_cache + place[:, None] * DIM + dims[None, :], mask=loaded, other=0.0)
+        values = tl.load(value_cache + place[:, None] * DIM + dims[None, :], mask=loaded, other=0.0)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    if SOFTCAP:
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores * scale / softcap)) - 1.0) * 1.4426950408889634
+        factor = 1.0
+    else:
+        factor = scale * 1.4426950408889634
+    if MASKED:
+        hidden = at[None, :] > position[:, None]
+        if WINDOW:
+            hidden = hidden | (at[None, :] <= position[:, None] - window)
+        scores = tl.where(hidden, -float("inf"), scores)
+        if TMA:  # past the sequence's end the block may hold anything, and 0 * NaN is NaN
+            values = tl.where((at < length)[:, None], values, 0.0)
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
+    weights = tl.exp2(scores * factor - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit
+def _prefill(
+    q, key_cache, value_cache, block_tables, query_starts, context_lens, out,
+    scale, softcap, window, q_stride, table_stride, kv_heads, first_sequence, sequences,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    origin = tl.load(query_starts + first_sequence)
+    low = 0
+    high = sequences
+    while high - low > 1:  # the last sequence whose first program is not after this one
+        middle = (low + high) // 2
+        begins = (tl.load(query_starts + first_sequence + middle) - origin) * GROUP // ROWS + middle
+        if begins <= program:
+            low = middle
+        else:
+            high = middle
+    sequence = first_sequence + low
+    begin = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - begin
+    first_row = (program - ((begin - origin) * GROUP // ROWS + low)) * ROWS
+    if first_row < num_queries * GROUP:
+        length = tl.load(context_lens + sequence)
+        rows = first_row + tl.arange(0, ROWS)
+        dims = tl.arange(0, DIM_PADDED)
+        query = rows // GROUP
+        head = kv_head * GROUP + rows % GROUP
+        position = length - num_queries + query
+        inside = (query < num_queries)[:, None] & (dims < DIM)[None, :]
+        token = (begin + query).to(tl.int64)
+        queries = tl.load(q + token[:, None] * q_stride + head[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
+
+        first_position = length - num_queries + first_row // GROUP
+        last_position = tl.minimum(length - num_queries + (first_row + ROWS - 1) // GROUP, length - 1)
+        end = last_position // TILE + 1
+        full_end = (first_position + 1) // TILE
+        start = 0
+        if WINDOW:
+            start = tl.maximum(first_position - window + 1, 0) // TILE
+            full_end = start
+        top = tl.full([ROWS], -1e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+        table = block_tables + sequence.to(tl.int64) * table_stride
+        for tile in range(start, full_end):
+            acc, top, total = _attend_tile(
+                queries, acc, top, total, tile, position, length, table, key_cache, value_cache, kv_head, kv_heads, dims,
+                scale, softcap, window, False, DIM, BLOCK_SIZE, TILE, SOFTCAP, WINDOW, TMA, PRECISION,
+            )  # fmt: skip
+        for tile in range(full_end, end):
+            acc, top, total = _attend_tile(
+                queries, acc, top, total, tile, position, length, table, key_cache, value_cache, kv_head, kv_heads, dims,
+                scale, softcap, window, True, DIM, BLOCK_SIZE, TILE, SOFTCAP, WINDOW, TMA, PRECISION,
+            )  # fmt: skip
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        target = out + (token * (kv_heads * GROUP) + head)[:, None] * DIM + dims[None, :]
+        tl.store(target, result.to(out.dtype.element_ty), mask=inside)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    first_sequence: int,
+    sliding_window: int,
+    logit_softcap: float,
+    *,
+    rows: int = 0,
+    tile: int = 0,
+    num_warps: int = 0,
+    num_stages: int = 0,
+    tma: bool | None = None,
+) -> None:
+    """q, out [T, Hq, D] (heads packed): the sequences from `first_sequence` on, each of any number of queries, even none.
+
+    `rows`, `tile` and what follows are for tuning; 0 or None: chosen here.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    group, dim_padded = heads // kv_heads, triton.next_power_of_2(dim)
+    sequences = context_lens.shape[0] - first_sequence
+    rows = rows or (128 if dim <= 128 and q.dtype != torch.float32 else 64)
+    tile = tile or min(64 if dim <= 128 and q.dtype != torch.float32 else 32, block_size)
+    use_tma = _can_use_tma(q, dim, tile, block_size) if tma is None else tma
+    keys, values = (_descriptor(cache, tile) if use_tma else cache for cache in (key_cache, value_cache))
+    programs = (tokens - first_sequence) * group // rows + sequences
+    _prefill[(programs, kv_heads)](
+        q, keys, values, block_tables, query_starts, context_lens, out,
+        scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, first_sequence, sequences,
+        GROUP=group, ROWS=rows, DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size, TILE=tile,
+        SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0, TMA=use_tma, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=num_warps or (8 if rows >= 128 else 4), num_stages=num_stages or (3 if dim <= 64 else 2),
+    )  # fmt: skip
+
+
+def _can_use_tma(q: torch.Tensor, dim: int, tile: int, block_size: int) -> bool:
+    """Whether tiles can come by the copy engine of Hopper and newer: whole rows of a power of two, no tile across two blocks."""
+    if not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    return dim & (dim - 1) == 0 and 64 <= dim <= 256 and tile <= block_size and q.dtype != torch.float32
+
+
+def _descriptor(cache: torch.Tensor, tile: int):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    dim = cache.shape[3]
+    return TensorDescriptor(cache, [cache.numel() // dim, dim], [dim, 1], [tile, dim])

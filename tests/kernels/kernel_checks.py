@@ -1,0 +1,209 @@
+"""Every kernel against its float32 reference, at edge shapes.
+
+Not collected by itself: `test_interpreter.py` runs this file on a CPU through Triton's interpreter, in a process of its own (it is chosen
+when Triton is imported); `test_gpu.py` runs it on a GPU, for the backends triton and cuda. GANTLINE_KERNEL_BACKEND names the backend.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from gantline_kernels import api, reference
+
+from tests.kernels.cases import largest_error, paged
+
+BACKEND = os.environ["GANTLINE_KERNEL_BACKEND"]
+ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest error of results of size 1 or so: a few units in the last place of the result's type."""
+
+torch.set_num_threads(1)
+
+
+def _let_the_interpreter_count() -> None:
+    """Triton 3.6's interpreter holds scalars as arrays of one element, which numpy 2.4 no longer takes for integers."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_count(tensor: object, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_count
+
+
+if not ON_GPU:
+    _let_the_interpreter_count()
+
+
+def _check_attention(case_arguments: dict[str, object], lengths: list[tuple[int, int]]) -> None:
+    case = paged(lengths, device=DEVICE, **case_arguments)  # type: ignore[arg-type]
+    got = api.paged_attention(*case.arguments, **case.options, backend=BACKEND)
+    dtype = case.q.dtype
+    assert got.dtype == dtype
+    assert largest_error(got, case.expected()) < TOLERANCE[dtype]
+
+
+_DECODES = [[(1, 1)], [(1, 16), (1, 17), (1, 31), (1, 5)], [(1, 700), (1, 64), (1, 1)]]
+_CHUNKS = [[(1, 9), (33, 33)], [(3, 20), (16, 16), (17, 40), (2, 2)], [(1, 1), (1, 50), (70, 90)]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", _DECODES + _CHUNKS)
+def test_attention_at_ragged_lengths(dtype: torch.dtype, lengths: list[tuple[int, int]]) -> None:
+    _check_attention({"dtype": dtype}, lengths)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 1), (5, 1), (6, 1), (7, 1), (8, 1), (16, 1), (8, 2)])
+def test_attention_of_every_grouping_of_heads(heads: int, kv_heads: int) -> None:
+    _check_attention({"heads": heads, "kv_heads": kv_heads, "dtype": torch.float16}, [(1, 33), (20, 23)])
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_every_head_dimension(dim: int, dtype: torch.dtype) -> None:
+    _check_attention({"dim": dim, "dtype": dtype}, [(1, 40), (18, 35)])
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_every_block_size(block_size: int, dtype: torch.dtype) -> None:
+    _check_attention({"block_size": block_size, "dtype": dtype}, [(1, 130), (1, 128), (140, 150)])
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(1, 0.0), (7, 0.0), (64, 0.0), (1000, 0.0), (0, 2.0), (20, 5.0)])
+def test_attention_within_a_window_and_with_capped_scores(window: int, softcap: float) -> None:
+    for dtype in DTYPES[:2]:
+        _check_attention({"window": window, "softcap": softcap, "dtype": dtype}, [(1, 90), (1, 3), (70, 130), (5, 5)])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [0, 1000])
+def test_attention_of_large_batches(dtype: torch.dtype, dim: int, window: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    contexts = torch.randint(1, 3000, (200,), generator=generator).tolist()
+    decodes = [(1, context) for context in [*contexts, 64, 128, 8192]]
+    chunks = [(512, 512), (513, 3000), (1, 1), (2000, 2001), (128, 4096), (0, 5)]
+    _check_attention({"heads": 8, "kv_heads": 2, "dim": dim, "dtype": dtype, "block_size": 64, "window": window}, decodes + chunks)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 512])
+@pytest.mark.parametrize("size", [64, 96, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms(rows: int, size: int, dtype: torch.dtype) -> None:
+    if rows == 512 and not ON_GPU:
+        rows = 7
+    wide = torch.randn(rows, size + 8, device=DEVICE).to(dtype)
+    x, residual = wide[:, :size], torch.randn(rows, size, device=DEVICE).to(dtype)
+    weight = (torch.rand(size, device=DEVICE) + 0.5).to(dtype)
+    tolerance = 4 * TOLERANCE[dtype]
+    assert largest_error(api.rms_norm(x, weight, 1e-5, backend=BACKEND), reference.rms_norm(x, weight, 1e-5)) < tolerance
+    expected = reference.add_rms_norm(x, residual, weight, 1e-5)
+    got = api.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5, backend=BACKEND)
+    assert largest_error(got[0], expected[0]) < tolerance
+    assert largest_error(got[1], expected[1]) == 0.0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("size", [8, 96, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation(rows: int, size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, 2 * size, device=DEVICE).to(dtype)
+    assert largest_error(api.silu_and_mul(x, backend=BACKEND), reference.silu_and_mul(x)) < 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (7, 1, 128), (12, 12, 96), (3, 3, 80), (2, 1, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_and_cache_write(normed: bool, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, block_size = 5, 16
+    sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+    qkv = torch.randn(tokens, sum(sizes), device=DEVICE).to(dtype)
+    q, k, v = (x.unflatten(-1, (-1, dim)) for x in qkv.split(sizes, dim=-1))
+    angles = torch.randn(100, dim // 2, device=DEVICE)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    positions = torch.tensor([3, 99, 0, 7, 7], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([17, -1, 0, 47, 33], device=DEVICE)
+    weights = [torch.rand(dim, device=DEVICE).to(dtype) + 0.5 if normed else None for _ in range(2)]
+    shape = (3, kv_heads, block_size, dim)
+    caches, expected_caches = ([torch.full(shape, 7.0, device=DEVICE).to(dtype) for _ in range(2)] for _ in range(2))
+    expected = reference.rope_and_cache_write(q, k, v, cos_sin, positions, *expected_caches, slots, *weights, 1e-6)
+    got = api.rope_and_cache_write(
+        q, k, v, cos_sin, positions, *caches, slots, q_norm_weight=weights[0], k_norm_weight=weights[1], eps=1e-6, backend=BACKEND
+    )
+    assert largest_error(got, expected) < 4 * TOLERANCE[dtype]
+    assert largest_error(torch.stack(caches), torch.stack(expected_caches)) < 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 17, 40])
+@pytest.mark.parametrize(("inputs", "outputs", "group_size"), [(64, 32, 32), (192, 72, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_awq(rows: int, inputs: int, outputs: int, group_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    qweight = torch.randint(-(2**31), 2**31 - 1, (inputs, outputs // 8), dtype=torch.int32, device=DEVICE)
+    qzeros = torch.randint(-(2**31), 2**31 - 1, (inputs // group_size, outputs // 8), dtype=torch.int32, device=DEVICE)
+    scales = (torch.rand(inputs // group_size, outputs, device=DEVICE) / 8 / inputs**0.5).to(dtype)
+    expected = reference.awq_dequantize(qweight, qzeros, scales, group_size)
+    assert largest_error(api.awq_dequantize(qweight, qzeros, scales, group_size, backend=BACKEND), expected) < TOLERANCE[dtype]
+    x, bias = torch.randn(rows, inputs, device=DEVICE).to(dtype), torch.randn(outputs, device=DEVICE).to(dtype)
+    for b in (None, bias):
+        got = api.awq_linear(x, qweight, qzeros, scales, group_size, b, backend=BACKEND)
+        assert largest_error(got, reference.awq_linear(x, qweight, qzeros, scales, group_size, b)) < 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_with_results_wider_than_inputs(bias: bool) -> None:
+    x, weight = (torch.randn(n, 64, device=DEVICE).to(torch.bfloat16) for n in (3, 40))
+    b = torch.randn(40, device=DEVICE).to(torch.bfloat16) if bias else None
+    got = api.linear(x, weight, b, out_dtype=torch.float32, backend=BACKEND)
+    assert got.dtype == torch.float32
+    assert largest_error(got, reference.linear(x, weight, b)) < (1e-4 if ON_GPU else 1e-1)
+
+
+_SIZES = [(3, 10), (2, 300)] + ([(1, 128256), (256, 128256)] if ON_GPU else [(1, 5000)])
+
+
+@pytest.mark.parametrize(("rows", "size"), _SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_argmax_takes_the_first_of_equals(rows: int, size: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(rows, size + 3, device=DEVICE).to(dtype)[:, :size]
+    logits[0, size // 2] = logits[0, size - 1] = 100.0
+    logits[-1, :] = -torch.inf
+    logits[-1, size - 2] = -3.0
+    assert torch.equal(api.argmax(logits, backend=BACKEND).cpu(), reference.argmax(logits).cpu())
+
+
+_DRAWS = [(16, 300, 3.0), (4, 2000, 0.3)] + ([(64, 128256, 1.0), (64, 128256, 8.0)] if ON_GPU else [])
+
+
+@pytest.mark.parametrize("limits", [(None, None, None), (5, None, None), (0, 0.7, 0.0), (50, 0.5, 0.05), (1, 1.0, 0.0), (3, 0.0, 0.5)])
+@pytest.mark.parametrize(("rows", "size", "spread"), _DRAWS)
+def test_sampling(limits: tuple[int | None, float | None, float | None], rows: int, size: int, spread: float) -> None:
+    """Tokens equal the reference's but where the uniform number falls on an edge of the running sum, within float32's error."""
+    torch.manual_seed(0)
+    logits, uniforms = torch.randn(rows, size, device=DEVICE) * spread, torch.rand(rows, device=DEVICE)
+    temperature = torch.where(torch.arange(rows, device=DEVICE) % 4 == 0, 0.0, torch.rand(rows, device=DEVICE) + 0.5)
+    logits[:, ::7] = -torch.inf
+    per_row = [None if x is None else torch.full((rows,), x, device=DEVICE) for x in limits]
+    got = api.sample(logits, uniforms, temperature, *per_row, backend=BACKEND).cpu()
+    greedy = reference.argmax(logits).cpu()
+    for i in range(rows):
+        if temperature[i] == 0:
+            assert got[i] == greedy[i]
+            continue
+        top_k, top_p, min_p = limits
+        kept = reference.kept_probabilities(logits[i], float(temperature[i]), top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0)
+        running = (kept.cumsum(0) / kept.sum()).cpu()
+        token, at = int(got[i]), float(uniforms[i])
+        assert kept[token] > 0, "a token that the limits drop"
+        assert running[token] >= at - 1e-5
+        assert token == 0 or running[token - 1] <= at + 1e-5
