@@ -19,7 +19,9 @@ def sequence(tokens: list[int], name: str = "a") -> Sequence:
 
 
 def manager(num_blocks: int = 8, **settings: bool) -> CacheManager:
-    return CacheManager(num_blocks=num_blocks, block_size=SIZE, max_slots=4, max_blocks=16, prefix_caching=settings.get("prefix_caching", True))
+    return CacheManager(
+        num_blocks=num_blocks, block_size=SIZE, max_slots=4, max_blocks=16, prefix_caching=settings.get("prefix_caching", True)
+    )
 
 
 def test_the_least_recently_used_block_is_evicted_first_and_empty_ones_before_it() -> None:

@@ -64,7 +64,7 @@ def test_tokens_after_a_stop_token_are_neither_sent_nor_counted_nor_cached(depth
     assert outputs[-1].finish_reason == "stop"
     assert engine.stats().num_generated_tokens == len(expected)
     assert sum(len(step.samples) for step in executor.steps) == len(expected) + depth, "surplus tokens were computed, as overlap must"
-    known = engine._cache.prefix._entry_of.values()  # noqa: SLF001
+    known = engine._cache.prefix._entry_of.values()
     sequence = prompt + expected
     blocks = {tuple(sequence[i : i + 16]) for i in range(0, len(sequence), 16)}
     assert {tuple(content) for _, content in known} <= blocks
@@ -214,7 +214,7 @@ def test_an_aborted_request_frees_its_blocks_when_its_step_is_over_and_sends_not
         seen += (after := engine.step())
         engine.check_integrity()
         assert all(output.request_id != "gone" for output in after)
-    assert not any(s.request_id == "gone" for s in (*engine._scheduler.leaving, *engine._scheduler.decoding, *engine._scheduler.prefilling))  # noqa: SLF001
+    assert not any(s.request_id == "gone" for s in (*engine._scheduler.leaving, *engine._scheduler.decoding, *engine._scheduler.prefilling))
     seen += [output for outputs in drain(engine).values() for output in outputs]
     assert tokens_of([o for o in seen if o.request_id == "stays"]) == expected_tokens([9, 9, 9], 20)
     assert_idle(engine)
@@ -243,7 +243,7 @@ def test_the_victim_of_a_preemption_is_the_cheapest_to_compute_again_and_never_t
         for output in engine.step():
             drained.append(output.request_id)
         engine.check_integrity()
-    assert [s.request_id for s in engine._scheduler.waiting] == ["short"]  # noqa: SLF001
+    assert [s.request_id for s in engine._scheduler.waiting] == ["short"]
     drain(engine)
     assert_idle(engine)
 
@@ -272,7 +272,7 @@ def test_random_arrivals_and_cancellations_end_with_every_block_free(seed: int) 
                 alive[str(tick)] = (prompt, count)
             except QueueFull:
                 pass
-        if alive and rng.random() < 0.1:
+        if alive and rng.random() < 0.03:
             name = rng.choice(list(alive))
             assert engine.abort(name) == (name not in finished)
             alive.pop(name)
