@@ -69,6 +69,8 @@ class Reason(StrEnum):
     # the plan
     INVALID_SPEC = "InvalidSpec"
     NO_MATCHING_GPU = "NoMatchingGPU"
+    NO_MATCHING_NODE = "NoMatchingNode"
+    NOT_PREFERRED = "NotPreferred"
     INSUFFICIENT_FREE_GPU = "InsufficientFreeGPU"
     MODEL_TOO_LARGE = "ModelTooLarge"
     ILLEGAL_TENSOR_PARALLEL = "IllegalTensorParallel"

@@ -102,6 +102,8 @@ class MemoryStatus:
     cache: int | None = declare(_BYTES, "KV cache that the plan requires.")
     total: int | None = declare(_BYTES, "Their sum.")
     usable: int | None = declare(_BYTES, "What the device offers.")
+    capacity_tokens: int | None = declare(_BYTES, "Tokens that the cache can hold.")
+    cache_bytes_per_token: int | None = declare(_BYTES, "Bytes of a token in the cache.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +135,14 @@ class PlanStatus:
     quantize: bool | None = declare(Flag(), "Whether a Job quantizes the model first.")
     session_len: int | None = declare(_COUNT, "Longest session, in tokens.")
     max_batch_size: int | None = declare(_COUNT, "Most requests that run at once.")
-    cache_blocks: int | None = declare(_COUNT, "Size of the KV cache in blocks, where it is fixed (on a CPU).")
+    cache_blocks: int | None = declare(_COUNT, "Size of the KV cache in blocks, where it is fixed: on a CPU, and on a GPU that is shared.")
     resource: str | None = declare(Text(256), "Resource that a pod asks for; empty on a CPU.")
     count: int | None = declare(_COUNT, "How many of it.")
     product: str | None = declare(_WORD, "The GPU.")
     node_labels: tuple[RequirementStatus, ...] | None = declare(
         ListOf(Object(RequirementStatus), 16), "Labels that tie the pods to the chosen shape of node."
     )
+    tolerated: tuple[str, ...] | None = declare(ListOf(Text(317), 4), "Keys of taints that such nodes have by custom, and pods tolerate.")
     memory: MemoryStatus | None = declare(Object(MemoryStatus), MemoryStatus.__doc__ or "")
     memory_bytes: int | None = declare(_BYTES, "Memory of the pod, in bytes.")
     cpu_millis: int | None = declare(_COUNT, "CPU of the pod, in thousandths.")
