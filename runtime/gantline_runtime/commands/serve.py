@@ -1,0 +1,91 @@
+"""Serve a model over HTTP, as OpenAI clients expect it.
+
+The port listens from the start: /health tells how loading goes, /ready turns 200 when requests are welcome. SIGTERM drains: running
+streams finish within --drain-timeout, then the process ends with exit code 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import uvloop
+
+from gantline_runtime import logs, termination
+from gantline_runtime.cli import version
+from gantline_runtime.commands.display import LoadingDisplay
+from gantline_runtime.config import EngineConfig, ServerConfig, from_arguments
+from gantline_runtime.config import add_arguments as add_config_arguments
+from gantline_runtime.server.runner import Announcer, Runner
+from gantline_runtime.server.service import Model
+from gantline_runtime.termination import Reason, TerminationMessage
+
+__all__ = ["add_arguments", "run"]
+
+log = logging.getLogger("gantline.server")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir", metavar="DIR", type=Path, help="folder with config.json, *.safetensors and tokenizer.json")
+    add_config_arguments(parser, ServerConfig)
+    add_config_arguments(parser, EngineConfig)
+
+
+def run(args: argparse.Namespace, *, engine: str | None = None) -> int:
+    """Serve until told to stop; `engine` (`module:class`) is for tests. Raises GantlineError if the model cannot be served."""
+    engine_config, config = from_arguments(EngineConfig, args), from_arguments(ServerConfig, args)
+    logs.configure(config.log_level, config.log_format)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time and a thread each; the rest belongs to the engine
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+        message = loop.run(_serve(args.model_dir, engine_config, config, engine))
+    return _end(message)
+
+
+async def _serve(model_dir: Path, engine_config: EngineConfig, config: ServerConfig, engine: str | None) -> TerminationMessage:
+    as_text = logs.resolve_format(config.log_format) == "text"
+    with LoadingDisplay(bar=as_text and sys.stderr.isatty()) as display:
+
+        def announce(url: str, model: Model, seconds: float) -> None:
+            display.close()
+            _announce_ready(url, model, seconds, as_text=as_text)
+
+        announcer = Announcer(
+            listening=lambda url: log.info("listening", extra=logs.fields(url=url, model=str(model_dir))),
+            progress=display.show,
+            ready=announce,
+        )
+        runner = Runner(model_dir, engine_config, config, version=version(), announcer=announcer, engine=engine)
+        return await runner.run()
+
+
+def _announce_ready(url: str, model: Model, seconds: float, *, as_text: bool) -> None:
+    example = _example(url, model)
+    if as_text:
+        print(f"\n{model.name} is ready at {url} after {seconds:.1f} s. Try:\n\n  {example}\n", flush=True)
+    else:
+        log.info("ready", extra=logs.fields(url=url, model=model.name, seconds=round(seconds, 2), example=example))
+
+
+def _example(url: str, model: Model) -> str:
+    if model.renderer is not None:
+        path, body = (
+            "chat/completions",
+            {"model": model.name, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64, "stream": True},
+        )
+    else:
+        path, body = "completions", {"model": model.name, "prompt": "Once upon a time", "max_tokens": 64, "stream": True}
+    quoted = json.dumps(body).replace("'", "'\\''")
+    return f"curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{quoted}'"
+
+
+def _end(message: TerminationMessage) -> int:
+    """Leave the last word where Kubernetes finds it, and on stderr for a person."""
+    termination.write(message)
+    if message.reason is not Reason.DRAINED:
+        print(f"gantline: {message.message}. {message.cure}".rstrip(), file=sys.stderr)
+    return termination.exit_code(message.reason)

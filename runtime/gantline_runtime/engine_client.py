@@ -1,0 +1,296 @@
+"""The API process's end of the engine: starts its process, sends requests, hands out tokens, and notices when it dies or is stuck.
+
+A `RequestGroup` holds the requests that one client waits for (the choices of one answer). It never blocks the reader: tokens that nobody
+has taken yet wait in the group, bounded by the requests' own limits. `close()` aborts what is unfinished, which frees its blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine_messages import (
+    EngineFailed,
+    EngineMessage,
+    EngineProgress,
+    EngineReady,
+    EngineReport,
+    EngineSettings,
+    RequestRefused,
+    Shutdown,
+    StepOutputs,
+)
+from gantline_runtime.failures import OutOfMemoryKills, describe_exit
+from gantline_runtime.logs import LogFormat
+from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
+from gantline_runtime.termination import Reason, TerminationMessage
+
+__all__ = ["EngineClient", "EngineUnavailable", "RequestFailed", "RequestGroup"]
+
+log = logging.getLogger("gantline.server")
+
+
+class EngineUnavailable(Exception):
+    """The engine is gone, or the server ends: this request cannot go on. `reason` is that of the termination message."""
+
+    def __init__(self, message: str, reason: Reason) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class RequestFailed(Exception):
+    """The engine refused or gave up this request alone. `code` is `queue_full`, `invalid` or `error`."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RequestGroup:
+    """Requests that succeed or fail together. For one task at a time."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._running: set[str] = set()
+        self._pending: list[TokenOutput] = []
+        self._failure: Exception | None = None
+        self._arrived = asyncio.Event()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Send a request. Raises EngineUnavailable if the engine is gone."""
+        self._client._submit(request, self)
+        self._running.add(request.request_id)
+
+    async def next(self) -> list[TokenOutput]:
+        """All outputs since the last call, at least one, in the order they came. Raises EngineUnavailable or RequestFailed.
+
+        Not to be called when every request has ended and all outputs were taken: it would wait for ever.
+        """
+        await self._arrived.wait()
+        outputs, self._pending = self._pending, []
+        if self._failure is None:
+            self._arrived.clear()
+        elif not outputs:
+            raise self._failure
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        """End one request; nothing more comes of it, unless it has arrived already."""
+        if request_id in self._running:
+            self._running.discard(request_id)
+            self._client._abort(request_id)
+
+    def close(self) -> None:
+        """Abort all that is unfinished."""
+        for request_id in list(self._running):
+            self.abort(request_id)
+
+    def _push(self, output: TokenOutput) -> None:
+        if output.finish_reason == "error":
+            self._fail(RequestFailed(output.error or "no cause was given", "error"))
+            return
+        if output.finish_reason is not None:
+            self._running.discard(output.request_id)
+        self._pending.append(output)
+        self._arrived.set()
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
+        self._arrived.set()
+        self.close()
+
+
+class EngineClient:
+    """One engine process and all that is known about it. Callbacks run on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        on_progress: Callable[[EngineProgress], None] = lambda _: None,
+        on_report: Callable[[EngineReport], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._on_progress, self._on_report, self._clock = on_progress, on_report, clock
+        self._groups: dict[str, RequestGroup] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: str | None = None
+        self._failed: EngineFailed | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+        self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+        self.died: asyncio.Future[TerminationMessage] = asyncio.get_running_loop().create_future()
+        """Set when the process has ended without being told to."""
+        self.report = EngineReport()
+        self._heard_at = clock()
+
+    # ---- life
+
+    def start(
+        self,
+        model_dir: Path,
+        config: EngineConfig,
+        *,
+        log_level: str = "info",
+        log_format: LogFormat = "json",
+        engine: str | None = None,
+    ) -> None:
+        """Start the process; `ready` or `died` tells how it went. `engine` names another class than LLMEngine, as `module:class`."""
+        self._folder = tempfile.mkdtemp(prefix="gantline-")
+        settings = EngineSettings(
+            endpoint=f"ipc://{self._folder}/engine",
+            parent_pid=os.getpid(),
+            model_dir=str(model_dir),
+            engine_config=dataclasses.asdict(config),
+            log_level=log_level,
+            log_format=log_format,
+        )
+        if engine is not None:
+            settings = msgspec.structs.replace(settings, engine=engine)
+        self._kills = OutOfMemoryKills()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(settings.endpoint)
+        self._post(b"")
+        command = [sys.executable, "-P", "-m", "gantline_runtime.engine_process", msgspec.json.encode(settings).decode()]
+        # stdout is the API process's own: what a library prints there belongs into the log.
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
+        self._tasks = [asyncio.create_task(self._read_messages()), asyncio.create_task(self._watch_process(self._process))]
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def close(self, grace_s: float = 5.0) -> None:
+        """End the process: ask, wait `grace_s`, then kill. Requests that still run fail."""
+        self._closing = True
+        self.fail_all(EngineUnavailable("the server is shutting down", Reason.DRAINED))
+        if self._process is not None and self._process.poll() is None:
+            if self.ready.done():  # before that it would not read it
+                self._post(self._encoder.encode(Shutdown()))
+                await asyncio.wait([self._tasks[1]], timeout=grace_s)
+            if self._process.poll() is None:
+                self._process.kill()
+        for task in self._tasks[:1]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is not None:
+            self._process.wait()
+            self._socket.close()
+            self._context.term()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ---- requests
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that were sent and have not ended."""
+        return len(self._groups)
+
+    def open_group(self) -> RequestGroup:
+        return RequestGroup(self)
+
+    def fail_all(self, error: EngineUnavailable) -> None:
+        """End every request with `error`."""
+        for group in set(self._groups.values()):
+            group._fail(error)
+
+    def _submit(self, request: EngineRequest, group: RequestGroup) -> None:
+        if self.died.done() or self._closing:
+            raise EngineUnavailable("the engine is not running", Reason.INTERNAL_ERROR)
+        self._groups[request.request_id] = group
+        self._post(self._encoder.encode(request))
+
+    def _abort(self, request_id: str) -> None:
+        if self._groups.pop(request_id, None) is not None and not self.died.done() and not self._socket.closed:
+            self._post(self._encoder.encode(AbortRequest(request_id)))
+
+    def silent_for(self) -> float:
+        """Seconds since the engine was last heard of. It speaks at least twice a second between steps, so more means a long step."""
+        return self._clock() - self._heard_at
+
+    def _post(self, data: bytes) -> None:
+        """Send without waiting: with no high-water mark, zmq takes the message at once."""
+        self._socket.send(data)
+
+    # ---- what the engine says
+
+    async def _read_messages(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._socket.recv())
+            self._heard_at = self._clock()
+            try:
+                self._handle(message)
+            except Exception:
+                log.exception("a message of the engine could not be handled")
+
+    def _handle(self, message: EngineMessage) -> None:
+        match message:
+            case StepOutputs():
+                for output in message.outputs:
+                    self._deliver(output)
+            case EngineReport():
+                self.report = message
+                self._on_report(message)
+            case RequestRefused():
+                group = self._groups.pop(message.request_id, None)
+                if group is not None:
+                    group._fail(RequestFailed(message.message, message.code))
+            case EngineProgress():
+                self._on_progress(message)
+            case EngineReady():
+                self.ready.set_result(message)
+            case EngineFailed():
+                self._failed = message
+
+    def _deliver(self, output: TokenOutput) -> None:
+        group = self._groups.get(output.request_id)
+        if group is None:  # aborted in the meantime
+            return
+        if output.finish_reason is not None:
+            del self._groups[output.request_id]
+        group._push(output)
+
+    async def _watch_process(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of the process without a thread and without polling, then say why it ended."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        handle = os.pidfd_open(process.pid)
+        loop.add_reader(handle, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(handle)
+            os.close(handle)
+        returncode = process.wait()
+        if self._closing:
+            return
+        await asyncio.sleep(0.05)  # its last message may still be on the way
+        message = self._last_words(returncode)
+        self.died.set_result(message)
+        if not self.ready.done():
+            self.ready.cancel()
+        self.fail_all(EngineUnavailable(f"the engine has died: {message.message}", message.reason))
+
+    def _last_words(self, returncode: int) -> TerminationMessage:
+        if self._failed is not None:
+            return TerminationMessage(Reason(self._failed.reason), self._failed.message, self._failed.cure)
+        return describe_exit(returncode, killed_for_memory=self._kills.happened())

@@ -1,0 +1,107 @@
+"""What crosses the process boundary beside requests and their tokens (`messages.py`): how the engine starts, fares and fails.
+
+    API -> engine   EngineRequest, AbortRequest, Shutdown
+    engine -> API   EngineProgress*, EngineReady, then StepOutputs, RequestRefused and EngineReport; EngineFailed is the last word
+
+Encoded by msgspec as MessagePack. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
+
+__all__ = [
+    "ApiMessage",
+    "EngineFailed",
+    "EngineMessage",
+    "EngineProgress",
+    "EngineReady",
+    "EngineReport",
+    "EngineSettings",
+    "RequestRefused",
+    "Shutdown",
+    "StepOutputs",
+]
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process needs to know; the one argument of its command line, as JSON."""
+
+    endpoint: str
+    """zmq address to bind, `ipc://...` in a folder that only this user can enter."""
+    parent_pid: int
+    model_dir: str
+    engine_config: dict[str, object]
+    engine: str = "gantline_runtime.engine:LLMEngine"
+    """`module:class` with the interface of `LLMEngine`."""
+    log_level: str = "info"
+    log_format: Literal["auto", "json", "text"] = "json"
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """End the process now; what still runs is dropped."""
+
+
+class EngineProgress(msgspec.Struct, tag="progress", frozen=True, kw_only=True):
+    """How far the start has come. `total` 0: nobody knows. The unit is the phase's own (bytes for `weights`)."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+class EngineReady(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    session_len: int
+    eos_token_ids: list[int]
+    phases: dict[str, float]
+    """Seconds that each phase of the start took."""
+
+
+class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
+    """The engine is alive between two steps, and this is its state. Numbers of tokens and events count from the start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    cache_usage: float = 0.0
+    """Share of the KV cache's blocks that requests hold, 0 to 1; blocks that are only kept for reuse are free."""
+    num_cache_blocks: int = 0
+    prefix_hit_rate: float = 0.0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    step_times: dict[str, float] = {}
+    """Seconds of the host in each part of all steps so far."""
+    promised_bytes: dict[str, int] = {}
+    """Memory of one device that the planner's formula (`sizing.py`) expects, by part: `weights`, `cache`."""
+    reserved_bytes: dict[str, int] = {}
+    """Memory of one device that was really taken, by part."""
+
+
+class StepOutputs(msgspec.Struct, tag="step", frozen=True):
+    outputs: list[TokenOutput]
+
+
+class RequestRefused(msgspec.Struct, tag="refused", frozen=True, kw_only=True):
+    """The engine will not run a request; nothing else follows for it."""
+
+    request_id: str
+    code: Literal["queue_full", "invalid", "error"]
+    message: str
+
+
+class EngineFailed(msgspec.Struct, tag="failed", frozen=True, kw_only=True):
+    """Fields of a `TerminationMessage`; the process ends."""
+
+    reason: str
+    message: str
+    cure: str
+
+
+ApiMessage = EngineRequest | AbortRequest | Shutdown
+EngineMessage = EngineProgress | EngineReady | EngineReport | StepOutputs | RequestRefused | EngineFailed

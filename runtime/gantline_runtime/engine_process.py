@@ -1,0 +1,266 @@
+"""The engine's own process: takes requests from a socket, steps the engine, sends tokens back. Nothing here ever waits for a client.
+
+    python -m gantline_runtime.engine_process '{"endpoint": "ipc://...", "model_dir": "...", ...}'      (EngineSettings as JSON)
+
+Between two steps it reads all messages that have arrived, so a request joins, and an aborted one leaves, at the next step. At least every
+`REPORT_INTERVAL_S` it says how it fares; when that stops, a step is stuck, and the API process turns `/health`. It dies with its parent,
+and ignores the signals that a terminal or an init process sends to all processes at once: the API process decides when it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from gantline_runtime import logs, termination
+from gantline_runtime.config import EngineConfig, from_mapping
+from gantline_runtime.engine_messages import (
+    ApiMessage,
+    EngineFailed,
+    EngineMessage,
+    EngineProgress,
+    EngineReady,
+    EngineReport,
+    EngineSettings,
+    RequestRefused,
+    Shutdown,
+    StepOutputs,
+)
+from gantline_runtime.failures import describe_exception
+from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
+
+__all__ = ["Engine", "EngineServer", "build_report", "main"]
+
+REPORT_INTERVAL_S = 0.5
+_PROGRESS_INTERVAL_S = 0.1
+_LINGER_MS = 2000
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger("gantline.engine")
+
+
+class Engine(Protocol):
+    """What this process needs of `gantline_runtime.engine.LLMEngine`."""
+
+    session_len: int
+    eos_token_ids: Sequence[int]
+
+    def add_request(self, request: EngineRequest) -> None: ...
+    def abort(self, request_id: str) -> Any: ...
+    def step(self) -> list[TokenOutput]: ...
+    def has_work(self) -> bool: ...
+    def stats(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class EngineServer:
+    """Moves messages between a ROUTER socket and an engine. Each request belongs to the peer that sent it."""
+
+    def __init__(self, socket: zmq.Socket[bytes], load: Callable[[Callable[[Any], None]], Engine]) -> None:
+        self._socket = socket
+        self._load = load
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ApiMessage)
+        self._peers: set[bytes] = set()
+        self._owners: dict[str, bytes] = {}
+        self._stopping = False
+        self._last_report = 0.0
+
+    def run(self) -> None:
+        """Load the engine, tell how that goes, and serve until told to end. Raises whatever the engine raises."""
+        self._await_peer()
+        phases = _Phases(self._broadcast)
+        engine = self._load(phases.on_progress)
+        try:
+            self._broadcast(EngineReady(session_len=engine.session_len, eos_token_ids=sorted(engine.eos_token_ids), phases=phases.finish()))
+            while not self._stopping:
+                self._receive(engine, wait=not engine.has_work())
+                if engine.has_work() and not self._stopping:
+                    self._send(engine.step())
+                self._report_if_due(engine)
+        finally:
+            engine.close()
+
+    def fail(self, error: BaseException) -> int:
+        """Tell all peers why this process ends; returns its exit code."""
+        message = describe_exception(error)
+        self._broadcast(EngineFailed(reason=message.reason.value, message=message.message, cure=message.cure))
+        return termination.exit_code(message.reason)
+
+    def _await_peer(self) -> None:
+        """A ROUTER can only answer who has spoken: the API process says hello with an empty message."""
+        peer, _ = self._socket.recv_multipart()
+        self._peers.add(peer)
+
+    def _receive(self, engine: Engine, *, wait: bool) -> None:
+        """Handle all messages that are there; with `wait`, sleep until one comes or the next report is due."""
+        if wait and not self._socket.poll(max(1, int(1000 * (self._last_report + REPORT_INTERVAL_S - time.monotonic())))):
+            return
+        while not self._stopping:
+            try:
+                peer, data = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._peers.add(peer)
+            if data:
+                self._handle(engine, peer, self._decoder.decode(data))
+
+    def _handle(self, engine: Engine, peer: bytes, message: ApiMessage) -> None:
+        match message:
+            case EngineRequest():
+                self._add(engine, peer, message)
+            case AbortRequest():
+                self._owners.pop(message.request_id, None)
+                engine.abort(message.request_id)
+            case Shutdown():
+                self._stopping = True
+
+    def _add(self, engine: Engine, peer: bytes, request: EngineRequest) -> None:
+        try:
+            engine.add_request(request)
+        except Exception as error:
+            self._send_to(peer, RequestRefused(request_id=request.request_id, code=_refusal_code(error), message=str(error)))
+            if _refusal_code(error) == "error":
+                log.exception("a request could not be added", extra=logs.fields(request_id=request.request_id))
+        else:
+            self._owners[request.request_id] = peer
+
+    def _send(self, outputs: Iterable[TokenOutput]) -> None:
+        for_peer: defaultdict[bytes, list[TokenOutput]] = defaultdict(list)
+        for output in outputs:
+            last = output.finish_reason is not None
+            peer = self._owners.pop(output.request_id, None) if last else self._owners.get(output.request_id)
+            if peer is not None:  # else it was aborted while its step ran
+                for_peer[peer].append(output)
+        for peer, own in for_peer.items():
+            self._send_to(peer, StepOutputs(own))
+
+    def _report_if_due(self, engine: Engine) -> None:
+        now = time.monotonic()
+        if now - self._last_report >= REPORT_INTERVAL_S:
+            self._last_report = now
+            self._broadcast(build_report(engine.stats()))
+
+    def _broadcast(self, message: EngineMessage) -> None:
+        for peer in self._peers:
+            self._send_to(peer, message)
+
+    def _send_to(self, peer: bytes, message: EngineMessage) -> None:
+        self._socket.send_multipart([peer, self._encoder.encode(message)])
+
+
+class _Phases:
+    """Passes an engine's progress on, at most every tenth of a second, and measures how long each phase took."""
+
+    def __init__(self, send: Callable[[EngineMessage], None]) -> None:
+        self._send = send
+        self._began = time.monotonic()
+        self._phase = "import"
+        self._sent_at = 0.0
+        self.seconds: dict[str, float] = {}
+
+    def on_progress(self, progress: Any) -> None:
+        """`progress` has `phase`, `done` and `total`."""
+        now = time.monotonic()
+        if progress.phase != self._phase:
+            self._close(now)
+            self._phase = progress.phase
+        elif now - self._sent_at < _PROGRESS_INTERVAL_S:
+            return
+        self._sent_at = now
+        self._send(EngineProgress(phase=progress.phase, done=int(progress.done), total=int(progress.total)))
+
+    def finish(self) -> dict[str, float]:
+        self._close(time.monotonic())
+        return self.seconds
+
+    def _close(self, now: float) -> None:
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._began
+        self._began = now
+
+
+_COPIED = (
+    "num_running",
+    "num_waiting",
+    "cache_usage",
+    "num_cache_blocks",
+    "prefix_hit_rate",
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "num_generated_tokens",
+    "num_preemptions",
+    "num_steps",
+)
+
+
+def build_report(stats: Any) -> EngineReport:
+    """`gantline_runtime.engine.EngineStats` as a message."""
+    memory, cache_tokens = stats.memory, stats.num_cache_blocks * stats.block_size
+    return EngineReport(
+        **{name: getattr(stats, name) for name in _COPIED},
+        step_times={name.removesuffix("_s"): seconds for name, seconds in vars(stats.step_times).items()},
+        promised_bytes={"weights": memory.estimated_weight_bytes, "cache": memory.estimated_cache_bytes_per_token * cache_tokens},
+        reserved_bytes={"weights": memory.weight_bytes, "cache": memory.cache_bytes},
+    )
+
+
+def _refusal_code(error: Exception) -> Any:
+    """Told apart by name: `gantline_runtime.request` is the engine's side, and an engine of a test has its own."""
+    return {"QueueFull": "queue_full", "RequestRejected": "invalid"}.get(type(error).__name__, "error")
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when the API process ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before the line above
+        os._exit(1)
+
+
+def _load(settings: EngineSettings) -> Callable[[Callable[[Any], None]], Engine]:
+    def load(on_progress: Callable[[Any], None]) -> Engine:
+        module, name = settings.engine.split(":")
+        config = from_mapping(EngineConfig, settings.engine_config)
+        engine: Engine = getattr(importlib.import_module(module), name)(settings.model_dir, config, on_progress=on_progress)
+        return engine
+
+    return load
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = msgspec.json.decode(arguments[0], type=EngineSettings)
+    _die_with(settings.parent_pid)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logs.configure(settings.log_level, settings.log_format)
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    socket.set_hwm(0)  # a ROUTER drops what exceeds its mark; the number of running requests bounds the queue instead
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.bind(settings.endpoint)
+    server = EngineServer(socket, _load(settings))
+    code = 0
+    try:
+        server.run()
+    except BaseException as error:
+        logging.getLogger("gantline.engine").exception("the engine failed")
+        code = server.fail(error)
+    socket.close()
+    context.term()
+    return code
+
+
+if __name__ == "__main__":
+    exit_code = main(sys.argv[1:])
+    logging.shutdown()
+    os._exit(exit_code)  # threads of libraries must not keep a dead engine alive

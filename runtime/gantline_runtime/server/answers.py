@@ -1,0 +1,127 @@
+"""How answers are written: the frame that chat and text completions share, whole or as a stream of events.
+
+Bodies are those of OpenAI's API reference. A stream and a whole answer are put together from the same deltas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gantline_runtime.engine_client import RequestFailed
+from gantline_runtime.messages import FinishReason
+from gantline_runtime.server.errors import json_response
+from gantline_runtime.server.generation import Generation
+from gantline_runtime.server.output import Delta, TokenEntry
+from gantline_runtime.server.service import Service
+from gantline_runtime.server.sse import EventStream, encode_event, unless_client_leaves
+from gantline_runtime.tokenizer import Tokenizer
+
+__all__ = ["AnswerWriter", "WholeChoice", "answer", "finite_logprob", "token_logprobs"]
+
+_LOWEST_LOGPROB = -9999.0
+"""OpenAI's stand-in for minus infinity, which JSON cannot say."""
+
+
+@dataclass
+class WholeChoice:
+    """Deltas of one choice, put together."""
+
+    pieces: list[str] = field(default_factory=list)
+    entries: list[TokenEntry] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.pieces.append(delta.text)
+        self.entries.extend(delta.entries)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class AnswerWriter:
+    """`frame` holds the members that every object of the answer repeats: id, object, created, model."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, frame: dict[str, Any], *, include_usage: bool) -> None:
+        self.generation = generation
+        self.tokenizer = tokenizer
+        self.frame = frame
+        self.include_usage = include_usage
+
+    def build_opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says of a choice before its first text."""
+        return None
+
+    def build_chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def build_choice(self, index: int, whole: WholeChoice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def events(self, first: Sequence[tuple[int, Delta]]) -> AsyncGenerator[bytes, None]:
+        """Events from the deltas `first` to the last; then the usage, if the client wants it."""
+        for index in range(self.generation.num_choices):
+            opening = self.build_opening(index)
+            if opening is not None:
+                yield self._event([opening])
+        deltas = first
+        while True:
+            for index, delta in deltas:
+                if delta.text or delta.entries or delta.finish_reason is not None:
+                    yield self._event([self.build_chunk(index, delta)])
+            if self.generation.finished:
+                break
+            deltas = await self.generation.next()
+        if self.include_usage:
+            yield self._event([], self.generation.usage())
+
+    async def whole(self, first: Sequence[tuple[int, Delta]]) -> dict[str, Any]:
+        choices = [WholeChoice() for _ in range(self.generation.num_choices)]
+        deltas = first
+        while True:
+            for index, delta in deltas:
+                choices[index].add(delta)
+            if self.generation.finished:
+                break
+            deltas = await self.generation.next()
+        built = [self.build_choice(index, choice) for index, choice in enumerate(choices)]
+        return {**self.frame, "choices": built, "usage": self.generation.usage()}
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        body = {**self.frame, "choices": choices}
+        if self.include_usage:  # OpenAI: null in all events but the last
+            body["usage"] = usage
+        return encode_event(body)
+
+
+async def answer(request: Request, service: Service, writer: AnswerWriter, *, stream: bool) -> Response:
+    """The response to a generation that has begun. Whatever fails before the first token gets a status of its own, also for a stream."""
+    generation = writer.generation
+    request.state.generation = generation
+    try:
+        first = await unless_client_leaves(request, generation.next())
+        if stream:
+            return EventStream(writer.events(first), generation.close)  # which closes it from here on
+        response = json_response(await unless_client_leaves(request, writer.whole(first)))
+    except BaseException as error:
+        generation.close()
+        if isinstance(error, RequestFailed) and error.code == "queue_full":
+            raise service.queue_full() from None
+        raise
+    generation.close()
+    return response
+
+
+def token_logprobs(entry: TokenEntry) -> list[tuple[int, float]]:
+    """The likeliest tokens at one position, with their log-probabilities."""
+    return [(id, finite_logprob(value)) for id, value in zip(entry.logprobs.top_ids, entry.logprobs.top_logprobs, strict=True)]
+
+
+def finite_logprob(value: float) -> float:
+    return value if value > _LOWEST_LOGPROB else _LOWEST_LOGPROB

@@ -1,0 +1,132 @@
+"""Routes, the one error shape, and the access log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gantline_runtime import logs
+from gantline_runtime.server import chat, completions, system, text
+from gantline_runtime.server.errors import ApiError, not_found, respond, translate
+from gantline_runtime.server.service import Service
+from gantline_runtime.server.sse import ClientLeft
+
+__all__ = ["ROUTES", "create_app"]
+
+ROUTES = (
+    ("POST", "/v1/chat/completions", chat.create_chat_completion),
+    ("POST", "/v1/completions", completions.create_completion),
+    ("GET", "/v1/models", system.list_models),
+    ("GET", "/v1/models/{model:path}", system.show_model),
+    ("POST", "/tokenize", text.tokenize),
+    ("POST", "/detokenize", text.detokenize),
+    ("GET", "/health", system.health),
+    ("GET", "/ready", system.ready),
+    ("GET", "/metrics", system.metrics),
+    ("GET", "/version", system.version),
+)
+
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Asked every few seconds for months; logged only when they fail, or at level debug."""
+
+_CLIENT_CLOSED = 499
+"""nginx's status for a client that left; nobody receives it, but the log and the metrics tell."""
+
+log = logging.getLogger("gantline.access")
+
+
+def create_app(service: Service, version: str) -> FastAPI:
+    app = FastAPI(title="Gantline", version=version, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    app.state.version = version
+    for method, path, endpoint in ROUTES:
+        app.router.add_route(path, endpoint, methods=[method])
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_middleware(_Observer, service=service)
+    return app
+
+
+async def _handle_http_exception(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return respond(not_found(request))
+    known = translate(error)
+    assert known is not None
+    return respond(known)
+
+
+class _Observer:
+    """Around every request: its id, the translation of errors, a log line without content, and the count by route and status."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        began = time.monotonic()
+        request_id = _request_id(request)
+        status = 0
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed_send)
+        except ClientLeft:
+            status = _CLIENT_CLOSED
+        except Exception as error:
+            known = translate(error)
+            if known is None:
+                log.exception("a request failed", extra=logs.fields(request_id=request_id))
+                known = ApiError(500, f"The server failed; its log says more under request_id {request_id}.", code="internal_error")
+            if status:
+                raise  # too late for another answer: the connection is cut, so that nobody takes a part for the whole
+            await respond(known)(scope, receive, observed_send)
+        finally:
+            self._record(request, request_id, status, time.monotonic() - began)
+
+    def _record(self, request: Request, request_id: str, status: int, seconds: float) -> None:
+        route = _route(request)
+        self._service.metrics.http(route, request.method if request.method in ("GET", "POST") else "other", status)
+        quiet = route in _PROBES and status < 400
+        extra: dict[str, Any] = {}
+        generation = getattr(request.state, "generation", None)
+        if generation is not None:
+            usage = generation.usage()
+            extra = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+            extra["finish_reasons"] = generation.finish_reasons
+        log.log(
+            logging.DEBUG if quiet else logging.INFO,
+            "request",
+            extra=logs.fields(request_id=request_id, method=request.method, path=route, status=status, seconds=round(seconds, 4), **extra),
+        )
+
+
+def _route(request: Request) -> str:
+    """The route's pattern, or `other`: paths that clients make up must not become labels."""
+    path = request.scope["path"]
+    if any(path == known for _, known, _ in ROUTES):
+        return str(path)
+    return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
+
+
+def _request_id(request: Request) -> str:
+    """The client's X-Request-Id if it is a plain short word, else one of ours."""
+    given = request.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex

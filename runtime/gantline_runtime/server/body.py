@@ -1,0 +1,42 @@
+"""Reads a request's body: bounded, JSON, and of the shape of a model of `protocol.py`."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+
+from gantline_runtime.server.errors import ApiError
+from gantline_runtime.server.sse import ClientLeft
+
+__all__ = ["parse_body", "read_body"]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def parse_body(request: Request, model: type[M], limit: int) -> M:
+    """Raises ApiError 413 or 415, ClientLeft, or pydantic.ValidationError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        # Browsers send other types across origins without asking; a page that someone looks at must not be able to use the server.
+        raise ApiError(415, f"Content-Type is {kind[:80] or 'missing'!r}; send application/json.", code="unsupported_media_type")
+    return model.model_validate_json(await read_body(request, limit))
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, of at most `limit` bytes."""
+    too_large = ApiError(413, f"The body has more than {limit} bytes.", code="body_too_large", headers={"Connection": "close"})
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared[:20]) > limit:
+        raise too_large
+    chunks, size = [], 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ClientLeft from None
+    return b"".join(chunks)

@@ -1,0 +1,140 @@
+"""Every error that leaves the server has one shape: {"error": {"message", "type", "param", "code"}}, as OpenAI's clients expect.
+
+`message` names cause and cure, `param` the field at fault (`messages[2].content`) or null, `code` is for programs:
+
+    400 invalid_json, invalid_value, missing_parameter, unknown_parameter, unsupported_parameter, context_length_exceeded, invalid_template
+    404 not_found, model_not_found     405 method_not_allowed     413 body_too_large     415 unsupported_media_type
+    429 queue_full (Retry-After)       500 internal_error, engine_error
+    503 not_ready, draining, shutting_down, engine_dead, engine_stuck (Retry-After)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import pydantic
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gantline_runtime.engine_client import EngineUnavailable, RequestFailed
+from gantline_runtime.server.lifecycle import Lifecycle, State
+from gantline_runtime.termination import Reason
+
+__all__ = ["ApiError", "json_response", "not_accepting", "respond", "translate", "translate_validation"]
+
+
+class ApiError(Exception):
+    """An error with its HTTP status; `str(error)` is the message."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.headers = dict(headers or {})
+        self.extra = dict(extra or {})
+        """Further members of the body, beside `error`."""
+
+    @property
+    def type(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def body(self) -> dict[str, Any]:
+        return {**self.extra, "error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status, dict(headers or {}), "application/json")
+
+
+def respond(error: ApiError) -> Response:
+    return json_response(error.body(), error.status, error.headers)
+
+
+def not_accepting(lifecycle: Lifecycle) -> ApiError:
+    """Why no request is taken now."""
+    state = lifecycle.state
+    if state in (State.LOADING, State.WARMING):
+        progress = lifecycle.progress
+        share = f", {progress:.0%}" if progress is not None else ""
+        return ApiError(
+            503, f"The model is {state} ({lifecycle.phase}{share}). Try again soon.", code="not_ready", headers={"Retry-After": "5"}
+        )
+    if state is State.DRAINING:
+        message = "The server is draining and takes no new requests. Send the request again; another replica will answer."
+        return ApiError(503, message, code="draining", headers={"Retry-After": "1", "Connection": "close"})
+    return ApiError(503, "The engine is not running; the server is about to end.", code="engine_dead", headers={"Retry-After": "10"})
+
+
+def translate(error: Exception) -> ApiError | None:
+    """The ApiError for an error of a lower layer, or None for what nobody foresaw: then it is our defect."""
+    match error:
+        case ApiError():
+            return error
+        case EngineUnavailable() if error.reason is Reason.DRAINED:
+            return ApiError(503, "The server is shutting down. Send the request again.", code="shutting_down", headers={"Retry-After": "1"})
+        case EngineUnavailable():
+            return ApiError(500, f"{error} ({error.reason}). The server restarts; try again later.", code="engine_dead")
+        case RequestFailed(code="invalid"):
+            return ApiError(400, str(error), code="invalid_value")
+        case RequestFailed():
+            return ApiError(500, f"The engine gave up this request: {error}", code="engine_error")
+        case pydantic.ValidationError():
+            return translate_validation(error)
+        case HTTPException():
+            return _translate_http(error)
+    return None
+
+
+def _translate_http(error: HTTPException) -> ApiError:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
+
+
+def not_found(request: Request) -> ApiError:
+    return ApiError(
+        404, f"There is no {request.method} {request.url.path[:200]} here. See docs/server.md for the endpoints.", code="not_found"
+    )
+
+
+_CODES = {"missing": "missing_parameter", "extra_forbidden": "unknown_parameter", "json_invalid": "invalid_json"}
+
+
+def translate_validation(error: pydantic.ValidationError) -> ApiError:
+    """The first problem that pydantic found, by the path of its field. Our own checks raise errors whose type is the code."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    kind, param = problem["type"], _path(problem["loc"])
+    if kind in {"unsupported_parameter", "invalid_value"}:
+        param = problem.get("ctx", {}).get("param") or param
+    messages = {
+        "missing": f"{param} is required.",
+        "extra_forbidden": f"Unknown parameter: {param}.",
+        "json_invalid": f"The body is not valid JSON: {problem.get('ctx', {}).get('error', '')}.",
+    }
+    text = messages.get(kind) or (problem["msg"] if kind in {"unsupported_parameter", "invalid_value"} else f"{param}: {problem['msg']}.")
+    return ApiError(400, text, code=_CODES.get(kind, kind if kind == "unsupported_parameter" else "invalid_value"), param=param or None)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """`messages[0].content` for ("messages", 0, "content"); the names that pydantic gives to the members of a union are left out."""
+    path = ""
+    for part in location:
+        if isinstance(part, str) and "[" in part:
+            continue
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part}" if path else part
+    return path[:200]

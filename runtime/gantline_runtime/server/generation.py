@@ -1,0 +1,127 @@
+"""One client's answer while it is made: its choices, what each has cost, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gantline_runtime.engine_client import EngineUnavailable, RequestFailed, RequestGroup
+from gantline_runtime.messages import EngineRequest, TokenOutput
+from gantline_runtime.server.metrics import Metrics
+from gantline_runtime.server.output import ChoiceOutput, Delta
+
+if TYPE_CHECKING:
+    from gantline_runtime.server.service import Ticket
+
+__all__ = ["Choice", "Generation"]
+
+
+@dataclass(slots=True)
+class Choice:
+    index: int
+    request_id: str
+    prompt: int
+    """Number of the prompt; choices of one prompt share it."""
+    prompt_len: int
+    output: ChoiceOutput
+    last_token_at: float | None = None
+
+
+class Generation:
+    """Choices in the order of their submission. `close` aborts what is unfinished and gives the places back; it may be called twice."""
+
+    def __init__(self, group: RequestGroup, metrics: Metrics, ticket: Ticket, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._group, self._metrics, self._ticket, self._clock = group, metrics, ticket, clock
+        self._failed = False
+        self._choices: list[Choice] = []
+        self._by_id: dict[str, Choice] = {}
+        self._closed = False
+
+    def submit(self, prompt: int, request: EngineRequest, output: ChoiceOutput) -> None:
+        choice = Choice(len(self._choices), request.request_id, prompt, len(request.prompt_ids), output)
+        self._choices.append(choice)
+        self._by_id[request.request_id] = choice
+        self._group.submit(request)
+        self._metrics.prompt_tokens.inc(choice.prompt_len)
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        unfinished = "error" if self._failed else "abort"
+        return [choice.output.finish_reason or unfinished for choice in self._choices]
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.output.finish_reason is not None for choice in self._choices)
+
+    async def next(self) -> list[tuple[int, Delta]]:
+        """What has been added since the last call: (index of the choice, delta). Not to be called once `finished`.
+        Raises EngineUnavailable or RequestFailed."""
+        try:
+            arrived = await self._group.next()
+        except (EngineUnavailable, RequestFailed):
+            self._failed = True
+            raise
+        by_choice: dict[str, list[TokenOutput]] = {}
+        for output in arrived:
+            by_choice.setdefault(output.request_id, []).append(output)
+        running = [(self._by_id[key], outputs) for key, outputs in by_choice.items() if self._by_id[key].output.finish_reason is None]
+        return [(choice.index, self._take(choice, outputs)) for choice, outputs in running]
+
+    def _take(self, choice: Choice, outputs: list[TokenOutput]) -> Delta:
+        before = choice.output.num_tokens
+        delta = choice.output.feed(outputs)
+        self._observe_tokens(choice, choice.output.num_tokens - before)
+        for output in outputs:
+            if output.queue_seconds is not None:
+                self._metrics.queue_time.observe(output.queue_seconds)
+        if delta.finish_reason is not None:
+            self._group.abort(choice.request_id)  # the engine does not know of stop strings
+            self._metrics.finished(delta.finish_reason, self._seconds())
+        return delta
+
+    def _observe_tokens(self, choice: Choice, count: int) -> None:
+        if not count:
+            return
+        now = self._clock()
+        if choice.last_token_at is None:
+            self._metrics.time_to_first_token.observe(now - self._ticket.taken_at)
+            count_after_first = count - 1
+            elapsed = 0.0
+        else:
+            count_after_first, elapsed = count, (now - choice.last_token_at) / count
+        for _ in range(count_after_first):
+            self._metrics.inter_token_latency.observe(elapsed)
+        choice.last_token_at = now
+        self._metrics.generation_tokens.inc(count)
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's `usage`; a prompt counts once, however many choices share it."""
+        prompts = {choice.prompt: choice for choice in reversed(self._choices)}
+        prompt_tokens = sum(choice.prompt_len for choice in prompts.values())
+        completion_tokens = sum(choice.output.num_tokens for choice in self._choices)
+        cached = sum(choice.output.num_cached_tokens for choice in prompts.values())
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._group.close()
+        self._ticket.release()
+        for choice in self._choices:
+            if choice.output.finish_reason is None:
+                self._metrics.finished("error" if self._failed else "abort", self._seconds())
+
+    def _seconds(self) -> float:
+        return self._clock() - self._ticket.taken_at

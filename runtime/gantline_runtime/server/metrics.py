@@ -1,0 +1,147 @@
+"""Everything at `/metrics`, in Prometheus' text format. Names are vLLM's where the meaning is the same, under our prefix.
+
+Counters and histograms of requests are kept here, where their beginning and end are seen; what only the engine knows comes with its
+reports, twice a second, and is copied as it is: it counts from the engine's start. docs/server.md lists every name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gantline_runtime.engine_messages import EngineReport
+from gantline_runtime.server.lifecycle import State
+
+__all__ = ["Metrics"]
+
+disable_created_metrics()  # one more series for each, which nobody asks for
+
+_FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+_BETWEEN_TOKENS_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+)
+_REQUEST_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_QUEUE_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0)
+
+
+class Metrics:
+    """One registry a server, so that several can live in one process."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.prompt_tokens = Counter("gantline_prompt_tokens", "Prompt tokens of all requests.", registry=registry)
+        self.generation_tokens = Counter("gantline_generation_tokens", "Tokens generated.", registry=registry)
+        self._finished = Counter(
+            "gantline_request_finished",
+            "Choices that ended, by reason: stop, length, abort (the client left), error.",
+            ["finished_reason"],
+            registry=registry,
+        )
+        self.time_to_first_token = _histogram(
+            registry, "time_to_first_token_seconds", "From a request's admission to its first token.", _FIRST_TOKEN_S
+        )
+        self.inter_token_latency = _histogram(
+            registry, "inter_token_latency_seconds", "Between two tokens of one choice.", _BETWEEN_TOKENS_S
+        )
+        self._latency = _histogram(registry, "e2e_request_latency_seconds", "From a request's admission to its end.", _REQUEST_S)
+        self.queue_time = _histogram(
+            registry, "request_queue_time_seconds", "From a request's arrival at the engine to its first step.", _QUEUE_S
+        )
+        self._http = Counter(
+            "gantline_http_requests", "HTTP requests, by route, method and status.", ["route", "method", "status"], registry=registry
+        )
+        self._startup = Gauge("gantline_startup_seconds", "How long each phase of the start took.", ["phase"], registry=registry)
+        self._state = Gauge("gantline_state", "1 for the server's state, 0 for the others.", ["state"], registry=registry)
+        self._engine = _EngineCollector()
+        registry.register(self._engine)
+        Info("gantline_build", "Version of the server.", registry=registry).info({"version": version})
+        for reason in ("stop", "length", "abort", "error"):
+            self._finished.labels(reason)
+
+    def finished(self, reason: str, seconds: float) -> None:
+        self._finished.labels(reason).inc()
+        self._latency.observe(seconds)
+
+    def http(self, route: str, method: str, status: int) -> None:
+        self._http.labels(route, method, str(status)).inc()
+
+    def startup(self, phase: str, seconds: float) -> None:
+        self._startup.labels(phase).set(seconds)
+
+    def engine(self, report: EngineReport) -> None:
+        self._engine.report = report
+
+    def render(self, state: State) -> bytes:
+        for other in State:
+            self._state.labels(other.value).set(other is state)
+        return generate_latest(self.registry)
+
+
+def _histogram(registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(f"gantline_{name}", text, buckets=buckets, registry=registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's last report."""
+
+    def __init__(self) -> None:
+        self.report = EngineReport()
+
+    def collect(self) -> Iterable[Metric]:
+        report = self.report
+        yield _gauge("num_requests_running", "Requests that the engine computes now.", report.num_running)
+        yield _gauge("num_requests_waiting", "Requests that wait in the engine's queue.", report.num_waiting)
+        yield _gauge("kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold, 0 to 1.", report.cache_usage)
+        yield _gauge("kv_cache_blocks", "Blocks of the KV cache.", report.num_cache_blocks)
+        yield _gauge("prefix_cache_hit_rate", "Share of prompt tokens that the prefix cache had, since the start.", report.prefix_hit_rate)
+        yield _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", report.num_prompt_tokens)
+        yield _counter("prefix_cache_hits", "Prompt tokens that the prefix cache had.", report.num_cached_tokens)
+        yield _counter("num_preemptions", "Requests that gave up their blocks and were computed again.", report.num_preemptions)
+        yield _counter("engine_steps", "Steps of the engine.", report.num_steps)
+        yield _counter_by("engine_step_seconds", "Time of the engine's host in each part of its steps.", "part", report.step_times)
+        yield _gauge_by("memory_promised_bytes", "Memory of one device that the planner's formula expects.", "part", report.promised_bytes)
+        yield _gauge_by("memory_reserved_bytes", "Memory of one device that the engine took.", "part", report.reserved_bytes)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"gantline_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"gantline_{name}", text, value=value)
+
+
+def _gauge_by(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(f"gantline_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _counter_by(name: str, text: str, label: str, values: dict[str, float]) -> Metric:
+    family = CounterMetricFamily(f"gantline_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family

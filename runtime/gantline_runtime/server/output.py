@@ -1,0 +1,114 @@
+"""From an engine's tokens to what a client sees of one choice: text, log-probabilities, the reason it ended.
+
+    token ids ──> Detokenizer ──> StopStrings ──> Delta
+                  (whole characters)  (no part of a stop string)
+
+Streams and whole answers go through the same object, token by token, so they cannot differ, however the tokens were grouped on their way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gantline_runtime.detokenizer import Detokenizer
+from gantline_runtime.messages import FinishReason, TokenLogprobs, TokenOutput
+from gantline_runtime.stop_strings import StopStrings
+from gantline_runtime.tokenizer import Tokenizer
+
+__all__ = ["ChoiceOutput", "Delta", "TokenEntry"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """One generated token and its log-probabilities; its text begins at character `start` of the choice's text."""
+
+    token_id: int
+    logprobs: TokenLogprobs
+    start: int
+
+
+@dataclass(slots=True)
+class Delta:
+    """What was added. `finish_reason` is set in a choice's last one."""
+
+    text: str = ""
+    entries: list[TokenEntry] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class ChoiceOutput:
+    """State of one choice.
+
+    `stop_ids` end the text without being part of it. Before `min_tokens` tokens no stop string counts, as no end-of-sequence token does.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        stop_ids: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids, tokenizer.special_ids if skip_special_tokens else ())
+        self._stops = StopStrings(stop)
+        self._stop_ids = stop_ids
+        self._min_tokens = min_tokens
+        self._entries: deque[TokenEntry] = deque()
+        self._decoded = 0
+        """Characters decoded so far, held back or not."""
+        self._shown = 0
+        self.num_tokens = 0
+        """Tokens generated, with the one that ended the choice."""
+        self.num_cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def feed(self, outputs: Sequence[TokenOutput]) -> Delta:
+        """Take what the engine sent. Once the delta has a finish reason, the engine's request may be closed."""
+        delta = Delta()
+        for output in outputs:
+            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+            last = len(output.token_ids) - 1
+            for i, token in enumerate(output.token_ids):
+                ends = output.finish_reason == "stop" and i == last and token in self._stop_ids
+                self._take(token, output.logprobs[i] if output.logprobs else None, delta, ends=ends)
+                if self.finish_reason is not None:
+                    return delta
+            if output.finish_reason is not None:
+                self._end(output.finish_reason, delta)
+                return delta
+        return delta
+
+    def _take(self, token: int, logprobs: TokenLogprobs | None, delta: Delta, *, ends: bool) -> None:
+        self.num_tokens += 1
+        if ends:
+            return
+        if logprobs is not None:
+            self._entries.append(TokenEntry(token, logprobs, self._decoded))
+        self._show(self._detokenizer.feed(token), delta)
+
+    def _end(self, reason: FinishReason, delta: Delta) -> None:
+        self._show(self._detokenizer.finish(), delta)
+        if self.finish_reason is None:  # the last characters may have completed a stop string
+            rest = self._stops.finish()
+            self._shown += len(rest)
+            delta.text += rest
+            delta.entries.extend(self._entries)
+            self._entries.clear()
+            self.finish_reason = delta.finish_reason = reason
+
+    def _show(self, piece: str, delta: Delta) -> None:
+        if not piece:
+            return
+        self._decoded += len(piece)
+        shown = piece if self.num_tokens <= self._min_tokens else self._stops.feed(piece)
+        self._shown += len(shown)
+        delta.text += shown
+        if self._stops.stopped:
+            self.finish_reason = delta.finish_reason = "stop"
+        while self._entries and self._entries[0].start < self._shown:
+            delta.entries.append(self._entries.popleft())

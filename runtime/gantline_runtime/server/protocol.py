@@ -1,0 +1,194 @@
+"""Bodies that clients send: OpenAI's fields, and the extras that vLLM's and LMDeploy's clients know. All are bounded and strictly typed.
+
+Numbers are numbers (never strings, booleans, NaN), unknown names are refused, and what the server does not support is refused by name
+(`parameters.py`). A field that is null counts as left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from gantline_runtime.server.parameters import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, UNSUPPORTED_MESSAGE, drop_harmless, unsupported
+
+__all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "Message", "SamplingFields", "StreamOptions", "TokenizeRequest"]
+
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 256
+MAX_CHOICES = 128
+MAX_STOPS = 64
+MAX_STOP_CHARS = 8192
+MAX_STOP_IDS = 1024
+MAX_BIASES = 4096
+MAX_TOP_LOGPROBS = 20
+_MAX_TOKENS = 1 << 24
+_INT64 = 1 << 63
+
+
+def invalid(message: str, param: str) -> PydanticCustomError:
+    return PydanticCustomError("invalid_value", "{message}", {"message": message, "param": param})
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_max_length=1 << 30)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+    @model_validator(mode="after")
+    def _no_obfuscation(self) -> Self:
+        if self.include_obfuscation:
+            raise unsupported("stream_options.include_obfuscation")
+        return self
+
+
+class SamplingFields(_Body):
+    """What both endpoints share. Left out: the checkpoint's generation_config.json decides, then OpenAI's default."""
+
+    model: str | None = Field(None, max_length=512)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_p: float | None = Field(None, ge=0.0, le=1.0)
+    top_k: int | None = Field(None, ge=-1, le=1 << 20)
+    min_p: float | None = Field(None, ge=0.0, le=1.0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10.0)
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field({}, max_length=MAX_BIASES)
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    stop: Annotated[list[_Stop], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: list[_TokenId] = Field([], max_length=MAX_STOP_IDS)
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, le=_MAX_TOKENS)
+    skip_special_tokens: bool = True
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is only allowed together with stream: true.", "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class _TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    for part in value if isinstance(value, list) else ():
+        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
+            raise unsupported(f"content of type {part['type'][:40]!r}", "This model takes text only.")
+    return value
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[_TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_MESSAGES)] = []
+    name: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        return drop_harmless(body, UNSUPPORTED_MESSAGE)
+
+    def for_template(self) -> dict[str, str]:
+        """`developer` is what OpenAI now calls `system`; templates know the older name. Parts of a content are joined by line ends."""
+        body = {"role": "system" if self.role == "developer" else self.role, "content": "\n".join(part.text for part in self.content)}
+        return {**body, "name": self.name} if self.name is not None else body
+
+
+class ChatRequest(SamplingFields):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    chat_template_kwargs: dict[Annotated[str, Field(max_length=128)], Any] = Field({}, max_length=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        return drop_harmless(body, UNSUPPORTED_CHAT)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs is only allowed together with logprobs: true.", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise invalid("max_tokens and max_completion_tokens mean the same here and differ; give one.", "max_tokens")
+        return self
+
+
+def _as_prompts(value: Any) -> Any:
+    """OpenAI's four forms of a prompt (text, texts, tokens, lists of tokens) as a list of texts or of lists of tokens."""
+    if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int) and not isinstance(value[0], bool)):
+        return [value]
+    return value
+
+
+_Tokens = Annotated[list[_TokenId], Field(min_length=1, max_length=_MAX_TOKENS)]
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Annotated[list[str] | list[_Tokens], BeforeValidator(_as_prompts), Field(min_length=1, max_length=MAX_PROMPTS)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        return drop_harmless(body, UNSUPPORTED_COMPLETION)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise unsupported("echo", "Together with logprobs it would need log-probabilities of the prompt.")
+        if len(self.prompt) * self.n > MAX_CHOICES * 2:
+            raise invalid(f"prompts times n is {len(self.prompt) * self.n}; at most {MAX_CHOICES * 2} are answered at once.", "n")
+        return self
+
+
+class TokenizeRequest(_Body):
+    """A text, or messages that go through the chat template first."""
+
+    model: str | None = Field(None, max_length=512)
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool = True
+    chat_template_kwargs: dict[Annotated[str, Field(max_length=128)], Any] = Field({}, max_length=64)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise invalid("Give either prompt or messages.", "prompt")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = Field(None, max_length=512)
+    tokens: list[_TokenId] = Field(max_length=_MAX_TOKENS)

@@ -1,0 +1,283 @@
+"""The life of a server process: listen, load, warm up, serve, drain, say why it ended.
+
+bind ──> engine process + tokenizer (in parallel) ──> warm-up ──> ready ──SIGTERM──> drain ──> Drained, exit code 0
+                         └───────────────┬──────────────┴───────────┘
+                                   engine died ──> open requests get an error ──> its reason, exit code not 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from gantline_runtime import logs
+from gantline_runtime.chat_template import TemplateError
+from gantline_runtime.config import EngineConfig, ServerConfig
+from gantline_runtime.engine_client import EngineClient, EngineUnavailable, RequestFailed
+from gantline_runtime.engine_messages import EngineProgress, EngineReady
+from gantline_runtime.errors import ConfigurationError
+from gantline_runtime.generation_defaults import GenerationDefaults
+from gantline_runtime.messages import EngineRequest, SamplingParams
+from gantline_runtime.server.app import create_app
+from gantline_runtime.server.lifecycle import Lifecycle, State
+from gantline_runtime.server.metrics import Metrics
+from gantline_runtime.server.service import Model, Service
+from gantline_runtime.server.template_process import TemplateRenderer
+from gantline_runtime.termination import Reason, TerminationMessage
+from gantline_runtime.tokenizer import Tokenizer
+
+__all__ = ["Announcer", "Runner", "bind_socket"]
+
+_KEEP_ALIVE_S = 75
+"""Longer than proxies keep idle connections (60 s for nginx), so that they close first and no request meets a closing connection."""
+_FLUSH_S = 2.0
+"""For last answers and error events to reach their clients."""
+
+log = logging.getLogger("gantline.server")
+
+
+@dataclass(frozen=True)
+class Announcer:
+    """What the process tells whoever started it."""
+
+    listening: Callable[[str], None] = lambda url: None
+    progress: Callable[[EngineProgress], None] = lambda progress: None
+    ready: Callable[[str, Model, float], None] = lambda url, model, seconds: None
+
+
+class Runner:
+    """One server. `engine` names another engine class than LLMEngine (`module:class`)."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        *,
+        version: str,
+        announcer: Announcer | None = None,
+        engine: str | None = None,
+    ) -> None:
+        """Raises ConfigurationError if the port cannot be had. Makes the event loop's objects: call it on the loop."""
+        self._model_dir, self._engine_config, self._config, self._engine_name = model_dir, engine_config, config, engine
+        self._announcer = announcer or Announcer()
+        self._socket = bind_socket(config.host, config.port)
+        self.lifecycle = Lifecycle()
+        self._metrics = Metrics(version)
+        self._service = Service(engine_config, config, self.lifecycle, self._metrics)
+        self._engine = EngineClient(on_progress=self._show_progress, on_report=self._metrics.engine)
+        self._service.engine = self._engine
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._interrupted = False
+        self._http = _HttpServer(_uvicorn_config(create_app(self._service, version)))
+
+    @property
+    def url(self) -> str:
+        host, port = self._socket.getsockname()[:2]
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        return f"http://{shown}:{port}"
+
+    async def run(self) -> TerminationMessage:
+        """Serve until told to stop or until the engine dies; the result says which. Raises GantlineError if the model cannot be served."""
+        with self._signals():
+            serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+            try:
+                self._announcer.listening(self.url)
+                return await self._live()
+            finally:
+                self._http.should_exit = True
+                await asyncio.gather(serving, return_exceptions=True)
+                await self._engine.close()
+                await self._service.close()
+
+    async def _live(self) -> TerminationMessage:
+        stop = asyncio.create_task(self._stop.wait())
+        start = asyncio.create_task(self._start())
+        try:
+            await asyncio.wait((start, stop, self._engine.died), return_when=asyncio.FIRST_COMPLETED)
+            if start.done() and not self._engine.died.done():
+                start.result()  # raises what went wrong with the model
+                await asyncio.wait((stop, self._engine.died), return_when=asyncio.FIRST_COMPLETED)
+            if self._engine.died.done():
+                return await self._die(self._engine.died.result())
+            return await self._drain()
+        finally:
+            for task in (stop, start):
+                task.cancel()
+            await asyncio.gather(stop, start, return_exceptions=True)
+
+    # ---- start
+
+    async def _start(self) -> None:
+        config = self._config
+        self._engine.start(
+            self._model_dir,
+            self._engine_config,
+            log_level=config.log_level,
+            log_format=logs.resolve_format(config.log_format),
+            engine=self._engine_name,
+        )
+        model, _ = await asyncio.gather(
+            self._load_model(), asyncio.wait((self._engine.ready, self._engine.died), return_when=asyncio.FIRST_COMPLETED)
+        )
+        if self._engine.died.done():
+            return
+        await self._warm_up(self._engine.ready.result(), model)
+        seconds = time.monotonic() - self.lifecycle.began_at
+        self._metrics.startup("total", seconds)
+        self.lifecycle.enter(State.READY)
+        self._announcer.ready(self.url, model, seconds)
+
+    async def _load_model(self) -> Model:
+        began = time.monotonic()
+        tokenizer, defaults = await self._service.in_thread(
+            lambda: (Tokenizer.load(self._model_dir), GenerationDefaults.load(self._model_dir))
+        )
+        name = self._config.served_model_name or self._model_dir.resolve().name
+        model = Model(name=name, tokenizer=tokenizer, defaults=defaults, created=int(time.time()))
+        if tokenizer.chat_template is not None:
+            try:
+                renderer = TemplateRenderer(tokenizer.chat_template, tokenizer.special_tokens)
+            except TemplateError as error:
+                log.warning("chat completions will be refused", extra=logs.fields(cause=str(error)))
+                model = Model(name, tokenizer, defaults, None, f"{str(error)[:1].upper()}{str(error)[1:]}.", model.created)
+            else:
+                with contextlib.suppress(TemplateError):  # it may refuse this conversation; its process is up for the next
+                    await renderer.render([{"role": "user", "content": "Hello"}], {})
+                model = Model(name, tokenizer, defaults, renderer, created=model.created)
+        self._metrics.startup("tokenizer", time.monotonic() - began)
+        self._service.model = model
+        return model
+
+    async def _warm_up(self, ready: EngineReady, model: Model) -> None:
+        """One short request goes all the way, so that `ready` means that an answer was made, and the first client does not pay for it."""
+        for phase, seconds in ready.phases.items():
+            self._metrics.startup(phase, seconds)
+        self._service.session_len, self._service.eos_token_ids = ready.session_len, frozenset(ready.eos_token_ids)
+        self.lifecycle.show_progress("warm-up")
+        began = time.monotonic()
+        prompt = model.tokenizer.encode("Hello")[: max(1, min(4, ready.session_len - 2))] or [0]
+        group = self._engine.open_group()
+        try:
+            group.submit(
+                EngineRequest(
+                    request_id="warm-up", prompt_ids=prompt, sampling=SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
+                )
+            )
+            while all(output.finish_reason is None for output in await group.next()):
+                pass
+        except RequestFailed as error:
+            log.warning("the engine refused the warm-up request", extra=logs.fields(cause=str(error)))
+        except EngineUnavailable:
+            await asyncio.shield(self._engine.died)
+            return
+        self._metrics.startup("warm-up", time.monotonic() - began)
+
+    def _show_progress(self, progress: EngineProgress) -> None:
+        self.lifecycle.show_progress(progress.phase, progress.done, progress.total)
+        self._announcer.progress(progress)
+
+    # ---- end
+
+    async def _die(self, message: TerminationMessage) -> TerminationMessage:
+        """The engine is gone and every open request has been given an error: let the errors reach the clients."""
+        self.lifecycle.enter(State.DEAD)
+        await self._wait_until_idle(_FLUSH_S)
+        return message
+
+    async def _drain(self) -> TerminationMessage:
+        config, began = self._config, time.monotonic()
+        # Ctrl-C at a terminal: no endpoints lag behind, and nobody wants to wait for the delay.
+        delay = 0.0 if self._interrupted else min(config.drain_delay, config.drain_timeout)
+        self.lifecycle.drain(delay)
+        log.info("draining", extra=logs.fields(running=self._service.num_admitted, drain_delay=delay, drain_timeout=config.drain_timeout))
+        if self._service.session_len:
+            await self._wait_for_any(delay)
+        await self._wait_until_idle(config.drain_timeout - (time.monotonic() - began))
+        if self._engine.died.done():
+            return await self._die(self._engine.died.result())
+        unfinished = self._service.num_admitted
+        self._engine.fail_all(EngineUnavailable("the server is shutting down", Reason.DRAINED))
+        await self._wait_until_idle(_FLUSH_S, hurry=False)
+        log.info("drained", extra=logs.fields(unfinished=unfinished, seconds=round(time.monotonic() - began, 1)))
+        text = "all requests were answered" if not unfinished else f"{unfinished} requests were cut off after {config.drain_timeout:g} s"
+        return TerminationMessage(Reason.DRAINED, text)
+
+    async def _wait_until_idle(self, timeout_s: float, *, hurry: bool = True) -> None:
+        idle = asyncio.create_task(self._service.idle.wait())
+        await self._wait_for_any(timeout_s, idle, hurry=hurry)
+        idle.cancel()
+
+    async def _wait_for_any(self, timeout_s: float, *others: asyncio.Task[Any], hurry: bool = True) -> None:
+        """Until `timeout_s`, one of `others`, or what ends every wait: the engine's death, and a second signal."""
+        hurried = asyncio.create_task(self._hurry.wait())
+        ends = (*others, *((self._engine.died, hurried) if hurry else ()))
+        if timeout_s > 0 and ends:
+            await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        """The first asks for a drain, a second one for an end to it."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self._stop.set()
+
+
+class _HttpServer(uvicorn.Server):
+    """Signals are the runner's business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(_FLUSH_S),
+    )
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to `host` (a name or an address, also IPv6). Raises ConfigurationError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        # Listen now: who connects while the model loads is queued by the kernel, not refused.
+        bound.listen(2048)
+    except OSError as error:
+        cause = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        raise ConfigurationError(cause, cure="Give another --port (0 picks a free one) or --host.") from None
+    return bound

@@ -1,0 +1,207 @@
+"""What the endpoints share: admission, chat templates and tokenizing off the event loop, and requests to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from gantline_runtime.chat_template import RESERVED_NAMES, TemplateError
+from gantline_runtime.config import EngineConfig, ServerConfig
+from gantline_runtime.engine_client import EngineClient
+from gantline_runtime.generation_defaults import GenerationDefaults
+from gantline_runtime.messages import EngineRequest, SamplingParams
+from gantline_runtime.server.errors import ApiError, not_accepting
+from gantline_runtime.server.generation import Generation
+from gantline_runtime.server.lifecycle import Lifecycle, State
+from gantline_runtime.server.metrics import Metrics
+from gantline_runtime.server.output import ChoiceOutput
+from gantline_runtime.server.protocol import Message, SamplingFields
+from gantline_runtime.server.sampling import seeded
+from gantline_runtime.server.template_process import TemplateRenderer
+from gantline_runtime.tokenizer import Tokenizer
+
+__all__ = ["Model", "Service", "Ticket", "new_request_id"]
+
+T = TypeVar("T")
+
+_RATE_WINDOW_S = 30.0
+_MAX_RETRY_AFTER_S = 60
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that the API process knows of the checkpoint. `renderer` is None where it has no chat template; `template_problem` says why one
+    that it has cannot be used."""
+
+    name: str
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    renderer: TemplateRenderer | None = None
+    template_problem: str = "This model has no chat template; use /v1/completions."
+    created: int = 0
+
+
+class Service:
+    """`model` and `session_len` are set once loaded; until then `admit` refuses everything."""
+
+    def __init__(self, engine_config: EngineConfig, config: ServerConfig, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self.config = config
+        self.lifecycle = lifecycle
+        self.metrics = metrics
+        self.engine: EngineClient | None = None
+        self.model: Model | None = None
+        self.session_len = 0
+        self.eos_token_ids: frozenset[int] = frozenset()
+        self._capacity = engine_config.max_batch_size + engine_config.max_waiting
+        self._num_admitted = 0
+        self.idle = asyncio.Event()
+        """Set while no request is admitted."""
+        self.idle.set()
+        self._ended_at: deque[float] = deque(maxlen=4096)
+        # Encoding lets other threads run; two keep a long prompt from delaying the short ones, more would only compete with the engine.
+        self._pool = ThreadPoolExecutor(max_workers=max(2, min(8, (os.cpu_count() or 2) // 2)), thread_name_prefix="tokenizer")
+
+    async def close(self) -> None:
+        if self.model is not None and self.model.renderer is not None:
+            await self.model.renderer.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def seconds_of_silence(self) -> float:
+        """Seconds since the engine was heard of; 0 while it loads and warms up, which the startup probe bounds."""
+        if self.engine is None or self.lifecycle.state in (State.LOADING, State.WARMING):
+            return 0.0
+        return self.engine.silent_for()
+
+    # ---- admission
+
+    @property
+    def num_admitted(self) -> int:
+        """Engine requests that were admitted and have not ended: waiting for a tokenizer, in the engine, or being sent."""
+        return self._num_admitted
+
+    def check_state(self) -> Model:
+        """The model, if requests are taken now. Raises ApiError 503 otherwise."""
+        if not self.lifecycle.takes_requests or self.model is None or self.engine is None or self.engine.died.done():
+            raise not_accepting(self.lifecycle)
+        return self.model
+
+    def check_model_name(self, name: str | None) -> None:
+        assert self.model is not None
+        if name is not None and name != self.model.name:
+            raise ApiError(
+                404,
+                f"The model {name[:200]!r} does not exist here. This server has {self.model.name!r}.",
+                code="model_not_found",
+                param="model",
+            )
+
+    def admit(self, count: int) -> Ticket:
+        """Places for `count` engine requests. Raises ApiError 429 if more would wait than the queue may hold."""
+        if self._num_admitted and self._num_admitted + count > self._capacity:
+            raise self.queue_full()
+        self._num_admitted += count
+        self.idle.clear()
+        return Ticket(count, self._leave)
+
+    def _leave(self, count: int) -> None:
+        self._num_admitted -= count
+        self._ended_at.append(time.monotonic())
+        if not self._num_admitted:
+            self.idle.set()
+
+    # ---- text to tokens
+
+    async def encode_chat(self, messages: Sequence[Message], variables: dict[str, Any], *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of the prompt that the model's template makes of `messages`. Templates write their special tokens themselves."""
+        assert self.model is not None
+        reserved = RESERVED_NAMES & variables.keys()
+        if reserved:
+            raise ApiError(400, f"chat_template_kwargs may not set {min(reserved)!r}.", code="invalid_value", param="chat_template_kwargs")
+        if self.model.renderer is None:
+            raise ApiError(400, self.model.template_problem, code="invalid_template", param="messages")
+        try:
+            text = await self.model.renderer.render([message.for_template() for message in messages], variables)
+        except TemplateError as error:
+            raise ApiError(400, f"{str(error)[:1].upper()}{str(error)[1:]}.", code="invalid_template", param="messages") from None
+        return await self.encode(text, add_special_tokens=add_special_tokens)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        assert self.model is not None
+        tokenizer = self.model.tokenizer
+        return await self.in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    # ---- requests to the engine
+
+    def start(
+        self, request_id: str, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams], fields: SamplingFields, ticket: Ticket
+    ) -> Generation:
+        """Send `fields.n` requests for each prompt, each with its prompt's `sampling`. Choice i of prompt p has the index p * n + i.
+        The generation releases `ticket` when it is closed."""
+        assert self.model is not None and self.engine is not None
+        generation = Generation(self.engine.open_group(), self.metrics, ticket)
+        try:
+            for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+                for choice in range(fields.n):
+                    engine_id = f"{request_id}-{i * fields.n + choice}"
+                    request = EngineRequest(request_id=engine_id, prompt_ids=prompt, sampling=seeded(params, choice))
+                    generation.submit(i, request, self._build_output(request, fields))
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    def _build_output(self, request: EngineRequest, fields: SamplingFields) -> ChoiceOutput:
+        assert self.model is not None
+        sampling = request.sampling
+        return ChoiceOutput(
+            self.model.tokenizer,
+            request.prompt_ids,
+            stop=fields.stop,
+            stop_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_token_ids),
+            min_tokens=sampling.min_new_tokens,
+            skip_special_tokens=fields.skip_special_tokens,
+        )
+
+    def queue_full(self) -> ApiError:
+        wait = self._seconds_until_room()
+        message = f"{self._num_admitted} requests are running or waiting, as many as this server takes. Try again in {wait} s."
+        return ApiError(429, message, code="queue_full", headers={"Retry-After": str(wait)})
+
+    def _seconds_until_room(self) -> int:
+        """One over the rate at which requests ended lately: when the next place becomes free."""
+        now = time.monotonic()
+        while self._ended_at and self._ended_at[0] < now - _RATE_WINDOW_S:
+            self._ended_at.popleft()
+        if not self._ended_at:
+            return _MAX_RETRY_AFTER_S // 2
+        rate = len(self._ended_at) / max(1.0, now - self._ended_at[0])
+        return min(_MAX_RETRY_AFTER_S, max(1, math.ceil(1 / rate)))
+
+
+class Ticket:
+    """Places among the requests that a server takes, until released; releasing twice does nothing."""
+
+    def __init__(self, count: int, release: Callable[[int], None]) -> None:
+        self.taken_at = time.monotonic()
+        self._count = count
+        self._release = release
+
+    def release(self) -> None:
+        count, self._count = self._count, 0
+        if count:
+            self._release(count)
+
+
+def new_request_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
