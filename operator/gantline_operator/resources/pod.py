@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gantline_operator.resources.naming import Object
+from gantline_operator.resources.quantities import bytes_quantity
 
 __all__ = [
     "CACHE_MOUNT", "CONTAINER_SECURITY", "POD_SECURITY", "SOURCE_MOUNT", "Mount", "PodBase", "build_container", "build_pod",
@@ -103,7 +105,7 @@ def build_container(
         "args": list(arguments),
         "env": merge_env(ours, base.env),
         "resources": {"requests": dict(base.requests), "limits": dict(base.limits)},
-        "securityContext": CONTAINER_SECURITY,
+        "securityContext": copy.deepcopy(CONTAINER_SECURITY),
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
@@ -131,7 +133,7 @@ def build_pod(
         "automountServiceAccountToken": False,
         # A namespace of a thousand Services would put ten thousand variables into each container.
         "enableServiceLinks": False,
-        "securityContext": POD_SECURITY,
+        "securityContext": copy.deepcopy(POD_SECURITY),
         "containers": [container],
         "volumes": [
             _scratch("tmp"),
@@ -189,8 +191,8 @@ def _claim_volumes(mounts: Sequence[Mount]) -> list[Object]:
 
 
 def _scratch(name: str) -> Object:
-    return {"name": name, "emptyDir": {"sizeLimit": str(_SCRATCH_BYTES)}}
+    return {"name": name, "emptyDir": {"sizeLimit": bytes_quantity(_SCRATCH_BYTES)}}
 
 
 def _memory(name: str, num_bytes: int) -> Object:
-    return {"name": name, "emptyDir": {"medium": "Memory", "sizeLimit": str(num_bytes)}}
+    return {"name": name, "emptyDir": {"medium": "Memory", "sizeLimit": bytes_quantity(num_bytes)}}
