@@ -1,0 +1,237 @@
+"""Every kernel against its floor: `python -m benchmarks.kernels [--check] [--time] [--backend triton cuda] [--only NAME]`.
+
+Needs a GPU. A time is the median of replays of a CUDA graph over input sets that together exceed 200 MB (or one larger set), so that
+nothing is found in the second-level cache that a model would not find there. A floor is the larger of bytes over 4.4 TB/s (read; 4.3
+copied) and operations over 700 TFLOP/s; causal operations count the lower triangle. Shapes are those of Llama 3.1 8B unless a name says
+more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gantline_kernels import api
+
+from benchmarks import ceilings
+
+HEADS, KV_HEADS, DIM, BLOCK_SIZE = 32, 8, 128, 64
+HIDDEN, INNER, VOCABULARY = 4096, 14336, 128256
+_READ, _COPY, _PRODUCT = 4.4e12, 4.3e12, 700e12
+_ROTATED_BYTES = 220_000_000
+Run = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """`make(i)` builds input set i and returns the call to time; of one call: bytes read, bytes copied (read and written), operations."""
+
+    name: str
+    make: Callable[[int], Run]
+    read: float = 0.0
+    copied: float = 0.0
+    operations: float = 0.0
+
+    @property
+    def floor_us(self) -> float:
+        return 1e6 * max(self.read / _READ + self.copied / _COPY, self.operations / _PRODUCT)
+
+    def time_us(self) -> float:
+        sets = max(1, min(64, int(_ROTATED_BYTES // max(1.0, self.read + self.copied)) + 1))
+        runs = [self.make(i) for i in range(sets)]
+
+        def all_sets() -> None:
+            for run in runs:
+                run()
+
+        return 1e3 * ceilings.graph_median_ms(all_sets) / sets
+
+    def report(self, label: str = "") -> dict[str, Any]:
+        us = self.time_us()
+        row: dict[str, Any] = {"case": self.name + label, "us": round(us, 1), "floor_us": round(self.floor_us, 1)}
+        row["of_floor"] = round(self.floor_us / us, 3)
+        if self.operations:
+            row["TFLOP_s"] = round(self.operations / us / 1e6, 1)
+        if self.read:
+            row["TB_s"] = round(self.read / us / 1e6, 3)
+        return row
+
+
+def _bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def paged_inputs(
+    queries: list[int], contexts: list[int], *, heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM, block_size: int = BLOCK_SIZE
+) -> tuple[torch.Tensor, ...]:
+    """q, caches, tables, query starts, context lengths; blocks in random order."""
+    counts = [-(-context // block_size) for context in contexts]
+    order = torch.randperm(sum(counts), device="cuda").int()
+    tables = torch.zeros((len(contexts), max(counts)), dtype=torch.int32, device="cuda")
+    at = 0
+    for i, count in enumerate(counts):
+        tables[i, :count] = order[at : at + count]
+        at += count
+    keys, values = (_bf16(sum(counts), kv_heads, block_size, dim) for _ in range(2))
+    starts = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
+    return _bf16(sum(queries), heads, dim), keys, values, tables, starts, torch.tensor(contexts, device="cuda", dtype=torch.int32)
+
+
+def attention_case(name: str, queries: list[int], contexts: list[int], backend: str, **shape: int) -> Case:
+    heads, kv_heads, dim = shape.get("heads", HEADS), shape.get("kv_heads", KV_HEADS), shape.get("dim", DIM)
+    decodes = len(queries) if max(queries) == 1 else 0
+
+    def make(_: int) -> Run:
+        inputs = paged_inputs(queries, contexts, **shape)
+        limits = {"max_query_len": max(queries), "max_context_len": max(contexts), "num_decodes": decodes}
+        return lambda: api.paged_attention(*inputs, dim**-0.5, **limits, backend=backend)  # type: ignore[arg-type]
+
+    pairs = sum(q * (c - q) + q * (q + 1) / 2 for q, c in zip(queries, contexts, strict=True))
+    cache_bytes = 4.0 * sum(contexts) * kv_heads * dim
+    return Case(name, make, read=cache_bytes if decodes else 0.0, operations=0.0 if decodes else 4.0 * pairs * heads * dim)
+
+
+def mixed_contexts(count: int = 128, longest: int = 16384) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1024, longest, (count,), generator=generator).tolist()
+
+
+def decode_cases(backend: str) -> Iterator[Case]:
+    yield attention_case("decode 256 x 1k", [1] * 256, [1024] * 256, backend)
+    yield attention_case("decode 16 x 8k", [1] * 16, [8192] * 16, backend)
+    yield attention_case("decode 1 x 32k", [1], [32768], backend)
+    yield attention_case("decode 128 x 1-16k", [1] * 128, mixed_contexts(), backend)
+    yield attention_case("decode 16 x 512", [1] * 16, [512] * 16, backend)
+    yield attention_case("decode 1 x 1k", [1], [1024], backend)
+    yield attention_case("decode 256 x 1k, 28/4 heads", [1] * 256, [1024] * 256, backend, heads=28, kv_heads=4)
+    yield attention_case("decode 256 x 1k, dim 64", [1] * 256, [1024] * 256, backend, dim=64)
+
+
+def prefill_cases(backend: str) -> Iterator[Case]:
+    yield attention_case("prefill 8 x 4096", [4096] * 8, [4096] * 8, backend)
+    yield attention_case("prefill 2 x 4096", [4096] * 2, [4096] * 2, backend)
+    yield attention_case("prefill 1 x 32k", [32768], [32768], backend)
+    yield attention_case("prefill 2k on 30k", [2048], [32768], backend)
+    yield attention_case("prefill 16 x 512", [512] * 16, [512] * 16, backend)
+    yield attention_case("prefill 8 x 4096, dim 64", [4096] * 8, [4096] * 8, backend, dim=64)
+
+
+def elementwise_cases(backend: str) -> Iterator[Case]:
+    for rows in (8192, 256):
+        yield _add_norm_case(rows, backend)
+        yield _silu_case(rows, backend)
+        yield _rope_case(rows, backend, normed=False)
+    yield _rope_case(8192, backend, normed=True)
+
+
+def _add_norm_case(rows: int, backend: str) -> Case:
+    def make(_: int) -> Run:
+        x, residual, weight = _bf16(rows, HIDDEN), _bf16(rows, HIDDEN), _bf16(HIDDEN)
+        return lambda: api.add_rms_norm(x, residual, weight, 1e-5, backend=backend)
+
+    return Case(f"add_rms_norm {rows}", make, copied=4.0 * rows * HIDDEN * 2)
+
+
+def _silu_case(rows: int, backend: str) -> Case:
+    def make(_: int) -> Run:
+        x = _bf16(rows, 2 * INNER)
+        return lambda: api.silu_and_mul(x, backend=backend)
+
+    return Case(f"silu_and_mul {rows}", make, copied=3.0 * rows * INNER * 2)
+
+
+def _rope_case(rows: int, backend: str, *, normed: bool) -> Case:
+    def make(_: int) -> Run:
+        sizes = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM]
+        q, k, v = (x.unflatten(-1, (-1, DIM)) for x in _bf16(rows, sum(sizes)).split(sizes, dim=-1))
+        keys, values = (_bf16(rows // BLOCK_SIZE, KV_HEADS, BLOCK_SIZE, DIM) for _ in range(2))
+        table = torch.rand(8192, DIM, device="cuda")
+        positions, slots = torch.arange(rows, device="cuda", dtype=torch.int32), torch.randperm(rows, device="cuda")
+        weights = {f"{x}_norm_weight": _bf16(DIM) if normed else None for x in "qk"}
+        return lambda: api.rope_and_cache_write(q, k, v, table, positions, keys, values, slots, **weights, backend=backend)
+
+    return Case(f"rope {rows}{' + norms' if normed else ''}", make, copied=2.0 * rows * (HEADS + 2 * KV_HEADS) * DIM * 2)
+
+
+def sampling_cases(backend: str) -> Iterator[Case]:
+    rows, size = 256, 4.0 * 256 * VOCABULARY
+    for shape, spread in (("peaked", 8.0), ("flat", 0.5)):
+        def greedy(_: int, spread: float = spread) -> Run:
+            logits = torch.randn(rows, VOCABULARY, device="cuda") * spread
+            return lambda: api.argmax(logits, backend=backend)
+
+        def limited(_: int, spread: float = spread) -> Run:
+            logits = torch.randn(rows, VOCABULARY, device="cuda") * spread
+            uniforms, ones = torch.rand(rows, device="cuda"), torch.ones(rows, device="cuda")
+            top_k, top_p = torch.full((rows,), 50, device="cuda"), torch.full((rows,), 0.9, device="cuda")
+            return lambda: api.sample(logits, uniforms, ones, top_k, top_p, None, backend=backend)
+
+        def nucleus(_: int, spread: float = spread) -> Run:
+            logits = torch.randn(rows, VOCABULARY, device="cuda") * spread
+            uniforms, ones = torch.rand(rows, device="cuda"), torch.ones(rows, device="cuda")
+            return lambda: api.sample(logits, uniforms, ones, None, ones * 0.9, None, backend=backend)
+
+        yield Case(f"argmax {shape}", greedy, read=size)
+        yield Case(f"top-k and top-p {shape}", limited, read=size)
+        yield Case(f"top-p {shape}", nucleus, read=size)
+
+
+def linear_cases(backend: str) -> Iterator[Case]:
+    shapes = [((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)]
+    weight_bytes = 2.0 * sum(n * k for n, k in shapes)
+    for rows in (1, 16, 64, 128, 256, 512, 8192):
+        def make(_: int, rows: int = rows) -> Run:
+            weights, inputs = [_bf16(n, k) * 0.02 for n, k in shapes], {k: _bf16(rows, k) for _, k in shapes}
+            return lambda: [api.linear(inputs[w.shape[1]], w, backend=backend) for w in weights]
+
+        yield Case(f"linear chain {rows}", make, read=weight_bytes, operations=weight_bytes * rows)
+
+
+GROUPS: dict[str, Callable[[str], Iterator[Case]]] = {
+    "decode": decode_cases, "prefill": prefill_cases, "elementwise": elementwise_cases, "sampling": sampling_cases, "linear": linear_cases,
+}  # fmt: skip
+
+
+def run_checks(backends: list[str]) -> bool:
+    """The kernels' tests, every backend at once (their time is compilation)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-n8", "tests/kernels/kernel_checks.py"]
+    running = [subprocess.Popen(command, env=os.environ | {"GANTLINE_KERNEL_BACKEND": backend}) for backend in backends]
+    codes = [process.wait() for process in running]
+    return not any(codes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the references first")
+    parser.add_argument("--time", action="store_true", help="time every case")
+    parser.add_argument("--backend", nargs="+", default=["triton"], choices=api.BACKENDS)
+    parser.add_argument("--only", default="", help="cases whose group or name contains this")
+    args = parser.parse_args()
+    ok = run_checks(args.backend) if args.check else True
+    if args.time:
+        print(json.dumps(ceilings.measure()), flush=True)
+        for group, cases in GROUPS.items():
+            for backend in args.backend:
+                for case in cases(backend):
+                    if args.only in group or args.only in case.name:
+                        _print(case, backend)
+    return 0 if ok else 1
+
+
+def _print(case: Case, backend: str) -> None:
+    try:
+        print(json.dumps(case.report() | {"backend": backend}), flush=True)
+    except Exception as error:  # one failure must not hide the other figures
+        print(json.dumps({"case": case.name, "backend": backend, "error": f"{type(error).__name__}: {error}"[:300]}), flush=True)
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
