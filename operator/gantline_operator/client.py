@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import aiohttp
+import kopf
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
@@ -144,6 +145,20 @@ class Client:
 
     async def close(self) -> None:
         await self._rest.close()
+
+    async def connection_info(self) -> kopf.ConnectionInfo:
+        """The same credentials for kopf, which asks again when they are refused."""
+        configuration = self._configuration
+        scheme, _, token = (await self._authorization()).get("Authorization", "").rpartition(" ")
+        return kopf.ConnectionInfo(
+            server=configuration.host,
+            ca_path=configuration.ssl_ca_cert,
+            insecure=not configuration.verify_ssl,
+            scheme=scheme or None,
+            token=token or None,
+            certificate_path=configuration.cert_file,
+            private_key_path=configuration.key_file,
+        )
 
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
         return await self._json("GET", resource.path(namespace, name))

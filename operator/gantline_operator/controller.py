@@ -1,0 +1,231 @@
+"""The queue's workers, the resync, and what one reconcile may know of the others: reservations of devices, conditions for /metrics.
+
+kopf's handlers call `enqueue` and nothing else. `run` lists all services before the first worker starts, so that what they had planned
+before a restart is reserved again before anybody plans anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import Any
+
+from gantline_operator import resources
+from gantline_operator.client import ApiError, Client, Conflict, NotFound, Object
+from gantline_operator.events import send, transitions
+from gantline_operator.facts import ClusterFacts, Reservation
+from gantline_operator.metrics import Metrics
+from gantline_operator.observe import ClusterView
+from gantline_operator.plan import Plan, reservation
+from gantline_operator.plan_status import from_status
+from gantline_operator.reconcile import SERVICES, Cluster, Reconcile
+from gantline_operator.resource import InferenceServiceSpec
+from gantline_operator.settings import OperatorSettings
+from gantline_operator.spec import SpecError, parse_service
+from gantline_operator.workqueue import WorkQueue
+
+__all__ = ["Controller", "Key"]
+
+Key = tuple[str, str]
+"""Namespace and name of a service."""
+
+_log = logging.getLogger(__name__)
+
+_SETTLE_S, _SETTLE_EVERY_S = 0.5, 5.0
+"""After a change of the cluster's facts, before waiting services are planned again (changes come in crowds), and how often at most."""
+_GRACE_S = 30.0
+"""How long a cancelled reconcile may take to end before its worker counts as stuck."""
+_LISTING_RETRY_S = 5.0
+
+
+class Controller:
+    def __init__(self, client: Client, settings: OperatorSettings, version: str) -> None:
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self.metrics = Metrics()
+        self.metrics.observe(lambda: (self.queue.depth, self.queue.oldest_age_s), lambda: self._conditions)
+        self.view = ClusterView(client, settings, self._facts_changed)
+        self._client = client
+        self._settings = settings
+        self._cluster = Cluster(
+            client=client,
+            settings=settings,
+            rendering=resources.Settings.of(settings, version),
+            facts=self._cluster_facts,
+            reserve=self._reserve,
+            count=lambda kind, verb: self.metrics.writes.labels(kind, verb).inc(),
+            time_plan=self.metrics.plan_duration.time,
+        )
+        self._reservations: dict[str, Reservation] = {}
+        self._conditions: dict[Key, list[Any]] = {}
+        self._unsettled: set[Key] = set()
+        self._busy_since: dict[int, float] = {}
+        self._settling: asyncio.TimerHandle | None = None
+        self._settled_at = -_SETTLE_EVERY_S
+
+    def enqueue(self, namespace: str, name: str) -> None:
+        self.queue.add((namespace, name))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.view.run())
+            await self._list_until_done()
+            await self.view.known()
+            for number in range(self._settings.workers):
+                tasks.create_task(self._work(number))
+            tasks.create_task(self._resync())
+
+    def stuck_worker(self) -> str:
+        """A sentence about a worker that is past its deadline and its cancellation, else empty. The age of the queue is no sign: an
+        outage of the API server lets keys wait, and a restart of the operator would not help."""
+        limit_s = self._settings.reconcile_deadline_seconds + _GRACE_S
+        for number, since in self._busy_since.items():
+            if (busy_s := time.monotonic() - since) > limit_s:
+                return f"worker {number} has been busy for {busy_s:.0f} s"
+        return ""
+
+    # ---- workers ---------------------------------------------------------------------------------------------------------------------
+
+    async def _work(self, number: int) -> None:
+        while True:
+            key = await self.queue.get()
+            self._busy_since[number] = time.monotonic()
+            try:
+                await self._handle(key)
+            finally:
+                del self._busy_since[number]
+                self.queue.done(key)
+
+    async def _handle(self, key: Key) -> None:
+        """One reconcile; whatever goes wrong becomes another try, later each time."""
+        try:
+            with self.metrics.duration.time():
+                async with asyncio.timeout(self._settings.reconcile_deadline_seconds):
+                    again_s = await self.reconcile(key)
+        except ApiError as error:
+            self.metrics.errors.labels(type(error).__name__).inc()
+            self.metrics.reconciles.labels("retry").inc()
+            delay_s = self.queue.retry(key, at_least_s=error.retry_after_s)
+            level = logging.DEBUG if isinstance(error, Conflict) else logging.WARNING
+            _log.log(level, "%s/%s: trying again in %.1f s: %s", *key, delay_s, error)
+        except Exception as error:
+            self.metrics.errors.labels(type(error).__name__).inc()
+            self.metrics.reconciles.labels("error").inc()
+            delay_s = self.queue.retry(key)
+            _log.exception("%s/%s: trying again in %.1f s", *key, delay_s)
+        else:
+            self.metrics.reconciles.labels("done").inc()
+            self.queue.forget(key)
+            if again_s is not None:
+                self.queue.add_after(key, again_s)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Seconds after which to look again; None if an event will do. Raises ApiError."""
+        try:
+            parent = await self._client.get(SERVICES, *key)
+        except NotFound:
+            self._forget(key)
+            return None
+        if "deletionTimestamp" in parent["metadata"]:
+            self._reservations.pop(_text(key), None)
+            return None  # the garbage collector deletes the children by their owner reference
+        one_pass = Reconcile(self._cluster, parent)
+        again_s = await one_pass.run()
+        self._note(key, one_pass.status)
+        await send(self._client, parent, transitions(parent.get("status") or {}, one_pass.status))
+        return again_s
+
+    def _note(self, key: Key, status: Object) -> None:
+        conditions = status.get("conditions") or []
+        self._conditions[key] = conditions
+        states = {item["type"]: item["status"] for item in conditions}
+        settled = states.get("PlanResolved") == "True" and states.get("Scheduled") != "False"
+        (self._unsettled.discard if settled else self._unsettled.add)(key)
+
+    def _forget(self, key: Key) -> None:
+        self._conditions.pop(key, None)
+        self._unsettled.discard(key)
+        self._reservations.pop(_text(key), None)
+        self.queue.forget(key)
+
+    # ---- all services ----------------------------------------------------------------------------------------------------------------
+
+    async def _list_until_done(self) -> None:
+        while True:
+            try:
+                await self._enqueue_all(spread_s=0.0)
+                return
+            except ApiError as error:
+                wait_s = max(error.retry_after_s, _LISTING_RETRY_S) * random.uniform(0.8, 1.2)
+                _log.warning("InferenceServices cannot be listed, trying again in %.0f s: %s", wait_s, error)
+                await asyncio.sleep(wait_s)
+
+    async def _resync(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.resync_seconds * random.uniform(2 / 3, 4 / 3))
+            try:
+                await self._enqueue_all(spread_s=min(60.0, self._settings.resync_seconds / 5))
+            except ApiError as error:
+                _log.warning("Resync failed, the next one will tell: %s", error)
+
+    async def _enqueue_all(self, *, spread_s: float) -> None:
+        """Every service, over `spread_s`; and those that we know but that are no more, so that they are forgotten."""
+        found: set[Key] = set()
+        for namespace in self._settings.watch_namespaces or (None,):
+            async for page in self._client.pages(SERVICES, namespace):
+                for parent in page.get("items") or []:
+                    key = (parent["metadata"]["namespace"], parent["metadata"]["name"])
+                    found.add(key)
+                    self._restore(key, parent)
+        for key in found | set(self._conditions):
+            self.queue.add_after(key, random.uniform(0.0, spread_s))
+
+    def _restore(self, key: Key, parent: Object) -> None:
+        """What a service had planned before this operator started."""
+        if _text(key) in self._reservations or key in self._conditions:
+            return
+        status = parent.get("status") or {}
+        self._conditions[key] = status.get("conditions") or []
+        try:
+            _, spec = parse_service({"apiVersion": SERVICES.api_version, "kind": SERVICES.kind, **parent})
+        except SpecError:
+            return
+        self._reserve(_text(key), spec, from_status(status.get("plan") or {}, spec))
+
+    # ---- devices ---------------------------------------------------------------------------------------------------------------------
+
+    def _cluster_facts(self, service: str, own_pods: Collection[str]) -> ClusterFacts:
+        bound = self.view.bound_pods()
+        others: Iterator[Reservation] = (item for name, item in self._reservations.items() if name != service)
+        unbound = [_less(item, bound[item.service]) for item in others]
+        return self.view.facts([item for item in unbound if item.pods > 0], own_pods)
+
+    def _reserve(self, service: str, spec: InferenceServiceSpec, planned: Plan | None) -> None:
+        pods = 0 if spec.suspend else spec.replicas
+        if planned is None or not pods or not planned.placement.resource:
+            self._reservations.pop(service, None)
+        else:
+            self._reservations[service] = reservation(service, spec, planned, pods)
+
+    def _facts_changed(self) -> None:
+        """Services without a plan, or with pods that wait, look again once the changes have settled."""
+        if self._unsettled and self._settling is None:
+            wait_s = max(_SETTLE_S, self._settled_at + _SETTLE_EVERY_S - time.monotonic())
+            self._settling = asyncio.get_running_loop().call_later(wait_s, self._settle)
+
+    def _settle(self) -> None:
+        self._settling, self._settled_at = None, time.monotonic()
+        for key in self._unsettled:
+            self.queue.add(key)
+
+
+def _less(reservation: Reservation, bound: int) -> Reservation:
+    return replace(reservation, pods=max(0, reservation.pods - bound))
+
+
+def _text(key: Key) -> str:
+    return f"{key[0]}/{key[1]}"

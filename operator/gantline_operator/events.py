@@ -1,0 +1,118 @@
+"""Events on an InferenceService: transitions only, so that `kubectl describe` tells a story instead of repeating a state.
+
+`transitions` compares two statuses; what it finds is sent once. An event that cannot be sent is logged and forgotten: the status has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from gantline_operator.client import FIELD_MANAGER, ApiError, Client, Object, Resource
+from gantline_operator.conditions import EventReason, Reason
+
+__all__ = ["EVENTS", "Event", "send", "transitions"]
+
+EVENTS = Resource("events.k8s.io/v1", "Event", "events")
+
+_log = logging.getLogger(__name__)
+
+_QUIET = {
+    # What is under way, or waits for what is: no news, and no warning.
+    Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.WAITING_FOR_MODEL, Reason.WAITING_FOR_PLAN, Reason.ROLLING_OUT,
+    Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
+}  # fmt: skip
+_TELLING = ("PlanResolved", "ModelReady", "QuantizationReady", "Scheduled", "Degraded")
+_SUCCEEDED = {
+    "PlanResolved": EventReason.PLANNED,
+    "ModelReady": EventReason.MODEL_INSPECTED,
+    "QuantizationReady": EventReason.QUANTIZATION_SUCCEEDED,
+    "Ready": EventReason.ROLLOUT_COMPLETED,
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    type: Literal["Normal", "Warning"]
+    reason: str
+    note: str
+    action: str = "Reconcile"
+
+
+def transitions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Event]:
+    """What happened between two statuses."""
+    old = {item["type"]: item for item in before.get("conditions") or []}
+    new = {item["type"]: item for item in after.get("conditions") or []}
+    events = [*_started(before, after)]
+    for kind, item in new.items():
+        events.extend(_of_condition(kind, old.get(kind, {}), item))
+    return list(dict.fromkeys(events))
+
+
+def _started(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:
+    stage, last = after.get("stage") or {}, before.get("stage") or {}
+    if stage.get("state") == "Running" and stage.get("job") and stage.get("job") != last.get("job"):
+        again = f", attempt {stage['attempt'] + 1}" if stage.get("attempt") else ""
+        if stage["name"] == "fetch":
+            yield Event("Normal", EventReason.FETCH_STARTED, f"Job {stage['job']}{again}.", "Fetch")
+        if stage["name"] == "quantize":
+            yield Event("Normal", EventReason.QUANTIZATION_STARTED, f"Job {stage['job']}{again}.", "Quantize")
+    if after.get("revision") and after.get("revision") != before.get("revision"):
+        yield Event("Normal", EventReason.ROLLOUT_STARTED, f"Rolling out revision {after['revision']}.", "RollOut")
+
+
+def _of_condition(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Event]:
+    if (old.get("status"), old.get("reason")) == (new["status"], new["reason"]):
+        return
+    good = new["status"] == "True" and kind != "Degraded"
+    if good:
+        if old.get("status") != "True" and kind in _SUCCEEDED:
+            reason = EventReason.FETCH_SUCCEEDED if new["reason"] == Reason.FETCHED else _SUCCEEDED[kind]
+            yield Event("Normal", reason, new.get("message", ""))
+        return
+    if kind == "Ready":
+        if new["reason"] == Reason.SUSPENDED:
+            yield Event("Normal", EventReason.SUSPENDED, new.get("message", ""))
+        elif old.get("reason") == Reason.SUSPENDED:
+            yield Event("Normal", EventReason.RESUMED, "Resumed.")
+        return
+    if kind in _TELLING and new["status"] != "Unknown" and new["reason"] not in _QUIET:
+        yield Event("Warning", new["reason"], new.get("message", ""))
+
+
+async def send(client: Client, parent: Object, events: Iterable[Event]) -> None:
+    for event in events:
+        try:
+            await client.create(EVENTS, parent["metadata"]["namespace"], _build(parent, event))
+        except ApiError as error:
+            _log.info("Event %s on %s was not recorded: %s", event.reason, parent["metadata"]["name"], error)
+
+
+def _build(parent: Object, event: Event) -> Object:
+    metadata = parent["metadata"]
+    return {
+        "apiVersion": EVENTS.api_version,
+        "kind": EVENTS.kind,
+        "metadata": {"name": f"{metadata['name']}.{uuid.uuid4().hex[:16]}", "namespace": metadata["namespace"]},
+        "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": "gantline.io/operator",
+        "reportingInstance": f"{FIELD_MANAGER}-{os.environ.get('HOSTNAME') or socket.gethostname()}"[:128],
+        "action": event.action,
+        "reason": event.reason,
+        "note": event.note[:1024],
+        "type": event.type,
+        "regarding": {
+            "apiVersion": "gantline.io/v1alpha1",
+            "kind": "InferenceService",
+            "name": metadata["name"],
+            "namespace": metadata["namespace"],
+            "uid": metadata["uid"],
+            "resourceVersion": metadata["resourceVersion"],
+        },
+    }

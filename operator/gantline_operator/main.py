@@ -1,0 +1,146 @@
+"""`gantline-operator`: settings, one API client, one controller, and kopf to watch and to answer /healthz.
+
+kopf runs without change handlers, so it writes nothing; everything it tells us is a key for the queue. One replica with the strategy
+Recreate is the intended installation: peering is not leader election.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import kopf
+import prometheus_client
+from gantline_runtime import termination
+from gantline_runtime.errors import ConfigurationError
+
+from gantline_operator import resources
+from gantline_operator.client import Client, connect
+from gantline_operator.controller import Controller
+from gantline_operator.handlers import WATCHED, register
+from gantline_operator.settings import OperatorSettings, from_environment
+
+__all__ = ["Backoffs", "kopf_settings", "main", "operate", "version"]
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Backoffs:
+    """Seconds between kopf's attempts: for ever, since a finite list would end the process in an outage of the API server; capped, and with
+    jitter, so that watches do not come back in step."""
+
+    def __init__(self, cap_s: float = 20.0) -> None:
+        self._cap_s = cap_s
+
+    def __iter__(self) -> Iterator[float]:
+        delay_s = 0.5
+        while True:
+            yield delay_s * random.uniform(0.5, 1.0)
+            delay_s = min(self._cap_s, delay_s * 2)
+
+
+def version() -> str:
+    """Of the installed distribution; operator and runtime share it."""
+    return importlib.metadata.version("gantline")
+
+
+def kopf_settings(*, retry_cap_s: float = 20.0) -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.networking.error_backoffs = Backoffs(retry_cap_s)
+    settings.networking.request_timeout = 60
+    settings.networking.connect_timeout = 10
+    settings.watching.server_timeout = 300
+    settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = 500
+    for kind in WATCHED:
+        group, _, number = kind.api_version.rpartition("/")
+        settings.watching.label_selectors[(group, number, kind.plural)] = resources.SELECTOR
+    # Needs no right to read definitions and namespaces. A definition that comes late is noticed by the controller's own listing.
+    settings.scanning.disabled = True
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    settings.persistence.finalizer = "gantline.io/operator"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix="gantline.io")
+    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix="gantline.io")
+    return settings
+
+
+async def operate(settings: OperatorSettings, client: Client, stop: asyncio.Event, *, retry_cap_s: float = 20.0) -> None:
+    """Runs until `stop` is set or a signal comes. Raises what ended it otherwise: the process then ends, and the kubelet starts another."""
+    controller = Controller(client, settings, version())
+    registry = kopf.OperatorRegistry()
+    register(registry, controller.enqueue, controller.stuck_worker)
+
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        return await client.connection_info()
+
+    kopf.on.login(id="login", registry=registry)(login)
+    server = None
+    if settings.metrics_port:
+        server, _ = prometheus_client.start_http_server(settings.metrics_port, settings.listen_address, controller.metrics.registry)
+    work = asyncio.create_task(controller.run(), name="controller")
+    work.add_done_callback(lambda _: stop.set())
+    try:
+        await kopf.operator(
+            registry=registry,
+            settings=kopf_settings(retry_cap_s=retry_cap_s),
+            clusterwide=not settings.watch_namespaces,
+            namespaces=settings.watch_namespaces,
+            standalone=True,
+            stop_flag=stop,
+            liveness_endpoint=f"http://{settings.listen_address}:{settings.health_port}/healthz" if settings.health_port else None,
+        )
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+    if not work.cancelled() and (error := work.exception()) is not None:
+        raise error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The operator's process; its exit code."""
+    try:
+        settings = from_environment(os.environ, sys.argv[1:] if arguments is None else arguments)
+    except ConfigurationError as error:
+        print(f"gantline-operator: {error}. {error.cure}", file=sys.stderr)
+        termination.write(termination.TerminationMessage(error.reason, str(error), error.cure))
+        return termination.exit_code(error.reason)
+    configure_logging(settings.log_level)
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: OperatorSettings) -> int:
+    client = await connect()
+    scope = ", ".join(settings.watch_namespaces) or "all namespaces"
+    _log.info("gantline-operator %s serves %s", version(), scope)
+    try:
+        await operate(settings, client, asyncio.Event())
+    finally:
+        await client.close()
+    return 0
+
+
+def configure_logging(level: str) -> None:
+    """One line a record on stderr. kopf logs every event at info, which doubles the CPU that the operator needs."""
+    logging.basicConfig(level=level.upper(), format=_FORMAT, stream=sys.stderr, force=True)
+    quiet = logging.DEBUG if level == "debug" else logging.WARNING
+    for name in ("kopf", "asyncio", "aiohttp", "kubernetes"):
+        logging.getLogger(name).setLevel(quiet)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # kopf takes it over once the loop runs; before, the default is quick
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The operator's own /metrics.
+
+Counters are incremented where things happen; queue and conditions are read at scrape time, so a deleted service leaves no series behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["ConditionMap", "Metrics"]
+
+ConditionMap = Mapping[tuple[str, str], Iterable[Mapping[str, str]]]
+"""(namespace, name) -> conditions as they stand in the status."""
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_VALUES = {"True": 1.0, "False": 0.0, "Unknown": -1.0}
+
+
+class Metrics:
+    """One registry for one operator, so that two in a process (tests) do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.reconciles = Counter("gantline_reconciles", "Reconciles by result: done, retry, error.", ["result"], registry=self.registry)
+        self.errors = Counter("gantline_errors", "Errors by kind, of the API server or of ours.", ["kind"], registry=self.registry)
+        self.writes = Counter("gantline_writes", "Writes to the API server.", ["kind", "verb"], registry=self.registry)
+        self.duration = Histogram("gantline_reconcile_seconds", "Time of one reconcile.", registry=self.registry, buckets=_LATENCY_S)
+        self.plan_duration = Histogram("gantline_plan_seconds", "Time of one plan.", registry=self.registry, buckets=_LATENCY_S)
+
+    def observe(self, queue: Callable[[], tuple[int, float]], conditions: Callable[[], ConditionMap]) -> None:
+        """`queue` answers (depth, age of the oldest in seconds)."""
+        self.registry.register(_State(queue, conditions))
+
+
+class _State(Collector):
+    def __init__(self, queue: Callable[[], tuple[int, float]], conditions: Callable[[], ConditionMap]) -> None:
+        self._queue = queue
+        self._conditions = conditions
+
+    def collect(self) -> Iterable[Metric]:
+        depth, age_s = self._queue()
+        yield GaugeMetricFamily("gantline_queue_depth", "Services that wait to be reconciled.", value=depth)
+        yield GaugeMetricFamily("gantline_queue_oldest_seconds", "How long the first of them has waited.", value=age_s)
+        services = dict(self._conditions())
+        yield GaugeMetricFamily("gantline_services", "Services that the operator knows.", value=len(services))
+        family = GaugeMetricFamily(
+            "gantline_condition", "Conditions: 1 True, 0 False, -1 Unknown.", labels=["namespace", "service", "type", "reason"]
+        )
+        for (namespace, name), conditions in services.items():
+            for item in conditions:
+                family.add_metric([namespace, name, item["type"], item["reason"]], _VALUES.get(item["status"], -1.0))
+        yield family

@@ -1,0 +1,193 @@
+"""What the operator knows about the whole cluster: nodes, and where other pods hold accelerators. And how it lists one service's pods.
+
+Nodes and pods are kept by an own paginated list and watch, each object reduced at once to the few fields that count: kopf's indices keep
+ghosts after a relist and start in quadratic time. Where the right to list is missing (a namespaced install) the answer is None, unknown,
+and the scheduler decides; the right is asked for again now and then.
+
+    list by pages -> replace all -> watch from that version -> (stream ends: watch on) -> (version too old: list again)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Generic, TypeVar
+
+from gantline_operator.client import ApiError, Client, Forbidden, Gone, KindMissing, NotFound, Object, Resource
+from gantline_operator.facts import ClusterFacts, NodeFacts, PodUse, Reservation, cluster_facts, read_node, reduce_pod
+from gantline_operator.fields import SpecError
+from gantline_operator.inventory import Inventory, parse_inventory
+from gantline_operator.settings import OperatorSettings
+from gantline_operator.workqueue import backoff_s
+
+__all__ = ["CONFIG_MAPS", "NODES", "PODS", "ClusterView", "Mirror"]
+
+NODES = Resource("v1", "Node", "nodes")
+PODS = Resource("v1", "Pod", "pods")
+CONFIG_MAPS = Resource("v1", "ConfigMap", "configmaps")
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_WATCH_S = 300
+_REFUSED_RETRY_S = 300.0
+_INVENTORY_POLL_S = 60.0
+
+
+class Mirror(Generic[T]):
+    """All objects of one kind, reduced. `items` is None until the first list, and while listing is refused."""
+
+    def __init__(
+        self,
+        client: Client,
+        resource: Resource,
+        reduce: Callable[[Object], T | None],
+        changed: Callable[[], None],
+        *,
+        watch_s: int = _WATCH_S,
+    ) -> None:
+        self.items: dict[str, T] | None = None
+        self.known = asyncio.Event()
+        """Set once there is an answer, be it that we may not know."""
+        self._client = client
+        self._resource = resource
+        self._reduce = reduce
+        self._changed = changed
+        self._watch_s = watch_s
+
+    async def run(self) -> None:
+        """Until cancelled. Never raises an ApiError: what is wrong is logged once per kind of trouble, and tried again."""
+        failures = 0
+        while True:
+            try:
+                version = await self._list()
+                failures = 0
+                while True:
+                    version = await self._follow(version)
+            except Gone:
+                continue
+            except (Forbidden, KindMissing) as error:
+                _log.warning("Not allowed to list %s, capacity stays unknown: %s", self._resource.plural, error)
+                self._replace(None)
+                await asyncio.sleep(_REFUSED_RETRY_S * random.uniform(0.8, 1.2))
+            except ApiError as error:
+                failures += 1
+                _log.info("Listing or watching %s failed, trying again: %s", self._resource.plural, error)
+                await asyncio.sleep(max(error.retry_after_s, backoff_s(failures, random.random(), cap_s=30.0)))
+
+    async def _list(self) -> str:
+        items: dict[str, T] = {}
+        version = ""
+        async for page in self._client.pages(self._resource):
+            version = page["metadata"]["resourceVersion"]
+            for item in page.get("items") or []:
+                self._put(items, item)
+        self._replace(items)
+        return version
+
+    async def _follow(self, version: str) -> str:
+        """Watches until the server ends the stream; the version to go on from."""
+        async for event in self._client.watch(self._resource, None, version, timeout_s=self._watch_s):
+            item = event["object"]
+            version = item["metadata"]["resourceVersion"]
+            if event["type"] == "BOOKMARK":
+                continue
+            assert self.items is not None, "a list came before the watch"
+            uid = item["metadata"]["uid"]
+            before = self.items.pop(uid, None)
+            if event["type"] != "DELETED":
+                self._put(self.items, item)
+            if self.items.get(uid) != before:
+                self._changed()
+        return version
+
+    def _put(self, items: dict[str, T], item: Object) -> None:
+        reduced = self._reduce(item)
+        if reduced is not None:
+            items[item["metadata"]["uid"]] = reduced
+
+    def _replace(self, items: dict[str, T] | None) -> None:
+        if items != self.items:
+            self.items = items
+            self._changed()
+        self.known.set()
+
+
+class ClusterView:
+    """Nodes, pods and the inventory of pools, kept up to date. `changed` is called when a plan may come out otherwise."""
+
+    def __init__(self, client: Client, settings: OperatorSettings, changed: Callable[[], None]) -> None:
+        self._client = client
+        self._settings = settings
+        self._changed = changed
+        self._inventory = Inventory()
+        self._inventory_data: Mapping[str, str] = {}
+        self._nodes: Mirror[Object] = Mirror(client, NODES, _trimmed_node, changed)
+        self._pods: Mirror[PodUse] = Mirror(client, PODS, reduce_pod, changed)
+        self._node_facts: dict[str, tuple[Object, NodeFacts]] = {}
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            if self._settings.observe_nodes == "auto":
+                tasks.create_task(self._nodes.run())
+                tasks.create_task(self._pods.run())
+            if self._settings.inventory_configmap:
+                tasks.create_task(self._poll_inventory())
+
+    async def known(self) -> None:
+        """Waits until nodes and pods were listed or refused: to plan before would find an empty cluster."""
+        if self._settings.observe_nodes == "auto":
+            await self._nodes.known.wait()
+            await self._pods.known.wait()
+
+    def facts(self, reservations: Iterable[Reservation], credit: Collection[str]) -> ClusterFacts:
+        """The cluster as it is now, less what is planned for other services, as if the pods with the uids in `credit` were gone."""
+        nodes = None if self._nodes.items is None else [self._read(uid, node) for uid, node in self._nodes.items.items()]
+        pods = None if self._pods.items is None else self._pods.items.values()
+        return cluster_facts(nodes, pods, reservations=reservations, inventory=self._inventory, credit=credit)
+
+    def bound_pods(self) -> Counter[str]:
+        """Pods that hold devices of a node, by `namespace/name` of the service they belong to."""
+        return Counter(pod.service for pod in (self._pods.items or {}).values() if pod.service)
+
+    def _read(self, uid: str, node: Object) -> NodeFacts:
+        """Read once: a node's object is replaced whenever it changes."""
+        seen, result = self._node_facts.get(uid, (None, None))
+        if seen is not node or result is None:
+            result = read_node(node, self._inventory)
+            self._node_facts[uid] = (node, result)
+        return result
+
+    async def _poll_inventory(self) -> None:
+        while True:
+            try:
+                await self._read_inventory()
+            except (ApiError, SpecError) as error:
+                _log.warning("ConfigMap %s cannot be used as inventory: %s", self._settings.inventory_configmap, error)
+            await asyncio.sleep(_INVENTORY_POLL_S * random.uniform(0.8, 1.2))
+
+    async def _read_inventory(self) -> None:
+        namespace, _, name = self._settings.inventory_configmap.partition("/")
+        try:
+            data = (await self._client.get(CONFIG_MAPS, namespace, name)).get("data") or {}
+        except NotFound:
+            data = {}
+        if data != self._inventory_data:
+            self._inventory, self._inventory_data = parse_inventory(data), data
+            self._node_facts.clear()
+            self._changed()
+
+
+def _trimmed_node(node: Object) -> Object:
+    """What `read_node` may look at; the rest (images, addresses, heartbeats) is most of a node and changes every few seconds."""
+    metadata, spec, status = node["metadata"], node.get("spec") or {}, node.get("status") or {}
+    conditions = [{"type": item["type"], "status": item["status"]} for item in status.get("conditions") or []]
+    return {
+        "metadata": {"name": metadata["name"], "labels": metadata.get("labels") or {}},
+        "spec": {key: spec[key] for key in ("unschedulable", "taints") if key in spec},
+        "status": {"allocatable": status.get("allocatable") or {}, "capacity": status.get("capacity") or {}, "conditions": conditions},
+    }

@@ -1,0 +1,362 @@
+"""An InferenceService's whole status from what one reconcile found. Pure: the same findings give the same status.
+
+Each condition is decided by a short list of cases in order; `Ready` is the first thing that stands in the way. A condition that does not
+apply is left out. `merge_conditions` keeps the transition times of what did not change, so at rest nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from gantline_operator.apply import Problem
+from gantline_operator.conditions import Condition, ConditionType, Reason, unique
+from gantline_operator.pod_state import PodState, Trouble
+from gantline_operator.stages import Create, Failed, Record, Running, StageName, Step
+
+__all__ = ["Findings", "Rollout", "build_conditions", "build_status", "merge_conditions", "read_rollout", "write_time"]
+
+Object = dict[str, Any]
+
+_UNDER_WAY = {"inspect": Reason.INSPECTING, "fetch": Reason.FETCHING, "quantize": Reason.QUANTIZING}
+_UNPLACED = {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME, Reason.CACHE_NOT_SHAREABLE}
+_DOING = {
+    "inspect": "The model's files are being read.",
+    "fetch": "The model is being downloaded into the cache volume.",
+    "quantize": "The model is being quantized.",
+}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A Deployment's progress. The counts are trusted only where the Deployment's controller has `seen` the newest spec."""
+
+    seen: bool
+    wanted: int
+    replicas: int
+    updated: int
+    ready: int
+    failure: str = ""
+    """Why pods cannot be created, in the API server's words (a quota, an admission webhook)."""
+    deadline_passed: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return self.seen and self.wanted == self.replicas == self.updated == self.ready
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that one reconcile found out about a service."""
+
+    namespace: str
+    name: str
+    generation: int
+    selector: str
+    suspended: bool = False
+    spec_trouble: Trouble | None = None
+    stage: tuple[StageName, Step | None] | None = None
+    """The stage that is not done, and its step; None where all are. A step of None: it has not been looked at (suspended, or refused)."""
+    record: Record | None = None
+    model: Mapping[str, Any] | None = None
+    artefacts: Sequence[Mapping[str, Any]] = ()
+    plan: Mapping[str, Any] | None = None
+    plan_summary: str = ""
+    plan_trouble: Trouble | None = None
+    quantize: bool = False
+    quality_trouble: Trouble | None = None
+    """The copy is worse than the spec allows."""
+    quality_summary: str = ""
+    problems: Sequence[Problem] = ()
+    revision: str = ""
+    """The revision that was rolled out last."""
+    current: bool = False
+    """Whether that is the one that the spec asks for."""
+    rollout: Rollout | None = None
+    one_node: bool = False
+    """All replicas have to share a node, because of the volume."""
+    pods: Sequence[PodState] = field(default=())
+
+    @property
+    def server_pods(self) -> list[PodState]:
+        return [pod for pod in self.pods if pod.role == "server" and not pod.deleting]
+
+    @property
+    def servable(self) -> bool:
+        return any(pod.ready for pod in self.server_pods)
+
+
+def write_time(moment: datetime) -> str:
+    """As metav1.Time is written: UTC, whole seconds."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def read_rollout(deployment: Object | None) -> Rollout | None:
+    if deployment is None:
+        return None
+    spec, status = deployment.get("spec") or {}, deployment.get("status") or {}
+    conditions = {item["type"]: item for item in status.get("conditions") or []}
+    failure = conditions.get("ReplicaFailure", {})
+    return Rollout(
+        seen=status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0),
+        wanted=spec.get("replicas", 1),
+        replicas=status.get("replicas", 0),
+        updated=status.get("updatedReplicas", 0),
+        ready=status.get("readyReplicas", 0),
+        failure=str(failure.get("message", ""))[:600] if failure.get("status") == "True" else "",
+        deadline_passed=conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded",
+    )
+
+
+def build_status(found: Findings, previous: Mapping[str, Any], now: datetime) -> Object:
+    """The full status; `previous` is the one that stands, for transition times and the measured start."""
+    conditions = merge_conditions(build_conditions(found), previous.get("conditions") or [], found.generation, now)
+    values = {
+        "observedGeneration": found.generation,
+        "replicas": found.rollout.replicas if found.rollout else 0,
+        "readyReplicas": sum(pod.ready for pod in found.server_pods),
+        "selector": found.selector,
+        "url": f"http://{found.name}.{found.namespace}.svc" if found.revision else None,
+        "revision": found.revision or None,
+        "model": dict(found.model) if found.model else None,
+        "plan": dict(found.plan) if found.plan else None,
+        "stage": found.record.to_status() if found.record else None,
+        "artefacts": [dict(item) for item in found.artefacts] or None,
+        "startup": _startup(found, previous.get("startup")),
+        "conditions": conditions,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def merge_conditions(
+    conditions: Iterable[Condition], previous: Iterable[Mapping[str, Any]], generation: int, now: datetime
+) -> list[Object]:
+    """metav1 conditions: all are of this `generation`; a transition is a change of status, not of reason or text."""
+    before = {item["type"]: item for item in previous}
+    merged = []
+    for condition in unique(conditions).values():
+        old = before.get(condition.type.value, {})
+        same = old.get("status") == condition.status and old.get("lastTransitionTime")
+        item = {
+            "type": condition.type.value,
+            "status": condition.status,
+            "reason": condition.reason.value,
+            "message": condition.message[:4096],
+            "observedGeneration": generation,
+            "lastTransitionTime": old["lastTransitionTime"] if same else write_time(now),
+        }
+        merged.append(item)
+    return merged
+
+
+def build_conditions(found: Findings) -> list[Condition]:
+    """Those that apply, Ready first."""
+    parts = [_plan_resolved(found), _model_ready(found), _quantization_ready(found)]
+    scheduled = _scheduled(found)
+    blocking = [part for part in parts if part is not None]
+    ready = _ready(found, blocking, scheduled)
+    rest = [_servable(found), *blocking, scheduled, _progressing(found, ready), _degraded(found)]
+    return [ready, *(part for part in rest if part is not None)]
+
+
+def _model_ready(found: Findings) -> Condition | None:
+    if found.spec_trouble:
+        return None
+    if found.stage is not None and found.stage[0] in ("inspect", "fetch"):
+        return _of_stage(ConditionType.MODEL_READY, found, *found.stage)
+    if found.model is None:
+        return Condition(ConditionType.MODEL_READY, "False", Reason.INSPECTING, _DOING["inspect"])
+    fetched = any(item.get("kind") == "fetch" for item in found.artefacts)
+    return Condition(ConditionType.MODEL_READY, "True", Reason.FETCHED if fetched else Reason.INSPECTED, _model_summary(found.model))
+
+
+def _plan_resolved(found: Findings) -> Condition:
+    kind = ConditionType.PLAN_RESOLVED
+    if found.spec_trouble:
+        return Condition(kind, "False", Reason.INVALID_SPEC, found.spec_trouble.text)
+    if found.plan_trouble:
+        return Condition(kind, "False", found.plan_trouble.reason, found.plan_trouble.text)
+    if found.plan is None:
+        return Condition(kind, "Unknown", Reason.WAITING_FOR_MODEL, "Planning waits for the model's facts.")
+    return Condition(kind, "True", Reason.PLANNED, found.plan_summary)
+
+
+def _quantization_ready(found: Findings) -> Condition | None:
+    kind = ConditionType.QUANTIZATION_READY
+    if not found.quantize or found.spec_trouble:
+        return None
+    if found.quality_trouble:
+        return Condition(kind, "False", found.quality_trouble.reason, found.quality_trouble.text)
+    if found.stage is None:
+        return Condition(kind, "True", Reason.QUANTIZED, found.quality_summary)
+    if found.stage[0] == "quantize":
+        return _of_stage(kind, found, *found.stage)
+    return Condition(kind, "False", Reason.WAITING_FOR_MODEL, "Quantization waits for the model.")
+
+
+def _of_stage(kind: ConditionType, found: Findings, name: StageName, step: Step | None) -> Condition:
+    if isinstance(step, Failed):
+        text = step.trouble.text
+        if step.retry_at is not None:
+            text = f"{text} Trying again at {write_time(step.retry_at)}."
+        return Condition(kind, "False", step.trouble.reason, text)
+    if step is None and found.suspended:
+        return Condition(kind, "False", Reason.SUSPENDED, "Suspended before this was done.")
+    if isinstance(step, Running) and step.trouble is not None:
+        return Condition(kind, "False", step.trouble.reason, step.trouble.text)
+    last = found.record.message if found.record is not None and isinstance(step, (Create, Running)) else ""
+    return Condition(kind, "False", _UNDER_WAY[name], f"{_DOING[name]} {last}".strip())
+
+
+def _scheduled(found: Findings) -> Condition | None:
+    """Of every pod that should run, the stages' among them. Absent while there is none."""
+    pods = [pod for pod in found.pods if not pod.deleting and pod.phase in ("Pending", "Running")]
+    if not pods:
+        return None
+    unplaced = [pod for pod in pods if pod.trouble and pod.trouble.reason in _UNPLACED]
+    if not unplaced:
+        homeless = sum(not pod.node for pod in pods)
+        if homeless:
+            text = f"{homeless} of {len(pods)} pods wait for the scheduler."
+            return Condition(ConditionType.SCHEDULED, "False", Reason.STARTING, text)
+        return Condition(ConditionType.SCHEDULED, "True", Reason.SCHEDULED, f"{_pods(len(pods))} placed.")
+    trouble = _placement_trouble(found, unplaced)
+    text = f"{len(unplaced)} of {len(pods)} pods wait: {trouble.text}"
+    return Condition(ConditionType.SCHEDULED, "False", trouble.reason, text)
+
+
+def _placement_trouble(found: Findings, unplaced: Sequence[PodState]) -> Trouble:
+    first = min(unplaced, key=lambda pod: pod.name)
+    assert first.trouble is not None, "only pods with trouble are unplaced"
+    placed = any(pod.node for pod in found.server_pods)
+    if found.one_node and placed and first.role == "server" and first.trouble.reason is Reason.WAITING_FOR_CAPACITY:
+        cure = "Use a cache with accessMode ReadWriteMany, or fewer replicas."
+        return Trouble(Reason.CACHE_NOT_SHAREABLE, f"The cache volume ties all replicas to one node: {first.trouble.message}", cure)
+    return first.trouble
+
+
+def _servable(found: Findings) -> Condition:
+    kind = ConditionType.SERVABLE
+    ready = sum(pod.ready for pod in found.server_pods)
+    if ready:
+        return Condition(kind, "True", Reason.AVAILABLE, f"{_pods(ready)} answering.")
+    if found.suspended:
+        return Condition(kind, "False", Reason.SUSPENDED, "Suspended.")
+    if found.rollout is not None and found.rollout.wanted == 0:
+        return Condition(kind, "False", Reason.SCALED_TO_ZERO, "Scaled to zero replicas.")
+    return Condition(kind, "False", Reason.NOT_AVAILABLE, "No pod answers yet.")
+
+
+def _ready(found: Findings, blocking: Sequence[Condition], scheduled: Condition | None) -> Condition:
+    kind = ConditionType.READY
+    after = " The previous revision still serves." if found.servable and not found.current else ""
+    for reason, message in _obstacles(found, blocking, scheduled):
+        return Condition(kind, "False", reason, f"{message}{after}".strip())
+    assert found.rollout is not None, "without an obstacle there is a Deployment"
+    return Condition(kind, "True", Reason.READY, f"{_pods(found.rollout.ready)} of the current revision ready.")
+
+
+def _obstacles(found: Findings, blocking: Sequence[Condition], scheduled: Condition | None) -> Iterable[tuple[Reason, str]]:
+    """What stands between the service and Ready, most fundamental first."""
+    if found.spec_trouble:
+        yield Reason.INVALID_SPEC, found.spec_trouble.text
+    for problem in found.problems:
+        yield problem.reason, problem.message
+    if found.suspended:
+        yield Reason.SUSPENDED, "Suspended: set spec.suspend to false to serve again."
+    # The model comes before the plan: without the one there is no other.
+    for condition in sorted(blocking, key=lambda part: part.type is not ConditionType.MODEL_READY):
+        if condition.status != "True":
+            yield condition.reason, condition.message
+    trouble = _serving_trouble(found)
+    if trouble is not None:
+        yield trouble.reason, trouble.text
+    if scheduled is not None and scheduled.status != "True" and any(not pod.node for pod in found.server_pods):
+        yield scheduled.reason, scheduled.message
+    rollout = found.rollout
+    if not found.current or rollout is None or not rollout.seen:
+        yield Reason.ROLLING_OUT, "The new revision is being rolled out."
+    elif rollout.wanted == 0:
+        yield Reason.SCALED_TO_ZERO, "Scaled to zero replicas."
+    elif not rollout.complete:
+        reason = Reason.ROLLING_OUT if rollout.replicas > rollout.updated else Reason.STARTING
+        yield reason, f"{rollout.ready} of {rollout.wanted} replicas ready, {rollout.updated} of the current revision."
+
+
+def _serving_trouble(found: Findings) -> Trouble | None:
+    """What is wrong with the server's pods, apart from waiting for a node."""
+    rollout = found.rollout
+    if rollout is not None and rollout.failure and rollout.wanted > rollout.replicas:
+        return Trouble(Reason.FORBIDDEN, f"Pods cannot be created: {rollout.failure}")
+    broken = [pod for pod in found.server_pods if pod.trouble and pod.trouble.reason not in _UNPLACED and pod.phase != "Failed"]
+    newest_first = sorted(broken, key=lambda pod: (pod.revision != found.revision, pod.name))
+    if newest_first:
+        return newest_first[0].trouble
+    late = rollout is not None and rollout.deadline_passed and not rollout.complete
+    if late and any(pod.phase == "Running" and not pod.ready for pod in found.server_pods):
+        cure = "See the pod's log; a slower volume than planned for is the usual cause."
+        return Trouble(Reason.PROBE_TIMEOUT, "A pod runs but has not become ready within the predicted time.", cure)
+    return None
+
+
+def _progressing(found: Findings, ready: Condition) -> Condition:
+    kind = ConditionType.PROGRESSING
+    if ready.status == "True" or ready.reason is Reason.SCALED_TO_ZERO:
+        return Condition(kind, "False", Reason.COMPLETE, "Nothing is left to do.")
+    if found.suspended or found.spec_trouble or found.problems or found.plan_trouble or found.quality_trouble:
+        return Condition(kind, "False", ready.reason, ready.message)
+    if found.stage is not None and isinstance(found.stage[1], Failed):
+        retries = found.stage[1].retry_at is not None
+        return Condition(kind, "True" if retries else "False", Reason.RETRYING if retries else ready.reason, ready.message)
+    if found.rollout is not None and found.rollout.deadline_passed and found.stage is None:
+        return Condition(kind, "False", ready.reason, ready.message)
+    return Condition(kind, "True", ready.reason, ready.message)
+
+
+def _degraded(found: Findings) -> Condition | None:
+    for trouble in _troubles(found):
+        return Condition(ConditionType.DEGRADED, "True", trouble.reason, trouble.text)
+    return None
+
+
+def _troubles(found: Findings) -> Iterable[Trouble]:
+    for problem in found.problems:
+        yield Trouble(problem.reason, problem.message)
+    if found.quality_trouble:
+        yield found.quality_trouble
+    step = found.stage[1] if found.stage is not None else None
+    if isinstance(step, Failed):
+        yield step.trouble
+    if isinstance(step, Running) and step.trouble is not None and step.trouble.reason not in _UNPLACED:
+        yield step.trouble
+    serving = _serving_trouble(found)
+    if serving is not None:
+        yield serving
+
+
+def _startup(found: Findings, previous: Mapping[str, Any] | None) -> Object | None:
+    """Phases of the revision's first ready pod, measured once: a restart later is another matter than a start."""
+    if previous and previous.get("revision") == found.revision:
+        return dict(previous)
+    pods = [pod for pod in found.server_pods if pod.ready and not pod.restarts and pod.revision == found.revision]
+    pod = min(pods, key=lambda pod: (pod.created, pod.name), default=None)
+    if pod is None or not (pod.scheduled and pod.started and pod.ready_at):
+        return None
+    seconds = {
+        "scheduled": (pod.scheduled - pod.created).total_seconds(),
+        "pull": (pod.started - pod.scheduled).total_seconds(),
+        "load": (pod.ready_at - pod.started).total_seconds(),
+        "total": (pod.ready_at - pod.created).total_seconds(),
+    }
+    return {"revision": found.revision, **{name: max(0.0, value) for name, value in seconds.items()}}
+
+
+def _model_summary(model: Mapping[str, Any]) -> str:
+    size = int(model.get("weightBytes", 0))
+    return f"{model.get('architecture', 'A model')} with {size / 1e9:.2f} GB of weights."
+
+
+def _pods(count: int) -> str:
+    return f"{count} pod" if count == 1 else f"{count} pods"
