@@ -31,6 +31,7 @@ log = logging.getLogger("gantline.server")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] DIR"
     parser.add_argument("model_dir", metavar="DIR", type=Path, help="folder with config.json, *.safetensors and tokenizer.json")
     add_config_arguments(parser, ServerConfig)
     add_config_arguments(parser, EngineConfig)

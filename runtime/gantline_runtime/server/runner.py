@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,7 @@ class Runner:
         name = self._config.served_model_name or self._model_dir.resolve().name
         model = Model(name=name, tokenizer=tokenizer, defaults=defaults, created=int(time.time()))
         if tokenizer.chat_template is not None:
-            try:
-                renderer = TemplateRenderer(tokenizer.chat_template, tokenizer.special_tokens)
-            except TemplateError as error:
-                log.warning("chat completions will be refused", extra=logs.fields(cause=str(error)))
-                model = Model(name, tokenizer, defaults, None, f"{str(error)[:1].upper()}{str(error)[1:]}.", model.created)
-            else:
-                with contextlib.suppress(TemplateError):  # it may refuse this conversation; its process is up for the next
-                    await renderer.render([{"role": "user", "content": "Hello"}], {})
-                model = Model(name, tokenizer, defaults, renderer, created=model.created)
+            model = await _with_template(model, tokenizer.chat_template)
         self._metrics.startup("tokenizer", time.monotonic() - began)
         self._service.model = model
         return model
@@ -244,6 +236,17 @@ class Runner:
             self._hurry.set()
         self._interrupted = self._interrupted or number == signal.SIGINT
         self._stop.set()
+
+
+async def _with_template(model: Model, source: str) -> Model:
+    """A broken template does not keep a model from completing texts: chats are refused, with the reason."""
+    renderer = TemplateRenderer(source, model.tokenizer.special_tokens)
+    try:
+        await renderer.start()
+    except TemplateError as error:
+        log.warning("chat completions will be refused", extra=logs.fields(cause=str(error)))
+        return replace(model, template_problem=f"{str(error)[:1].upper()}{str(error)[1:]}.")
+    return replace(model, renderer=renderer)
 
 
 class _HttpServer(uvicorn.Server):

@@ -52,7 +52,7 @@ def build_sampling(
 
 
 def num_new_tokens(requested: int | None, prompt_len: int, session_len: int, *, default: int | None, param: str) -> int:
-    """How many tokens may be generated; with neither a wish nor a default, what the context leaves. Raises ApiError if that is too little."""
+    """How many tokens may be generated; with neither a wish nor a default, what the context leaves. Raises ApiError if it is too little."""
     room = session_len - prompt_len
     wanted = requested if requested is not None else min(room, default or room)
     if room < 1:

@@ -1,9 +1,11 @@
 """Renders chat templates in a process of its own, so that what a checkpoint brings along can neither stall nor exhaust the server.
 
-    parent -> child   4 bytes of length, then {"messages", "variables"} as MessagePack          child -> parent   {"text"} or {"error"}
+    parent -> child   {"source", "special_tokens"}, then {"messages", "variables"} any number of times
+    child -> parent   {"text"} or {"error"} for each                      (4 bytes of length, then MessagePack)
 
-The child may take `MEMORY_BYTES` beyond what it has at its start. One that takes longer than the time limit is killed; the next request
-gets a new one. It holds neither secrets nor sockets, and dies with its parent. A rendering costs the detour of a pipe, about 0.2 ms.
+The template is not even compiled in the parent: Jinja computes constant expressions while it compiles. The child may take `MEMORY_BYTES`
+beyond what it has at its start; one that takes longer than the time limit is killed, and the next request gets a new one. It holds neither
+secrets nor sockets, and dies with its parent. A rendering costs the detour of a pipe, about 0.2 ms.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
 from gantline_runtime.chat_template import ChatTemplate, TemplateError
 
 __all__ = ["TemplateRenderer"]
+
+T = TypeVar("T")
 
 TIMEOUT_S = 10.0
 MEMORY_BYTES = 1 << 30
@@ -34,53 +38,64 @@ class TemplateRenderer:
     """The parent's side. Renderings are made one after another."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], *, timeout_s: float = TIMEOUT_S) -> None:
-        """Raises TemplateError if `source` does not compile."""
-        ChatTemplate(source, special_tokens)
-        self._setup = msgspec.json.encode({"source": source, "special_tokens": dict(special_tokens)})
+        self._setup = msgspec.msgpack.encode({"source": source, "special_tokens": dict(special_tokens)})
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()
         self._child: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start the child before it is needed. Raises TemplateError if the template does not compile."""
+        async with self._lock:
+            await self._in_time(self._ensure_child())
 
     async def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Raises TemplateError, also for a template that takes too long or too much memory."""
         payload = msgspec.msgpack.encode({"messages": messages, "variables": variables})
         async with self._lock:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    answer = await self._exchange(payload)
-            except TimeoutError:
-                raise TemplateError(f"the model's chat template took longer than {self._timeout_s:g} s for these messages") from None
-            except (asyncio.IncompleteReadError, ConnectionError):
-                raise TemplateError("the model's chat template crashed its process on these messages") from None
-        if "error" in answer:
-            raise TemplateError(str(answer["error"]))
-        return str(answer["text"])
+            return await self._in_time(self._render(payload))
 
-    async def _exchange(self, payload: bytes) -> dict[str, Any]:
-        """Whatever interrupts this leaves the pipe in an unknown state, so the child goes with it."""
-        child = await self._start()
-        assert child.stdin is not None and child.stdout is not None
+    async def _render(self, payload: bytes) -> str:
+        return await self._exchange(await self._ensure_child(), payload)
+
+    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        """Whatever interrupts an exchange leaves the pipe in an unknown state, so the child goes with it."""
         try:
-            child.stdin.write(len(payload).to_bytes(4, "little") + payload)
-            await child.stdin.drain()
-            size = int.from_bytes(await child.stdout.readexactly(4), "little")
-            answer: dict[str, Any] = msgspec.msgpack.decode(await child.stdout.readexactly(size))
-            return answer
-        except BaseException:
+            async with asyncio.timeout(self._timeout_s):
+                return await work
+        except TemplateError:
+            raise
+        except BaseException as error:
             await self.close()
+            if isinstance(error, TimeoutError):
+                raise TemplateError(f"the model's chat template took longer than {self._timeout_s:g} s") from None
+            if isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
+                raise TemplateError("the model's chat template crashed its process") from None
             raise
 
-    async def _start(self) -> asyncio.subprocess.Process:
+    async def _ensure_child(self) -> asyncio.subprocess.Process:
         if self._child is None or self._child.returncode is not None:
             self._child = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "gantline_runtime.server.template_process", str(os.getpid())),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                limit=1 << 20,
             )
-            assert self._child.stdin is not None
-            self._child.stdin.write(len(self._setup).to_bytes(4, "little") + self._setup)
+            try:
+                await self._exchange(self._child, self._setup)
+            except TemplateError:
+                await self.close()
+                raise
         return self._child
+
+    @staticmethod
+    async def _exchange(child: asyncio.subprocess.Process, payload: bytes) -> str:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(len(payload).to_bytes(4, "little") + payload)
+        await child.stdin.drain()
+        size = int.from_bytes(await child.stdout.readexactly(4), "little")
+        answer = msgspec.msgpack.decode(await child.stdout.readexactly(size))
+        if "error" in answer:
+            raise TemplateError(str(answer["error"]))
+        return str(answer["text"])
 
     async def close(self) -> None:
         child, self._child = self._child, None
@@ -97,25 +112,21 @@ def main() -> None:
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    setup = msgspec.json.decode(_read(requests) or b"{}")
-    template = ChatTemplate(setup["source"], setup["special_tokens"])
     limit = _address_space() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    while (payload := _read(requests)) is not None:
-        answer = msgspec.msgpack.encode(_answer(template, payload))
-        answers.write(len(answer).to_bytes(4, "little") + answer)
-        answers.flush()
-
-
-def _answer(template: ChatTemplate, payload: bytes) -> dict[str, str]:
-    request = msgspec.msgpack.decode(payload)
-    try:
-        text = template.render(request["messages"], **request["variables"])
-        text.encode()  # a template can make lone surrogates, which no encoder takes
-    except (TemplateError, UnicodeEncodeError) as error:
-        return {"error": str(error)}
-    return {"text": text}
+    template: ChatTemplate | None = None
+    while (payload := _read(sys.stdin.buffer)) is not None:
+        request = msgspec.msgpack.decode(payload)
+        try:
+            if template is None:
+                template, answer = ChatTemplate(**request), {"text": ""}
+            else:
+                answer = {"text": template.render(request["messages"], **request["variables"])}
+            encoded = msgspec.msgpack.encode(answer)  # not of a template's lone surrogates, which no tokenizer takes either
+        except (TemplateError, UnicodeEncodeError) as error:
+            encoded = msgspec.msgpack.encode({"error": str(error)})
+        sys.stdout.buffer.write(len(encoded).to_bytes(4, "little") + encoded)
+        sys.stdout.buffer.flush()
 
 
 def _read(stream: BinaryIO) -> bytes | None:
