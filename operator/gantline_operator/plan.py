@@ -48,7 +48,7 @@ __all__ = [
 _CURES: Mapping[Reason, str] = {
     Reason.NO_MATCHING_GPU: "Add such GPUs, widen spec.accelerator, or set accelerator.resource: cpu to serve without a GPU.",
     Reason.NO_MATCHING_NODE: "Widen accelerator.nodeSelector or add pod.tolerations.",
-    Reason.GPU_LABELS_MISSING: "Install NVIDIA GPU Feature Discovery or AMD's node labeller, or describe the pool in the inventory ConfigMap.",
+    Reason.GPU_LABELS_MISSING: "Install GPU Feature Discovery or AMD's node labeller, or describe the pool in the inventory.",
     Reason.NO_RUNTIME_IMAGE: "Name the image in the chart's runtime.images, or choose other GPUs in spec.accelerator.",
     Reason.UNSUPPORTED_GPU: "Use NVIDIA GPUs of compute capability 7.5 or newer, or change engine.backend or engine.dtype.",
     Reason.DRIVER_TOO_OLD: "Update the nodes' NVIDIA driver.",
@@ -93,7 +93,11 @@ def plan(
     if not variants:
         return _reject(turned)
     shapes, screened = ([], []) if _on_cpu(spec) else find_shapes(spec, cluster, images)
-    fresh = _decide(spec, variants, cluster, shapes, images, turned + screened, inputs)
+    fresh: Plan | Rejected
+    if not shapes and not screened and not _on_cpu(spec):
+        fresh = _reject([*turned, _no_accelerator(cluster)])
+    else:
+        fresh = _decide(spec, variants, cluster, shapes, images, turned + screened, inputs)
     if standing is None:
         return fresh
     kept = _keep(standing, spec, variants, cluster, shapes, images, fresh)
@@ -180,11 +184,13 @@ def _decide(
             spared = [Turned("awq", Reason.NOT_PREFERRED, "the model fits as it is, and quantization.policy is IfNeeded")]
             turned += [_not_preferred(other, best) for other in others] + (spared if index + 1 < len(variants) else [])
             return _make_plan(spec, best, inputs, turned)
-    if not turned:
-        kind = "accelerator" if cluster.nodes_known else "accelerator, since nodes may not be read and no inventory names any"
-        reason = Reason.NO_MATCHING_GPU if cluster.nodes_known else Reason.GPU_LABELS_MISSING
-        return Rejected(reason, f"the cluster has no known {kind}", _CURES[reason])
     return _reject(turned)
+
+
+def _no_accelerator(cluster: ClusterFacts) -> Turned:
+    if cluster.nodes_known:
+        return Turned("any accelerator", Reason.NO_MATCHING_GPU, "no node of the cluster has one")
+    return Turned("any accelerator", Reason.GPU_LABELS_MISSING, "nodes may not be read, and no inventory names any")
 
 
 def _try_shapes(spec: InferenceServiceSpec, variant: Variant, shapes: Sequence[Shape]) -> tuple[list[Candidate], list[Turned]]:
