@@ -56,7 +56,8 @@ def transitions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Eve
 
 
 def _started(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:
-    stage, last = after.get("stage") or {}, before.get("stage") or {}
+    stage: Mapping[str, Any] = next(iter(after.get("stages") or []), {})
+    last: Mapping[str, Any] = next(iter(before.get("stages") or []), {})
     if stage.get("state") == "Running" and stage.get("job") and stage.get("job") != last.get("job"):
         again = f", attempt {stage['attempt'] + 1}" if stage.get("attempt") else ""
         if stage["name"] == "fetch":

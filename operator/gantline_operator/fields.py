@@ -336,8 +336,16 @@ def field_schema(item: dataclasses.Field[Any]) -> Schema:
     if rules:
         schema["x-kubernetes-validations"] = rules
     if item.metadata["default"] not in (REQUIRED, ABSENT):
-        schema["default"] = item.metadata["default"]
+        schema["default"] = filled(kind_of(item), item.metadata["default"])
     return schema
+
+
+def filled(kind: Kind, default: Any) -> Any:
+    """An object's default with its fields' defaults in it: the API server checks a default against the object's rules as it stands."""
+    if not isinstance(kind, Object):
+        return default
+    known = {camel(item.name): (kind_of(item), item.metadata["default"]) for item in dataclasses.fields(kind.cls)}
+    return {**{key: filled(*pair) for key, pair in known.items() if pair[1] not in (REQUIRED, ABSENT)}, **default}
 
 
 def parse_object(cls: type, value: object, path: str) -> Any:

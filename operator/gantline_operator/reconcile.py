@@ -144,7 +144,7 @@ class Reconcile:
     async def _inspect(self) -> ModelFacts | None:
         digest = resources.inspect_hash(self.spec)
         known = self.recorded.get("model") or {}
-        if known.get("source") != digest:
+        if known.get("inputs") != digest:
             if await self._source_missing():
                 return None
 
@@ -155,9 +155,9 @@ class Reconcile:
             answer = await self._stage("inspect", digest, build)
             if answer is None:
                 return None
-            known = {"source": digest, **answer.facts}
+            known = {"inputs": digest, **answer.facts}
         try:
-            model = ModelFacts.from_json({key: value for key, value in known.items() if key != "source"})
+            model = ModelFacts.from_json({key: value for key, value in known.items() if key != "inputs"})
         except CheckpointError as error:
             self._refuse_stage("inspect", digest, Trouble(Reason.INTERNAL_ERROR, _sentence(str(error)), error.cure))
             return None
@@ -300,14 +300,15 @@ class Reconcile:
     def _record_artefact(self, kind: str, digest: str, answer: TerminationMessage) -> None:
         facts = answer.artefact.get("facts")
         perplexity = answer.artefact.get("perplexity")
-        item: Object = {"kind": kind, "hash": digest, "claim": self.owner.cache_claim}
+        location = resources.cache_location(self.owner, kind, digest)
+        item: Object = {"kind": kind, "hash": digest, "path": location.path, "claim": self.owner.cache_claim}
         size = answer.artefact.get("weight_bytes", answer.artefact.get("bytes"))
         if isinstance(size, int):
             item["bytes"] = size
         if isinstance(perplexity, dict):
-            item["perplexity"] = {key: float(perplexity[key]) for key in ("before", "after") if _is_number(perplexity.get(key))}
+            item["perplexity"] = {key: f"{perplexity[key]:.6g}" for key in ("before", "after") if _is_number(perplexity.get(key))}
         if isinstance(facts, dict):
-            item["model"] = facts
+            item["facts"] = facts
         self.artefacts[kind] = item
 
     # ---- one stage -------------------------------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ class Reconcile:
     async def _stage(self, name: StageName, digest: str, build: Callable[[int], Object]) -> TerminationMessage | None:
         """The stage's answer if its Job has completed; else None, and `_found` says where it is."""
         self._wanted_jobs.add(digest)
-        record = Record.from_status(self.recorded.get("stage"))
+        record = Record.from_status(self.recorded.get("stages"))
         if self.spec.suspend:
             self._found |= {"stage": (name, None), "record": record}
             return None
@@ -461,7 +462,7 @@ class Reconcile:
         name, digest = _marks(job)
         if digest not in self._wanted_jobs:
             return True
-        record, attempt = Record.from_status(self.recorded.get("stage")), read_job(job).attempt
+        record, attempt = Record.from_status(self.recorded.get("stages")), read_job(job).attempt
         if record is None or (record.name, record.hash) != (name, digest):
             return False
         return record.attempt > attempt or (record.attempt == attempt and record.state == "Failed")
@@ -489,7 +490,7 @@ class Reconcile:
         deployment = self.children.live.get(("Deployment", self.name))
         values = {"revision": self.recorded.get("revision", ""), "model": self.recorded.get("model"), **self._found}
         if "current" not in self._found:
-            values.setdefault("record", Record.from_status(self.recorded.get("stage")))
+            values.setdefault("record", Record.from_status(self.recorded.get("stages")))
         if "spec_trouble" in self._found:
             values.setdefault("plan", self.recorded.get("plan"))
         findings = Findings(
@@ -518,7 +519,7 @@ class _StageRejected(Exception):
 def judge(artefact: Mapping[str, Any], limit: float | None) -> tuple[Trouble | None, str]:
     """Whether a quantized copy is good enough, and a sentence about it. Checked again here: the limit may be newer than the copy."""
     perplexity = artefact.get("perplexity") or {}
-    before, after = perplexity.get("before"), perplexity.get("after")
+    before, after = _number(perplexity.get("before")), _number(perplexity.get("after"))
     if before is None or after is None:
         if limit is None:
             return None, "Quantized."
@@ -550,6 +551,13 @@ def _age(item: Object) -> tuple[int, str, str]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(text: object) -> float | None:
+    try:
+        return float(str(text))
+    except ValueError:
+        return None
 
 
 def _sentence(text: str) -> str:

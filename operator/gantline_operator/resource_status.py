@@ -153,8 +153,9 @@ class PlanStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class StartupStatus:
-    """Measured phases of the latest pod's start."""
+    """Measured phases of the start of the revision's first pod."""
 
+    revision: str | None = declare(Text(64), "Whose pod was measured.")
     scheduled: str | None = declare(_TIME, "From the pod's creation to its node, such as 2s.")
     pulled: str | None = declare(_TIME, "From its node to the container's start.")
     loaded: str | None = declare(_TIME, "From the container's start to ready.")

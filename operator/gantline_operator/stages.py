@@ -1,7 +1,7 @@
 """What to do next about one stage's Job: inspect, fetch or quantize.
 
 A stage is done when `status` says so (and the artefact's manifest, which the Job itself checks); the Job is only how it gets done, and
-expires. `decide` is pure: from the record in `status.stage`, the Jobs that are there and their pods, to one `Step`.
+expires. `decide` is pure: from the record in `status.stages`, the Jobs that are there and their pods, to one `Step`.
 
     no Job, no record ------> Create attempt 0 ------> Running ------> Succeeded: the answer goes into status
                                     ^                     |
@@ -71,7 +71,7 @@ _PASSES: Mapping[Reason, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Record:
-    """`status.stage`: the stage that is not done yet."""
+    """The item of `status.stages`: the stage that is not done yet, of which there is one at most."""
 
     name: StageName
     hash: str
@@ -93,8 +93,9 @@ class Record:
         return {key: value for key, value in values.items() if value != ""}
 
     @staticmethod
-    def from_status(values: Mapping[str, Any] | None) -> Record | None:
-        """None where there is none, or an older operator's."""
+    def from_status(stages: Sequence[Mapping[str, Any]] | None) -> Record | None:
+        """None where there is none, or one that another release wrote in a way that is not understood."""
+        values = stages[0] if stages else {}
         if not values or values.get("name") not in ("inspect", "fetch", "quantize") or not values.get("hash"):
             return None
         return Record(

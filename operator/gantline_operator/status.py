@@ -122,7 +122,7 @@ def build_status(found: Findings, previous: Mapping[str, Any], now: datetime) ->
         "revision": found.revision or None,
         "model": dict(found.model) if found.model else None,
         "plan": dict(found.plan) if found.plan else None,
-        "stage": found.record.to_status() if found.record else None,
+        "stages": [found.record.to_status()] if found.record else None,
         "artefacts": [dict(item) for item in found.artefacts] or None,
         "startup": _startup(found, previous.get("startup")),
         "conditions": conditions,
@@ -346,16 +346,17 @@ def _startup(found: Findings, previous: Mapping[str, Any] | None) -> Object | No
         return None
     seconds = {
         "scheduled": (pod.scheduled - pod.created).total_seconds(),
-        "pull": (pod.started - pod.scheduled).total_seconds(),
-        "load": (pod.ready_at - pod.started).total_seconds(),
+        "pulled": (pod.started - pod.scheduled).total_seconds(),
+        "loaded": (pod.ready_at - pod.started).total_seconds(),
         "total": (pod.ready_at - pod.created).total_seconds(),
     }
-    return {"revision": found.revision, **{name: max(0.0, value) for name, value in seconds.items()}}
+    return {"revision": found.revision, **{name: f"{max(0.0, value):.0f}s" for name, value in seconds.items()}}
 
 
 def _model_summary(model: Mapping[str, Any]) -> str:
     size = int(model.get("weightBytes", 0))
-    return f"{model.get('architecture', 'A model')} with {size / 1e9:.2f} GB of weights."
+    text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return f"{model.get('architecture', 'A model')} with {text} of weights."
 
 
 def _pods(count: int) -> str:

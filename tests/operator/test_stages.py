@@ -151,9 +151,9 @@ def test_an_attempt_that_is_recorded_but_not_made_yet_is_made() -> None:
 
 def test_a_record_survives_the_status() -> None:
     record = Record("fetch", HASH, 2, "Failed", "j", "DiskFull", "full", stamp(0), "monday", "45 %")
-    assert Record.from_status(record.to_status()) == record
-    assert Record.from_status({}) is None
-    assert Record.from_status({"name": "bake", "hash": "x"}) is None
+    assert Record.from_status([record.to_status()]) == record
+    assert Record.from_status([]) is None
+    assert Record.from_status([{"name": "bake", "hash": "x"}]) is None
 
 
 @pytest.mark.parametrize(("suffix", "attempt"), [("", 0), ("-1", 1), ("-42", 42)])

@@ -144,7 +144,7 @@ def test_the_same_findings_give_the_same_status() -> None:
 
 def test_the_start_is_measured_once_a_revision() -> None:
     first = build_status(SERVING, {}, NOW)
-    assert first["startup"] == {"revision": "r1", "scheduled": 1, "pull": 10, "load": 30, "total": 41}
+    assert first["startup"] == {"revision": "r1", "scheduled": "1s", "pulled": "10s", "loaded": "30s", "total": "41s"}
     restarted = replace(SERVING, pods=[pod(ready_at=NOW + timedelta(hours=3))])
     assert build_status(restarted, first, NOW)["startup"] == first["startup"]
 

@@ -1,0 +1,238 @@
+"""An operator in a thread of its own, against a real API server, and the oracle that every fault test ends with.
+
+The thread has its own event loop, so that an operator can be stopped, killed between two writes, and started anew as a process would be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gantline_devcluster.api_only import ApiCluster
+from gantline_operator.client import Client, connect
+from gantline_operator.main import operate
+from gantline_operator.settings import OperatorSettings
+
+Object = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = OperatorSettings(
+    image_cuda="registry.example/gantline-runtime:test",
+    image_cpu="registry.example/gantline-runtime-cpu:test",
+    metrics_port=0,
+    health_port=0,
+    listen_address="127.0.0.1",
+    workers=4,
+)
+KINDS = ("serviceaccounts", "persistentvolumeclaims", "services", "jobs", "deployments", "poddisruptionbudgets", "controllerrevisions", "pods")
+
+FACTS: Object = {
+    "architecture": "LlamaForCausalLM", "family": "llama", "supported": True, "numLayers": 32, "hiddenSize": 4096, "intermediateSize": 14336,
+    "numHeads": 32, "numKvHeads": 8, "headDim": 128, "vocabSize": 128256, "maxPositionEmbeddings": 8192, "tieWordEmbeddings": False,
+    "dtype": "bfloat16", "weightBytes": 16_060_522_496, "name": "llama-8b", "revision": "main", "fingerprint": "sha256:0a",
+}  # fmt: skip
+"""Of an 8B model."""
+TINY: Object = {**FACTS, "numLayers": 2, "hiddenSize": 256, "intermediateSize": 768, "numHeads": 4, "numKvHeads": 2, "headDim": 64, "vocabSize": 4096,
+                "weightBytes": 11_000_000, "name": "tiny", "maxPositionEmbeddings": 2048, "fingerprint": "sha256:0b"}  # fmt: skip
+
+
+class Killed(BaseException):
+    """As a SIGKILL between two writes: nothing of the operator runs afterwards."""
+
+
+class Operator:
+    """One operator. `kill_after` writes it dies, as if the process had; `dead` tells."""
+
+    def __init__(self, cluster: ApiCluster, settings: OperatorSettings = SETTINGS, *, kubeconfig: Path | None = None, kill_after: int | None = None) -> None:
+        self._kubeconfig = str(kubeconfig or cluster.kubeconfig)
+        self._settings = settings
+        self._kill_after = kill_after
+        self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self.error: BaseException | None = None
+        self.writes: list[tuple[str, str]] = []
+        """(method, path) of each write, in order."""
+        self.dead = threading.Event()
+        self._thread = threading.Thread(target=self._main, daemon=True)
+
+    def __enter__(self) -> Operator:
+        self._thread.start()
+        assert self._ready.wait(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self._thread.is_alive() and self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "the operator does not stop"
+        if self.error is not None and not isinstance(self.error, Killed):
+            raise self.error
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._run())
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.dead.set()
+
+    async def _run(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        client = await connect(self._kubeconfig)
+        self._watch_writes(client)
+        self._ready.set()
+        try:
+            await operate(self._settings, client, self._stop, retry_cap_s=1.0)
+        finally:
+            await client.close()
+
+    def _watch_writes(self, client: Client) -> None:
+        send = client._send
+        assert self._stop is not None
+        stop = self._stop
+
+        async def watched(method: str, path: str, **arguments: Any) -> bytes:
+            if self.dead.is_set():
+                await asyncio.Event().wait()  # a dead process sends nothing
+            answer = await send(method, path, **arguments)
+            if method != "GET":
+                self.writes.append((method, path))
+                if self._kill_after is not None and len(self.writes) >= self._kill_after:
+                    self.dead.set()
+                    stop.set()
+                    await asyncio.Event().wait()
+            return answer
+
+        client._send = watched  # type: ignore[method-assign]
+
+
+def service(name: str, namespace: str, **spec: Any) -> Object:
+    """An InferenceService on a CPU whose model lies in the image, unless told otherwise."""
+    model = spec.pop("model", {"uri": "file:///models/tiny"})
+    spec.setdefault("accelerator", {"resource": "cpu"})
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "gantline.io/v1alpha1", "kind": "InferenceService", "metadata": metadata, "spec": {"model": model, **spec}}
+
+
+def answer(reason: str = "Completed", **fields: Any) -> str:
+    """A termination message."""
+    return json.dumps({"reason": reason, **fields}, separators=(",", ":"))
+
+
+def apply(cluster: ApiCluster, *objects: Object) -> None:
+    """By kubectl, as a user would, with strict validation."""
+    cluster.kubectl("apply", "--validate=strict", "-f", "-", input="\n---\n".join(json.dumps(item) for item in objects))
+
+
+def get(cluster: ApiCluster, kind: str, name: str, namespace: str) -> Object:
+    result: Object = json.loads(cluster.kubectl("get", kind, name, "-n", namespace, "-o", "json").stdout)
+    return result
+
+
+def items(cluster: ApiCluster, plural: str, namespace: str) -> list[Object]:
+    found = cluster.client.get(_path(plural, namespace)).get("items") or []
+    return sorted(found, key=lambda item: item["metadata"]["name"])
+
+
+def _path(plural: str, namespace: str) -> str:
+    group = {
+        "jobs": "/apis/batch/v1", "deployments": "/apis/apps/v1", "controllerrevisions": "/apis/apps/v1",
+        "poddisruptionbudgets": "/apis/policy/v1", "inferenceservices": "/apis/gantline.io/v1alpha1", "events": "/apis/events.k8s.io/v1",
+    }.get(plural, "/api/v1")  # fmt: skip
+    return f"{group}/namespaces/{namespace}/{plural}"
+
+
+def status(cluster: ApiCluster, name: str, namespace: str) -> Object:
+    found: Object = cluster.client.get(f"{_path('inferenceservices', namespace)}/{name}").get("status") or {}
+    return found
+
+
+def reason(cluster: ApiCluster, name: str, namespace: str, kind: str = "Ready") -> str:
+    conditions = {item["type"]: item for item in status(cluster, name, namespace).get("conditions") or []}
+    return str(conditions.get(kind, {}).get("reason", ""))
+
+
+def wait(check: Callable[[], Any], *, timeout_s: float = 20.0, what: Callable[[], object] = lambda: "") -> Any:
+    """`check`'s first true answer."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if result := check():
+            return result
+        time.sleep(0.05)
+    raise AssertionError(f"still not so after {timeout_s:.0f} s: {what()}")
+
+
+def wait_reason(cluster: ApiCluster, name: str, namespace: str, wanted: str, kind: str = "Ready", *, timeout_s: float = 20.0) -> Object:
+    """The condition once it has this reason."""
+
+    def check() -> Object | None:
+        conditions = {item["type"]: item for item in status(cluster, name, namespace).get("conditions") or []}
+        found: Object | None = conditions.get(kind)
+        return found if found is not None and found["reason"] == wanted else None
+
+    def now() -> object:
+        return {item["type"]: (item["status"], item["reason"], item.get("message")) for item in status(cluster, name, namespace).get("conditions") or []}
+
+    result: Object = wait(check, timeout_s=timeout_s, what=lambda: f"{kind} is not {wanted}: {now()}")
+    return result
+
+
+def versions(cluster: ApiCluster, namespace: str) -> dict[str, str]:
+    """resourceVersions of all that the operator could touch."""
+    found = {}
+    for plural in (*KINDS, "inferenceservices", "events"):
+        for item in items(cluster, plural, namespace):
+            if item["metadata"]["name"] not in ("default", "kube-root-ca.crt"):
+                found[f"{plural}/{item['metadata']['name']}"] = item["metadata"]["resourceVersion"]
+    return found
+
+
+def children(cluster: ApiCluster, namespace: str, *plurals: str) -> list[str]:
+    """Names of what the operator made, by kind; pods are the cluster's own."""
+    wanted = plurals or tuple(kind for kind in KINDS if kind != "pods")
+    return [f"{plural}/{item['metadata']['name']}" for plural in wanted for item in items(cluster, plural, namespace) if item["metadata"]["name"] != "default"]
+
+
+def assert_converged(cluster: ApiCluster, name: str, namespace: str, expected: list[str], *, quiet_s: float = 1.0) -> None:
+    """The oracle: live == desired, nothing extra, observedGeneration == generation, and no resourceVersion moves any more."""
+    wait_reason(cluster, name, namespace, "Ready")
+    wait(lambda: children(cluster, namespace) == expected, what=lambda: (children(cluster, namespace), expected))
+    before = wait(lambda: _settled(cluster, namespace, quiet_s), what=lambda: "resourceVersions keep moving")
+    parent = cluster.client.get(f"{_path('inferenceservices', namespace)}/{name}")
+    assert parent["status"]["observedGeneration"] == parent["metadata"]["generation"]
+    assert {item["observedGeneration"] for item in parent["status"]["conditions"]} == {parent["metadata"]["generation"]}
+    for plural in KINDS[:-1]:
+        for item in items(cluster, plural, namespace):
+            if item["metadata"]["name"] != "default":
+                owners = item["metadata"]["ownerReferences"]
+                assert [owner["uid"] for owner in owners if owner.get("controller")] == [parent["metadata"]["uid"]]
+    assert before == versions(cluster, namespace)
+
+
+def _settled(cluster: ApiCluster, namespace: str, quiet_s: float) -> dict[str, str] | None:
+    before = versions(cluster, namespace)
+    time.sleep(quiet_s)
+    return before if versions(cluster, namespace) == before else None
+
+
+def install_crd(cluster: ApiCluster) -> None:
+    cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / "gantline.io_inferenceservices.yaml"))
+    cluster.kubectl("wait", "--for=condition=Established", "crd/inferenceservices.gantline.io", "--timeout=20s")
+
+
+@contextmanager
+def serving(cluster: ApiCluster, namespace: str, **changes: Any) -> Iterator[Operator]:
+    """An operator for one namespace, which leaves the other tests' services alone."""
+    with Operator(cluster, replace(SETTINGS, watch_namespaces=(namespace,), **changes)) as operator:
+        yield operator
