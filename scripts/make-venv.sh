@@ -9,4 +9,7 @@ python=$(command -v python3) || { echo "gantline: Python 3.11 or newer is needed
 [ -x "$dir/bin/uv" ] || "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep -E '^uv==' requirements/tools.txt)"
 "$dir/bin/uv" pip install --quiet --python "$dir/bin/python" -r requirements/all.txt -r requirements/tools.txt
 "$dir/bin/uv" pip install --quiet --python "$dir/bin/python" --no-deps --no-build-isolation --editable .
+# Pods mount this environment read-only, so they could never keep compiled modules: without these, `import torch` takes 6 s instead of 2 s.
+packages=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+(cd "$packages" && "$OLDPWD/$dir/bin/python" -m compileall -q -j 0 $(ls -d */ | grep -vE '^(nvidia|mypy|ruff|hadolint|cuda|.*-info)') >/dev/null) || true
 touch "$dir/.installed"
