@@ -205,7 +205,8 @@ def _try_shapes(spec: InferenceServiceSpec, variant: Variant, shapes: Sequence[S
                 found.append(verdict)
                 break
             turned.append(verdict)
-            if verdict.reason is Reason.NO_MATCHING_GPU:  # more of what a node has too few of is no better
+            slices = tp > 1 and (shape.device.sliced or shape.device.replicas > 1)
+            if slices or verdict.reason is Reason.NO_MATCHING_GPU:  # more of what cannot be joined, or of what a node has too few of
                 break
     return found, turned
 

@@ -8,7 +8,7 @@ so a thousand nodes cost a planner what their twenty shapes do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -115,9 +115,8 @@ def find_shapes(spec: InferenceServiceSpec, cluster: ClusterFacts, images: Mappi
             continue
         # Drivers that are new enough are all alike: a node with a newer one is no other shape.
         passed.setdefault((replace(device, driver=()), backend, image), []).extend(slots)
-    everyone = [(node, device) for device, slots in by_device.items() for node in (slot.node for slot in slots)]
     shapes = [
-        Shape(device, backend, "auto" if image == "ascend" else "cuda", image, tuple(slots), _tell_apart(device, slots, everyone))
+        Shape(device, backend, "auto" if image == "ascend" else "cuda", image, tuple(slots), _tell_apart(device, slots, by_device))
         for (device, backend, image), slots in passed.items()
     ]
     return sorted(shapes, key=lambda shape: shape.device), sorted(turned, key=lambda t: t.option) + barred
@@ -145,22 +144,34 @@ def _devices(spec: InferenceServiceSpec, cluster: ClusterFacts) -> tuple[dict[De
     return found, rows
 
 
-def _tell_apart(device: Device, slots: Iterable[Slot], everyone: Iterable[tuple[NodeFacts, Device]]) -> tuple[Requirement, ...]:
+def _tell_apart(device: Device, slots: Sequence[Slot], by_device: Mapping[Device, Sequence[Slot]]) -> tuple[Requirement, ...]:
     """The device's labels, and as many more as it takes to keep pods off nodes with the same product but another shape."""
     own = [slot.node for slot in slots]
-    names = {node.name for node in own}
     others = [
-        node for node, theirs in everyone
-        if theirs.resource == device.resource and node.name not in names and node.matches(device.labels)
-    ]  # fmt: skip
+        slot.node
+        for theirs, slots in by_device.items()
+        # One node speaks for all of a device: its labels were read from theirs.
+        if theirs.resource == device.resource and replace(theirs, driver=()) != device and slots[0].node.matches(device.labels)
+        for slot in slots
+    ]
+    others += _old_drivers(device, own, by_device)
     labels = list(device.labels)
     for key in _DISTINGUISHING:
+        if not others:
+            break
         values = {_label(node, key) for node in own}
-        if not others or "" in values or all(_label(node, key) in values for node in others):
+        if "" in values or all(_label(node, key) in values for node in others):
             continue
         labels.append((key, tuple(sorted(values))))
         others = [node for node in others if _label(node, key) in values]
     return tuple(Requirement(key, values) for key, values in labels)
+
+
+def _old_drivers(device: Device, own: Sequence[NodeFacts], by_device: Mapping[Device, Sequence[Slot]]) -> list[NodeFacts]:
+    """Nodes with the very same device, whose driver keeps them out."""
+    names = {node.name for node in own}
+    same = [slots for theirs, slots in by_device.items() if replace(theirs, driver=()) == device]
+    return [slot.node for slots in same for slot in slots if slot.node.name not in names]
 
 
 def _label(node: NodeFacts, key: str) -> str:
