@@ -37,6 +37,7 @@ START_TIMEOUT_S = 90.0
 START_ATTEMPTS = 3
 LEASE_S = 200
 # Simulated and hand-made nodes stay as they are: tests set a node's condition themselves, no clock does.
+NO_ENDPOINT = "--endpoint-reconciler-type=none"  # a loopback address may be no Service's endpoint
 NODE_GRACE = "--node-monitor-grace-period=24h"
 
 
@@ -76,7 +77,7 @@ class ApiCluster:
         self.plane = ControlPlane(self.folder, "127.0.0.1", free_port())
         self.plane.prepare()
         self._run(self.plane.etcd())
-        self._run(self.plane.apiserver())
+        self._run(self.plane.apiserver(NO_ENDPOINT))
         self.client = Client(self.kubeconfig)
         self.client.wait_ready(START_TIMEOUT_S, self._check_components)
         if self._controllers:
@@ -151,7 +152,7 @@ class ApiCluster:
     def start_apiserver(self) -> None:
         """End the outage; returns when the API server is ready. Idempotent."""
         if "kube-apiserver" not in self.pids:
-            self._run(self.plane.apiserver())
+            self._run(self.plane.apiserver(NO_ENDPOINT))
         self.client.wait_ready(START_TIMEOUT_S, self._check_components)
 
     def _run(self, component: Component) -> None:

@@ -102,7 +102,7 @@ MODULES = (
     ),
     Module(
         "cni",
-        {"bridge": f"{_CNI}/main/bridge", "loopback": f"{_CNI}/main/loopback", "host-local": f"{_CNI}/ipam/host-local", "portmap": f"{_CNI}/meta/portmap"},
+        {"ptp": f"{_CNI}/main/ptp", "loopback": f"{_CNI}/main/loopback", "host-local": f"{_CNI}/ipam/host-local", "portmap": f"{_CNI}/meta/portmap"},
         stamps=("github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion={version}",),
         versioned="github.com/containernetworking/plugins",
     ),

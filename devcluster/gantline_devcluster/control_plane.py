@@ -29,7 +29,8 @@ IDENTITIES = {
     "scheduler": ("system:kube-scheduler", ""),
     "kubelet": (f"system:node:{NODE}", "system:nodes"),
     "kube-proxy": ("system:kube-proxy", ""),
-    "apiserver": ("kube-apiserver-kubelet-client", "system:masters"),
+    "coredns": ("system:coredns", ""),
+    "provisioner": ("gantline:provisioner", "system:masters"),
 }
 
 
@@ -91,7 +92,7 @@ class ControlPlane:
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local", f"--service-account-key-file={keys / 'sa.pub'}",
             f"--service-account-signing-key-file={keys / 'sa.key'}", f"--token-auth-file={self.folder / 'tokens.csv'}",
             "--authorization-mode=Node,RBAC", f"--service-cluster-ip-range={SERVICE_CIDR}", "--profiling=false",
-            "--endpoint-reconciler-type=master-count", "--enable-admission-plugins=NodeRestriction", *more,
+            "--enable-admission-plugins=NodeRestriction", *more,
         ]  # fmt: skip
         return self._component("kube-apiserver", argv)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -62,10 +63,14 @@ class State:
 class Keeper:
     """A keeper process and its components. Ending this process in any way, SIGKILL included, ends them all."""
 
-    def __init__(self, command: list[str] | None = None, *, remove_at_end: Path | None = None) -> None:
-        """`command` runs keeper.py (default: this interpreter, isolated and without site, for a quick start); the folder `remove_at_end` goes with the keeper."""
+    def __init__(self, command: list[str] | None = None, *, remove_at_end: Path | None = None, log: Path | None = None) -> None:
+        """`command` runs keeper.py (default: this interpreter, isolated and without site, for a quick start); its own errors go into `log`.
+
+        The folder `remove_at_end` goes with the keeper.
+        """
         argv = command or [sys.executable, "-IS", str(Path(keeper.__file__))]
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        with log.open("ab") if log else contextlib.nullcontext() as errors:
+            self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         self._changed = threading.Condition()
         self.states: dict[str, State] = {}
         self._reader = threading.Thread(target=self._read, name="keeper-events", daemon=True)
@@ -88,6 +93,12 @@ class Keeper:
         with self._changed:
             if not self._changed.wait_for(lambda: not self.states[name].running, timeout_s):
                 raise DevclusterError(f"{name} did not stop within {timeout_s:.0f} s", "End it by its process id")
+
+    def wait_running(self, name: str, timeout_s: float = 15.0) -> None:
+        """Wait until a component has been started. Raises DevclusterError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.states[name].starts > 0 or not self.alive(), timeout_s) or not self.alive():
+                raise DevclusterError(f"{name} could not be started", "Look into the log of the keeper process")
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -114,6 +125,8 @@ class Keeper:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if not line.startswith(b"{"):
+                continue
             event = json.loads(line)
             with self._changed:
                 state = self.states.setdefault(event["name"], State())
@@ -123,6 +136,9 @@ class Keeper:
                     state.pid, state.code, state.again = None, event["code"], event["again_in_s"] is not None
                     state.starts = max(state.starts, 1)
                 self._changed.notify_all()
+        self._process.wait()
+        with self._changed:
+            self._changed.notify_all()
 
 
 def tail(log: Path) -> str:
