@@ -17,13 +17,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+from kubernetes.aio.config import ConfigException
+
 from gantline_operator.client import ApiError, Client, Conflict, NotFound, Object, Resource, Unavailable, connect
 from gantline_operator.resource import GROUP, KIND, PLURAL, VERSION
 
 __all__ = ["TestFailed", "build_service", "main", "run_test"]
 
 _SERVICES = Resource(f"{GROUP}/{VERSION}", KIND, PLURAL)
-_PAUSE_S = 1.0
+_PAUSE_S = 0.5
 _DELETION_S = 30.0
 _ANSWER_S = 60.0
 _MAX_ANSWER_BYTES = 1 << 20
@@ -133,11 +135,11 @@ def _name(service: Object) -> str:
     return f"{KIND} {service['metadata']['namespace']}/{service['metadata']['name']}"
 
 
-async def _run(service: Object, timeout_s: float) -> str:
+async def _run(kubeconfig: str | None, service: Object, timeout_s: float) -> str:
     task = asyncio.current_task()
     assert task is not None, "a coroutine runs in a task"
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    client = await connect()
+    client = await connect(kubeconfig)
     try:
         return await run_test(client, service, timeout_s)
     finally:
@@ -150,11 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--namespace", required=True, help="namespace to create it in")
     parser.add_argument("--model-uri", required=True, help="small model to serve, such as file:///opt/gantline/tiny-model")
     parser.add_argument("--timeout-seconds", type=float, default=300.0, help="give up after so many seconds (default: 300)")
+    parser.add_argument("--kubeconfig", help="how to reach the cluster (default: the pod's own account, else kubectl's configuration)")
     options = parser.parse_args(arguments)
     service = build_service(options.name, options.namespace, options.model_uri)
     try:
-        text = asyncio.run(_run(service, options.timeout_seconds))
-    except (TestFailed, ApiError) as error:
+        text = asyncio.run(_run(options.kubeconfig, service, options.timeout_seconds))
+    except (TestFailed, ApiError, ConfigException) as error:
         print(f"gantline: the test failed: {error}", file=sys.stderr)
         return 1
     except asyncio.CancelledError:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from kubernetes.aio.config import ConfigException
+
 from gantline_operator.client import ApiError, Client, Conflict, Object, Resource, Unavailable, connect
 from gantline_operator.crd import build_crd
 
@@ -65,8 +67,8 @@ def _unmet(crd: Object) -> str:
     return "; ".join(unmet) or "the API server has not looked at it"
 
 
-async def _run(timeout_s: float) -> Object:
-    client = await connect()
+async def _run(kubeconfig: str | None, timeout_s: float) -> Object:
+    client = await connect(kubeconfig)
     try:
         return await install(client, time.monotonic() + timeout_s)
     finally:
@@ -76,10 +78,11 @@ async def _run(timeout_s: float) -> Object:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gantline_operator.install_crds", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--timeout-seconds", type=float, default=120.0, help="give up after so many seconds (default: 120)")
+    parser.add_argument("--kubeconfig", help="how to reach the cluster (default: the pod's own account, else kubectl's configuration)")
     options = parser.parse_args(arguments)
     try:
-        live = asyncio.run(_run(options.timeout_seconds))
-    except (ApiError, TimeoutError) as error:
+        live = asyncio.run(_run(options.kubeconfig, options.timeout_seconds))
+    except (ApiError, TimeoutError, ConfigException) as error:
         print(f"gantline: the CustomResourceDefinition was not applied: {error}", file=sys.stderr)
         return 1
     print(f"{live['metadata']['name']} is served at generation {live['metadata']['generation']}")

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
-from gantline_operator.resources import MANAGED_KINDS
 
+from tests.operator.applying import apply
 from tests.operator.render_cases import CASES, CPU_PLAN, CPU_STAGE, GPU_PLAN, Case, parent_of, service
 
 Object = dict[str, Any]
 
-PLURALS = {kind.kind: (kind.api_version, kind.plural) for kind in MANAGED_KINDS}
 EXTRAS = {
     "/apis/scheduling.k8s.io/v1/priorityclasses": {"metadata": {"name": "high"}, "value": 1000},
     "/apis/node.k8s.io/v1/runtimeclasses": {"metadata": {"name": "nvidia"}, "handler": "nvidia"},
@@ -35,27 +34,6 @@ def restricted(api_cluster: ApiCluster, namespace: str) -> str:
     return namespace
 
 
-def path_of(kind: str, namespace: str, name: str = "") -> str:
-    version, plural = PLURALS[kind]
-    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
-    return f"{root}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
-
-
-def apply(cluster: ApiCluster, item: Object, namespace: str, *, dry_run: bool = False) -> Object:
-    """Server-side apply, as the operator does it. The object is put into `namespace`.
-
-    A real one loses its owner, which is not there: the garbage collector would soon notice.
-    """
-    metadata = {**item["metadata"], "namespace": namespace}
-    if not dry_run:
-        metadata = {key: value for key, value in metadata.items() if key != "ownerReferences"}
-    query = "?fieldManager=gantline-operator&force=true&fieldValidation=Strict" + ("&dryRun=All" if dry_run else "")
-    path = path_of(item["kind"], namespace, metadata["name"]) + query
-    body = {**item, "metadata": metadata}
-    live: Object = cluster.client.call("PATCH", path, body, content_type="application/apply-patch+yaml")
-    return live
-
-
 def pods_of(objects: Iterable[Object]) -> list[Object]:
     """The pods that Jobs and Deployments would make: Pod Security judges pods, and only warns about templates."""
     templates = [(item["metadata"]["name"], item["spec"]["template"]) for item in objects if item["kind"] in ("Job", "Deployment")]
@@ -66,16 +44,16 @@ def pods_of(objects: Iterable[Object]) -> list[Object]:
 def test_the_api_server_accepts_every_object_and_admits_every_pod(api_cluster: ApiCluster, restricted: str, name: str) -> None:
     objects = CASES[name].objects()
     for item in objects:
-        live = apply(api_cluster, item, restricted, dry_run=True)
+        live = apply(api_cluster.client, item, namespace=restricted, dry_run=True)
         assert live["metadata"]["labels"] == item["metadata"]["labels"]
-    apply(api_cluster, next(item for item in objects if item["kind"] == "ServiceAccount"), restricted)
+    apply(api_cluster.client, next(item for item in objects if item["kind"] == "ServiceAccount"), namespace=restricted)
     for pod in pods_of(objects):
         api_cluster.client.post(f"/api/v1/namespaces/{restricted}/pods?dryRun=All&fieldValidation=Strict", pod)
 
 
 def test_the_namespace_does_judge(api_cluster: ApiCluster, restricted: str) -> None:
     objects = CASES["quickstart"].objects()
-    apply(api_cluster, next(item for item in objects if item["kind"] == "ServiceAccount"), restricted)
+    apply(api_cluster.client, next(item for item in objects if item["kind"] == "ServiceAccount"), namespace=restricted)
     pod = pods_of(objects)[0]
     del pod["spec"]["containers"][0]["securityContext"]["capabilities"]
     with pytest.raises(ApiError, match="restricted"):
@@ -90,8 +68,8 @@ def content_version(item: Object) -> str:
 @pytest.mark.parametrize("name", ["cpu-from-image", "gpu-from-claim", "every-field"])
 def test_an_apply_that_is_repeated_changes_nothing(api_cluster: ApiCluster, restricted: str, name: str) -> None:
     objects = [item for item in CASES[name].objects() if item["kind"] not in ("Job", "PersistentVolumeClaim")]
-    first = [content_version(apply(api_cluster, item, restricted)) for item in objects]
-    again = [content_version(apply(api_cluster, item, restricted)) for item in objects]
+    first = [content_version(apply(api_cluster.client, item, namespace=restricted)) for item in objects]
+    again = [content_version(apply(api_cluster.client, item, namespace=restricted)) for item in objects]
     assert first == again and len(first) == 4
 
 
@@ -101,7 +79,7 @@ def test_a_strategy_can_be_changed_both_ways_by_applying(api_cluster: ApiCluster
     for replicas in (2, 1, 2):
         parent = parent_of(service({**spec, "replicas": replicas}))
         case = Case(parent, GPU_PLAN, CPU_STAGE, fetched=False, quantized=False, makes_claim=False)
-        live = apply(api_cluster, next(item for item in case.objects() if item["kind"] == "Deployment"), restricted)
+        live = apply(api_cluster.client, next(item for item in case.objects() if item["kind"] == "Deployment"), namespace=restricted)
         strategies.append(live["spec"]["strategy"]["type"])
     assert strategies == ["RollingUpdate", "Recreate", "RollingUpdate"]
 
@@ -115,7 +93,7 @@ def test_replicas_that_share_a_volume_for_one_node_land_on_one_node(simulated_no
             volume["emptyDir"] = {}
     for item in objects:
         if item["kind"] in ("ServiceAccount", "Deployment"):
-            apply(simulated_nodes, item, restricted)
+            apply(simulated_nodes.client, item, namespace=restricted)
     assert len(set(nodes_of_pods(simulated_nodes, restricted, 4))) == 1
 
 
