@@ -182,10 +182,13 @@ def test_argmax_takes_the_first_of_equals(rows: int, size: int, dtype: torch.dty
     assert torch.equal(api.argmax(logits, backend=BACKEND).cpu(), reference.argmax(logits).cpu())
 
 
-_DRAWS = [(16, 300, 3.0), (4, 2000, 0.3)] + ([(64, 128256, 1.0), (64, 128256, 8.0)] if ON_GPU else [])
+_DRAWS = [(16, 300, 3.0), (4, 2000, 0.3), (64, 128256, 1.0), (64, 128256, 8.0)] if ON_GPU else [(5, 700, 1.0)]
 
 
-@pytest.mark.parametrize("limits", [(None, None, None), (5, None, None), (0, 0.7, 0.0), (50, 0.5, 0.05), (1, 1.0, 0.0), (3, 0.0, 0.5)])
+_LIMITS = [(None, None, None), (5, None, None), (0, 0.7, 0.0), (50, 0.5, 0.05), (1, 1.0, 0.0), (3, 0.0, 0.5), (40, 0.9, None)]
+
+
+@pytest.mark.parametrize("limits", _LIMITS)
 @pytest.mark.parametrize(("rows", "size", "spread"), _DRAWS)
 def test_sampling(limits: tuple[int | None, float | None, float | None], rows: int, size: int, spread: float) -> None:
     """Tokens equal the reference's but where the uniform number falls on an edge of the running sum, within float32's error."""
@@ -207,3 +210,21 @@ def test_sampling(limits: tuple[int | None, float | None, float | None], rows: i
         assert kept[token] > 0, "a token that the limits drop"
         assert running[token] >= at - 1e-5
         assert token == 0 or running[token - 1] <= at + 1e-5
+
+
+def test_sampling_keeps_equals_of_the_last_kept() -> None:
+    logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 2.0, -torch.inf] * 20], device=DEVICE).repeat(8, 1)
+    top_k, uniforms = torch.full((8,), 45, device=DEVICE), (torch.arange(8, device=DEVICE) + 0.3) / 8
+    ones = torch.ones(8, device=DEVICE)
+    got = api.sample(logits, uniforms, ones, top_k, backend=BACKEND).cpu()
+    assert torch.equal(got, reference.sample(logits, uniforms, ones, top_k).cpu())
+
+
+def test_sampling_of_more_equal_logits_than_scratch_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gantline_kernels.triton_kernels import sampling
+
+    monkeypatch.setattr(sampling, "_SCRATCH", 500)
+    logits, ones = torch.full((4, 1000), -2.5, device=DEVICE), torch.ones(4, device=DEVICE)
+    uniforms = torch.tensor([0.0, 0.2503, 0.5, 0.9999], device=DEVICE)
+    got = api.sample(logits, uniforms, ones, None, ones * 0.5, backend=BACKEND).cpu()
+    assert torch.equal(got, torch.tensor([0, 250, 500, 999]))

@@ -85,7 +85,7 @@ def awq_linear(
         columns = 32
         _linear[(triton.cdiv(outputs, columns), triton.cdiv(rows, 16))](
             x, qweight, qzeros, scales, bias, out, rows, inputs, outputs, group_size, x.stride(0),
-            BIAS=bias is not None, ROWS=16, COLUMNS=columns, DEPTH=128 if x.dtype != torch.float32 else 64,
+            BIAS=bias is not None, ROWS=16, COLUMNS=columns, DEPTH=64,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
         )  # fmt: skip
     return out

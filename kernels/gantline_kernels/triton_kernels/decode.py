@@ -21,6 +21,8 @@ _PROGRAMS_PER_SM = 4
 _LEAST_PART = 256
 """Tokens of the shortest part worth a program of its own."""
 _MAX_PARTS = 128
+_SHARED_BYTES = 98304
+"""Of the pipeline: chips between 8.0 and 9.0 have 99 KB a block."""
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def decode_attention(
     *,
     parts: int = 0,
     tile: int = 0,
-    num_warps: int = 4,
+    num_warps: int = 0,
     num_stages: int = 0,
 ) -> None:
     """q [B, Hq, D] (heads packed) -> out [B, Hq, D] contiguous. `parts`, `tile` and what follows are for tuning; 0: chosen here."""
@@ -139,7 +141,10 @@ def decode_attention(
     parts = parts or num_parts(batch, kv_heads, seen, _num_sms(q.device.index))
     group, dim_padded = heads // kv_heads, triton.next_power_of_2(dim)
     tile = tile or min(64 if dim <= 128 else 32, block_size if block_size >= 16 else 64)
-    stages = num_stages or (3 if dim <= 128 else 2)
+    # Measured on an H200 (docs/perf-log.md): two warps, four stages of 64 tokens; where shared memory is short, fewer.
+    tile_bytes = 2 * tile * dim_padded * key_cache.element_size()
+    stages = num_stages or max(2, min(4, _SHARED_BYTES // tile_bytes))
+    warps = num_warps or (2 if tile_bytes <= 32768 else 4)
     split = parts > 1
     part_out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=q.device) if split else out
     part_lse = torch.empty((batch, heads, parts), dtype=torch.float32, device=q.device) if split else out
@@ -148,7 +153,7 @@ def decode_attention(
         scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, parts,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size,
         TILE=tile, SPLIT=split, SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=num_warps, num_stages=stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if split:
         _join[(batch * heads,)](

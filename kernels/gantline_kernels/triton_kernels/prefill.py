@@ -160,7 +160,7 @@ def prefill_attention(
         scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, first_sequence, sequences,
         GROUP=group, ROWS=rows, DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size, TILE=tile,
         SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0, TMA=use_tma, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=num_warps or (8 if rows >= 128 else 4), num_stages=num_stages or (3 if dim <= 64 else 2),
+        num_warps=num_warps or (4 if dim <= 128 else 8), num_stages=num_stages or 2,
     )  # fmt: skip
 
 

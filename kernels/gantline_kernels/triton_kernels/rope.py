@@ -26,6 +26,24 @@ def _norm_halves(first, second, weight, at, inside, half, eps):
 
 
 @triton.jit
+def _rotated(row, angles, weight, at, inside, half, eps, NORM: tl.constexpr):
+    """Both halves, float32, of heads at `row` ([heads, HALF] of pointers), normed if asked for, then rotated."""
+    first = tl.load(row, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(row + half, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        first, second = _norm_halves(first, second, weight, at, at < half, half, eps)
+    cos = tl.load(angles + at, mask=at < half, other=0.0)[None, :]
+    sin = tl.load(angles + half + at, mask=at < half, other=0.0)[None, :]
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _store_halves(target, first, second, inside, half):
+    tl.store(target, first.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + half, second.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rope_and_cache_write(
     q, k, v, out, cos_sin, positions, key_cache, value_cache, slots, q_weight, k_weight,
     q_stride, k_stride, v_stride, heads, kv_heads, half, block_size, eps,
@@ -35,47 +53,29 @@ def _rope_and_cache_write(
     group = tl.program_id(1)
     query_groups = tl.cdiv(heads, HEADS)
     key_groups = tl.cdiv(kv_heads, HEADS)
+    is_query = group < query_groups
+    is_key = (group >= query_groups) & (group < query_groups + key_groups)
+    before = tl.where(is_query, 0, tl.where(is_key, query_groups, query_groups + key_groups))
+    head = (group - before) * HEADS + tl.arange(0, HEADS)
     at = tl.arange(0, HALF)
     dim = 2 * half
-    if group < query_groups:
-        head = group * HEADS + tl.arange(0, HEADS)
+    columns = head[:, None] * dim + at[None, :]
+    angles = cos_sin + tl.load(positions + token).to(tl.int64) * dim
+    slot = tl.load(slots + token)
+    place = ((slot // block_size) * kv_heads + head[:, None]) * block_size + slot % block_size
+    cached = ((head < kv_heads) & (slot >= 0))[:, None] & (at < half)[None, :]
+    if is_query:
         inside = (head < heads)[:, None] & (at < half)[None, :]
-        row = q + token * q_stride + head[:, None] * dim + at[None, :]
-        first = tl.load(row, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(row + half, mask=inside, other=0.0).to(tl.float32)
-        if NORM_Q:
-            first, second = _norm_halves(first, second, q_weight, at, at < half, half, eps)
-        angles = cos_sin + tl.load(positions + token).to(tl.int64) * dim + at
-        cos = tl.load(angles, mask=at < half, other=0.0)[None, :]
-        sin = tl.load(angles + half, mask=at < half, other=0.0)[None, :]
-        target = out + token * heads * dim + head[:, None] * dim + at[None, :]
-        tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=inside)
-        tl.store(target + half, (second * cos + first * sin).to(out.dtype.element_ty), mask=inside)
+        first_q, second_q = _rotated(q + token * q_stride + columns, angles, q_weight, at, inside, half, eps, NORM_Q)
+        _store_halves(out + token * heads * dim + columns, first_q, second_q, inside, half)
+    elif is_key:
+        first_k, second_k = _rotated(k + token * k_stride + columns, angles, k_weight, at, cached, half, eps, NORM_K)
+        _store_halves(key_cache + place * dim + at[None, :], first_k, second_k, cached, half)
     else:
-        slot = tl.load(slots + token)
-        is_key = group < query_groups + key_groups
-        first_group = tl.where(is_key, query_groups, query_groups + key_groups)
-        head = (group - first_group) * HEADS + tl.arange(0, HEADS)
-        inside = ((head < kv_heads) & (slot >= 0))[:, None] & (at < half)[None, :]
-        place = ((slot // block_size) * kv_heads + head[:, None]) * block_size + slot % block_size
-        target = place * dim + at[None, :]
-        if is_key:
-            row = k + token * k_stride + head[:, None] * dim + at[None, :]
-            first = tl.load(row, mask=inside, other=0.0).to(tl.float32)
-            second = tl.load(row + half, mask=inside, other=0.0).to(tl.float32)
-            if NORM_K:
-                first, second = _norm_halves(first, second, k_weight, at, at < half, half, eps)
-            angles = cos_sin + tl.load(positions + token).to(tl.int64) * dim + at
-            cos = tl.load(angles, mask=at < half, other=0.0)[None, :]
-            sin = tl.load(angles + half, mask=at < half, other=0.0)[None, :]
-            tl.store(key_cache + target, (first * cos - second * sin).to(key_cache.dtype.element_ty), mask=inside)
-            tl.store(key_cache + target + half, (second * cos + first * sin).to(key_cache.dtype.element_ty), mask=inside)
-        else:
-            row = v + token * v_stride + head[:, None] * dim + at[None, :]
-            value = tl.load(row, mask=inside, other=0.0)
-            tl.store(value_cache + target, value.to(value_cache.dtype.element_ty), mask=inside)
-            value = tl.load(row + half, mask=inside, other=0.0)
-            tl.store(value_cache + target + half, value.to(value_cache.dtype.element_ty), mask=inside)
+        row = v + token * v_stride + columns
+        first_v = tl.load(row, mask=cached, other=0.0)
+        second_v = tl.load(row + half, mask=cached, other=0.0)
+        _store_halves(value_cache + place * dim + at[None, :], first_v, second_v, cached, half)
 
 
 def rope_and_cache_write(

@@ -1,0 +1,85 @@
+"""Compile every Triton kernel for a GPU that need not be there: the operations run on CPU tensors, and each launch only compiles.
+
+Run by `test_compilation.py` in a process of its own: `python -m tests.kernels.compile_checks 90`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from gantline_kernels import api
+from gantline_kernels.triton_kernels import decode, prefill
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tests.kernels.cases import paged
+
+compiled: list[tuple[str, Any]] = []
+
+
+class _AbsentGpu:
+    """What the compiler asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(capability: int) -> None:
+    triton.runtime.driver.set_active(_AbsentGpu(capability))
+    run = JITFunction.run
+
+    def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_launch
+    decode._num_sms = lambda index: 132
+    if capability >= 90:
+        prefill._can_use_tma = lambda q, dim, tile, block_size: (
+            dim & (dim - 1) == 0 and 64 <= dim <= 256 and tile <= block_size and q.dtype != torch.float32
+        )
+
+
+def run_all() -> None:
+    bf16 = torch.bfloat16
+    for dim, dtype, window in ((128, bf16, 0), (96, bf16, 100), (256, bf16, 0)):
+        case = paged([(1, 5000), (1, 30), (200, 300)], heads=8, kv_heads=2, dim=dim, dtype=dtype, block_size=64, window=window)
+        api.paged_attention(*case.arguments, **case.options, backend="triton")
+    x, weight = torch.randn(4, 4096).to(bf16), torch.randn(4096).to(bf16)
+    api.rms_norm(x, weight, 1e-5, backend="triton")
+    api.add_rms_norm(x, x.clone(), weight, 1e-5, backend="triton")
+    api.silu_and_mul(x, backend="triton")
+    for norm in (None, weight[:128]):
+        q, k, v = (x.view(4, 32, 128)[:, :n] for n in (16, 8, 8))
+        caches = [torch.zeros(1, 8, 64, 128, dtype=bf16) for _ in range(2)]
+        table, positions, slots = torch.zeros(9, 128), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+        api.rope_and_cache_write(q, k, v, table, positions, *caches, slots, q_norm_weight=norm, k_norm_weight=norm, backend="triton")
+    qweight, qzeros = (torch.zeros(n, 64, dtype=torch.int32) for n in (256, 2))
+    scales = torch.zeros(2, 512, dtype=bf16)
+    api.awq_dequantize(qweight, qzeros, scales, 128, backend="triton")
+    api.awq_linear(x[:, :256], qweight, qzeros, scales, 128, backend="triton")
+    logits, one = torch.randn(2, 20000), torch.ones(2)
+    api.argmax(logits, backend="triton")
+    api.sample(logits, one, one, backend="triton")
+    api.sample(logits, one, one, torch.ones(2, dtype=torch.int64), one, one, backend="triton")
+
+
+if __name__ == "__main__":
+    compile_only(int(sys.argv[1]))
+    run_all()
+    for name, kernel in compiled:
+        print(name, "registers", getattr(kernel, "n_regs", "?"), "shared", kernel.metadata.shared)
+    print(len(compiled), "kernels")
