@@ -1,15 +1,16 @@
 """One step's inputs, packed into one array of int32, so that they travel as one copy: to the device, and to other ranks.
 
     slots (int64, 2 T words) | ids T | positions T | query_starts B+1 | context_lens B | rows B
-    | sample_rows S | sample_slots S | updates 3 U
+    | sample_rows S | sample_slots S | update_places (int64, 2 U words) | update_blocks U
 
-T tokens, B sequences, S of them sampled, U changed entries of block tables as (row, index, block). A `row` is a sequence's place in the
-device's per-request state: its block table and its last token. The segments follow from a `BatchShape` alone, so sender and receiver
-need exchange nothing else, and equal shapes lie at equal addresses (which CUDA graphs ask for).
+T tokens, B sequences, S of them sampled, U changed entries of the block tables. A `row` is a sequence's place in the device's per-request
+state: its block table and its last token. The segments follow from a `BatchShape` alone, so sender and receiver need exchange nothing
+else, and batches that differ in their updates only have the rest at equal addresses (which CUDA graphs ask for).
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,11 @@ class BatchShape(NamedTuple):
 
     @property
     def num_words(self) -> int:
-        return segments(self).updates.stop
+        return segments(self).update_blocks.stop
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_decodes == self.num_tokens
 
     @property
     def samples_all(self) -> bool:
@@ -52,25 +57,32 @@ class Segments(NamedTuple):
     rows: slice
     sample_rows: slice
     sample_slots: slice
-    updates: slice
+    update_places: slice
+    update_blocks: slice
 
 
 def segments(shape: BatchShape) -> Segments:
-    t, b, s = shape.num_tokens, shape.num_sequences, shape.num_samples
-    sizes = (2 * t, t, t, b + 1, b, b, s, s, 3 * shape.num_updates)
-    stops = np.cumsum(sizes).tolist()
-    return Segments(*(slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)))
+    t, b, s, u = shape.num_tokens, shape.num_sequences, shape.num_samples, shape.num_updates
+    padding = (1 + b) % 2  # 64-bit words begin at even places
+    sizes = (2 * t, t, t, b + 1, b, b, s, s, padding, 2 * u, u)
+    parts = [slice(stop - size, stop) for stop, size in zip(accumulate(sizes), sizes, strict=True)]
+    del parts[-3]
+    return Segments._make(parts)
 
 
 def batch_words(*, max_tokens: int, max_sequences: int, max_updates: int) -> int:
     """Words of the largest batch."""
-    return 4 * max_tokens + 5 * max_sequences + 1 + 3 * max_updates
+    return 4 * max_tokens + 5 * max_sequences + 2 + 3 * max_updates
 
 
-def pack_batch(out: Words, step: Step, *, tables: Words, updates: list[int], block_size: int, padded_size: int = 0) -> BatchShape:
-    """Write `step` to `out`. `tables` are the block tables on the host, with a spare last row for padding.
+def pack_batch(
+    out: Words, step: Step, *, tables: Words, updates: list[int], block_size: int, padded_size: int = 0, padded_context: int = 0
+) -> BatchShape:
+    """Write `step` to `out`. `tables` are the block tables on the host, with a spare last row for padding; `updates` their changes, as
+    `CacheManager.take_table_updates` gives them.
 
-    A batch of decodes is padded to `padded_size` sequences (if that is larger): they write nothing and their tokens go to the spare row.
+    A batch of decodes is padded to `padded_size` sequences (if that is larger): they write nothing, and their tokens go to the spare row.
+    `padded_context` raises the bound on contexts that the shape states.
     """
     rows = np.array([s.slot for s in step.sequences], dtype=np.int32)
     starts = np.array(step.starts, dtype=np.int32)
@@ -98,9 +110,9 @@ def pack_batch(out: Words, step: Step, *, tables: Words, updates: list[int], blo
         num_sequences=len(rows),
         num_decodes=step.num_decodes + missing,
         num_samples=len(sample_rows),
-        num_updates=len(updates) // 3,
+        num_updates=len(updates) // 2,
         max_query_len=int(lens.max()),
-        max_context_len=int(contexts.max()),
+        max_context_len=max(int(contexts.max()), padded_context),
     )
     at = segments(shape)
     out[at.slots] = slots.view(np.int32)
@@ -111,7 +123,9 @@ def pack_batch(out: Words, step: Step, *, tables: Words, updates: list[int], blo
     out[at.rows] = rows
     out[at.sample_rows] = sample_rows
     out[at.sample_slots] = sample_slots
-    out[at.updates] = updates
+    if updates:
+        out[at.update_places].view(np.int64)[:] = updates[::2]
+        out[at.update_blocks] = updates[1::2]
     _pack_prompt_ids(out[at.ids], step)
     return shape
 

@@ -57,6 +57,7 @@ class WorkerPlan:
     size: int
     rendezvous: str
     num_threads: int
+    graphs: bool
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank) if self.device_type == "cuda" else torch.device("cpu")
@@ -218,10 +219,12 @@ def _serve_steps(rank: int, plan: WorkerPlan, pipe: multiprocessing.connection.C
     pipe.send(None)  # imports are done; joining can be waited for
     parallel = join_group(plan, rank)
     runner = ModelRunner(open_checkpoint(plan.model_dir), session_len=plan.session_len, build=plan.build(rank), parallel=parallel)
-    pipe.send(free_bytes(plan.device(rank), shared_by=plan.size))
-    num_blocks, block_size, limits = pipe.recv()
+    limits, block_size = pipe.recv()
     assert isinstance(limits, BatchLimits)
-    runner.allocate(num_blocks, block_size, limits)
+    workspace = runner.measure_workspace(limits, block_size)
+    pipe.send(free_bytes(plan.device(rank), shared_by=plan.size) - workspace)
+    num_blocks, limits = pipe.recv()
+    runner.allocate(num_blocks, block_size, limits, graphs=plan.graphs)
     pipe.send(None)
     while True:
         words = torch.frombuffer(bytearray(pipe.recv_bytes()), dtype=torch.int32)

@@ -71,28 +71,34 @@ class Executor:
         if self._workers is not None:
             self._workers.gather()
         self._parallel = join_group(plan, 0)
-        self._runner = ModelRunner(
-            checkpoint, session_len=plan.session_len, build=plan.build(0), parallel=self._parallel, on_progress=on_progress
-        )
+        build = plan.build(0)
+        self._runner = ModelRunner(checkpoint, session_len=plan.session_len, build=build, parallel=self._parallel, on_progress=on_progress)
         self.block_bytes = self._runner.cache_block_bytes(config.block_size)
-        free = [free_bytes(self.device, shared_by=config.tp), *(self._workers.gather() if self._workers is not None else ())]
-        self.num_blocks, self.config = _size_cache(config, checkpoint, min(free), self.block_bytes)
+        free = self._measure_free(config)
+        self.num_blocks, self.config = _size_cache(config, checkpoint, free, self.block_bytes)
         assert self.config.session_len is not None
-        max_blocks = -(-self.config.session_len // config.block_size)
-        self.limits = BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
-        self._allocate()
-        self.memory = self._report(_estimate(self.config, checkpoint, min(free)))
+        self.limits = _limits(self.config, self.config.session_len)
+        self._allocate(plan)
+        self.memory = self._report(_estimate(self.config, checkpoint, free))
         self._table = SamplingTable(self.limits.max_slots)
         words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
         self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=self.device.type == "cuda") for _ in range(_NUM_BUFFERS)]
         self._next_buffer = 0
 
-    def _allocate(self) -> None:
-        size = self.config.block_size
+    def _measure_free(self, config: EngineConfig) -> int:
+        """Bytes that the cache may take of, on the rank that has the least: what is free after weights and workspace."""
+        limits = _limits(config, config.block_size)
         if self._workers is not None:
-            self._workers.send((self.num_blocks, size, self.limits))
+            self._workers.send((limits, config.block_size))
+        workspace = self._runner.measure_workspace(limits, config.block_size)
+        free = [free_bytes(self.device, shared_by=config.tp) - workspace, *(self._workers.gather() if self._workers is not None else ())]
+        return min(free)
+
+    def _allocate(self, plan: WorkerPlan) -> None:
+        if self._workers is not None:
+            self._workers.send((self.num_blocks, self.limits))
         try:
-            self._runner.allocate(self.num_blocks, size, self.limits)
+            self._runner.allocate(self.num_blocks, self.config.block_size, self.limits, graphs=plan.graphs)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise CapacityError(
                 f"the cache of {self.num_blocks} blocks ({self.num_blocks * self.block_bytes / 1e9:.1f} GB) cannot be allocated: {error}",
@@ -117,7 +123,18 @@ class Executor:
         buffer = self._buffers[self._next_buffer]
         self._next_buffer = (self._next_buffer + 1) % _NUM_BUFFERS
         array = buffer.numpy()
-        shape = pack_batch(array, step, tables=cache.tables, updates=cache.take_table_updates(), block_size=cache.block_size)
+        padded_size, padded_context = 0, 0
+        if step.num_decodes == step.num_tokens:
+            padded_size, padded_context = self._runner.padded(step.num_decodes, max(step.starts) + 1)
+        shape = pack_batch(
+            array,
+            step,
+            tables=cache.tables,
+            updates=cache.take_table_updates(),
+            block_size=cache.block_size,
+            padded_size=padded_size,
+            padded_context=padded_context,
+        )
         num_words = shape.num_words
         if self._workers is not None:
             self._workers.send_step(shape, array[:num_words])
@@ -201,7 +218,13 @@ def _worker_plan(model_dir: Path, config: EngineConfig, position_limit: int) -> 
         size=config.tp,
         rendezvous=make_rendezvous() if config.tp > 1 else "",
         num_threads=max(1, available_cpus() // config.tp),
+        graphs=config.device == "cuda" and config.backend != "torch" and not config.eager_mode,
     )
+
+
+def _limits(config: EngineConfig, session_len: int) -> BatchLimits:
+    max_blocks = -(-session_len // config.block_size)
+    return BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
 
 
 def _size_cache(config: EngineConfig, checkpoint: Checkpoint, free: int, block_bytes: int) -> tuple[int, EngineConfig]:

@@ -1,6 +1,8 @@
 """From safetensors files to a rank's weights: each layer's targets say what goes where, this module only moves bytes.
 
-Files are mapped, and only the slices that this rank needs are touched. `Checkpoint` has judged headers, shapes and types before.
+On a CPU the files are mapped and copied from. To a GPU they are read by several threads into pinned buffers (`staging.py`), so that
+reading, copying and converting overlap. Either way only the slices that this rank needs are read. `Checkpoint` has judged headers, shapes and types
+before; a file that has become shorter since is named here.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ import mmap
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from gantline_runtime.checkpoint import Checkpoint, TensorInfo
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.layers.weights import Target
+from gantline_runtime.staging import Transfer, run_transfers
 
 __all__ = ["Progress", "load_weights"]
 
@@ -23,7 +27,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one phase of the start has come; `total` 0 means that nobody knows."""
+    """How far one phase of the start has come."""
 
     phase: str
     done: int
@@ -31,24 +35,38 @@ class Progress:
 
 
 def load_weights(checkpoint: Checkpoint, targets: Iterable[Target], on_progress: Callable[[Progress], None] | None = None) -> int:
-    """Fill every target; returns the bytes of its tensors, which `on_progress` hears of as they are done.
+    """Fill every target; returns the bytes of its tensors in this rank's memory. `on_progress` hears of bytes as they arrive.
 
     Raises CheckpointError that names the tensor and file at fault.
     """
-    wanted = [(target, _find(checkpoint, target)) for target in targets]
-    wanted.sort(key=lambda pair: (pair[1].file, pair[1].start))
-    total = sum(info.nbytes for _, info in wanted)
-    done = 0
-    with ExitStack() as stack:
-        files: dict[str, mmap.mmap] = {}
-        for target, info in wanted:
-            if info.file not in files:
-                files[info.file] = _map_file(checkpoint, info, stack)
-            _copy(target, info, files[info.file])
-            done += info.nbytes
-            if on_progress is not None:
-                on_progress(Progress("weights", done, total))
-    return total
+    transfers = [_plan(checkpoint, target) for target in targets]
+    transfers.sort(key=lambda transfer: (str(transfer.path), transfer.start))
+    total, done = sum(transfer.num_bytes for transfer in transfers), 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if on_progress is not None:
+            on_progress(Progress("weights", done, total))
+
+    if transfers and transfers[0].destination.is_cuda:
+        run_transfers(transfers, advance)
+    else:
+        _copy_mapped(transfers, advance)
+    return sum(transfer.destination.numel() * transfer.destination.element_size() for transfer in transfers)
+
+
+def _plan(checkpoint: Checkpoint, target: Target) -> Transfer:
+    info = _find(checkpoint, target)
+    return Transfer(
+        name=info.name,
+        path=checkpoint.path(info.name),
+        start=info.start,
+        dtype=_DTYPES[info.dtype],
+        shape=info.shape,
+        source=target.source,
+        destination=target.destination,
+    )
 
 
 def _find(checkpoint: Checkpoint, target: Target) -> TensorInfo:
@@ -63,12 +81,22 @@ def _find(checkpoint: Checkpoint, target: Target) -> TensorInfo:
     return info
 
 
-def _map_file(checkpoint: Checkpoint, info: TensorInfo, stack: ExitStack) -> mmap.mmap:
+def _copy_mapped(transfers: list[Transfer], advance: Callable[[int], None]) -> None:
+    with ExitStack() as stack:
+        files: dict[Path, mmap.mmap] = {}
+        for transfer in transfers:
+            if transfer.path not in files:
+                files[transfer.path] = _map_file(transfer.path, stack)
+            _copy(transfer, files[transfer.path])
+            advance(transfer.num_bytes)
+
+
+def _map_file(path: Path, stack: ExitStack) -> mmap.mmap:
     try:
-        with checkpoint.path(info.name).open("rb") as file:
+        with path.open("rb") as file:
             return stack.enter_context(_Mapping(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{info.file!r} cannot be read: {error}", cure="Check permissions and the volume.") from None
+        raise CheckpointError(f"{path.name!r} cannot be read: {error}", cure="Check permissions and the volume.") from None
 
 
 class _Mapping(mmap.mmap):
@@ -79,14 +107,11 @@ class _Mapping(mmap.mmap):
             self.close()
 
 
-def _copy(target: Target, info: TensorInfo, data: mmap.mmap) -> None:
-    if info.end > len(data):
-        raise CheckpointError(
-            f"{info.file!r} is truncated: tensor {info.name!r} ends {info.end - len(data)} bytes past its end",
-            cure="Copy or download the file again.",
-        )
-    dtype = _DTYPES[info.dtype]
-    count = info.nbytes // dtype.itemsize
+def _copy(transfer: Transfer, data: mmap.mmap) -> None:
+    transfer.check_length(len(data))
+    count = transfer.num_elements
     if count:
-        stored = torch.frombuffer(data, dtype=dtype, count=count, offset=info.start).view(info.shape)
-        target.destination.copy_(stored[target.source])
+        raw = torch.frombuffer(data, dtype=torch.uint8, count=count * transfer.dtype.itemsize, offset=transfer.start)
+        if transfer.start % transfer.dtype.itemsize:
+            raw = raw.clone()  # the format does not promise alignment
+        transfer.destination.copy_(raw.view(transfer.dtype).view(transfer.shape)[transfer.source])

@@ -217,7 +217,9 @@ class Scheduler:
                     logprobs=[entry] if entry is not None else None,
                     finish_reason=sequence.finish_reason,
                     num_cached_tokens=sequence.num_cached_tokens,
-                    queue_seconds=sequence.admitted_at - sequence.arrived_at if generated == 1 and sequence.admitted_at is not None else None,
+                    queue_seconds=sequence.admitted_at - sequence.arrived_at
+                    if generated == 1 and sequence.admitted_at is not None
+                    else None,
                 )
             )
             if sequence.finish_reason is not None:

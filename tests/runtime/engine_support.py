@@ -76,8 +76,7 @@ class FakeExecutor:
 
     def _run(self, shape: BatchShape, words: np.ndarray[Any, np.dtype[np.int32]], result: list[int]) -> None:
         at, size = segments(shape), self.config.block_size
-        for row, column, block in words[at.updates].reshape(-1, 3):
-            self._tables[row, column] = block
+        self._tables.reshape(-1)[words[at.update_places].copy().view(np.int64)] = words[at.update_blocks]
         rows, ids, starts = words[at.rows], words[at.ids].astype(np.int64), words[at.query_starts]
         ids[: shape.num_decodes] = self._last[rows[: shape.num_decodes]]
         slots = words[at.slots].copy().view(np.int64)

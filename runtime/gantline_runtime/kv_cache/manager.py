@@ -110,7 +110,7 @@ class CacheManager:
             self.prefix.forget(block)
 
     def take_table_updates(self) -> list[int]:
-        """(slot, index, block) triples, flat, in the order of their making; the caller applies them to the device's tables."""
+        """Pairs of place (in `tables`, flattened) and block, one after the other; the caller applies them to the device's tables."""
         updates, self._updates = self._updates, []
         return updates
 
@@ -137,5 +137,5 @@ class CacheManager:
         start, slot = len(sequence.blocks), sequence.slot
         sequence.blocks.extend(blocks)
         self.tables[slot, start : start + len(blocks)] = blocks
-        for index, block in enumerate(blocks, start):
-            self._updates += (slot, index, block)
+        for place, block in enumerate(blocks, slot * self.tables.shape[1] + start):
+            self._updates += (place, block)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from gantline_kernels import api
 from numpy.typing import NDArray
@@ -64,12 +65,13 @@ class Sampler:
     def _choose(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         if batch.temperature is None or batch.uniforms is None:
             return api.argmax(logits, backend=self._backend)
-        limits = (None if x is None else self._upload(x) for x in (batch.top_k, batch.top_p, batch.min_p))
-        return api.sample(logits, self._upload(batch.uniforms), self._upload(batch.temperature), *limits, backend=self._backend)
+        temperature, uniforms, *limits = self._upload_columns(batch.temperature, batch.uniforms, batch.top_k, batch.top_p, batch.min_p)
+        top_k, top_p, min_p = limits or (None, None, None)
+        top_k = None if top_k is None else top_k.int()
+        return api.sample(logits, uniforms, temperature, top_k, top_p, min_p, backend=self._backend)
 
     def _penalize(self, logits: torch.Tensor, batch: SamplingBatch, slots: torch.Tensor) -> torch.Tensor:
         """Repetition divides or multiplies what has occurred in prompt or output; presence and frequency subtract for the output."""
-        assert batch.presence_penalty is not None and batch.frequency_penalty is not None and batch.repetition_penalty is not None
         counts, in_prompt = self._penalty_state()
         for fresh in batch.fresh_penalties:
             counts[fresh.slot].zero_()
@@ -78,9 +80,8 @@ class Sampler:
             in_prompt[fresh.slot, self._upload(fresh.prompt)] = True
         count = counts[slots]
         seen = in_prompt[slots] | (count > 0)
-        repetition, presence, frequency = (
-            self._upload(x).unsqueeze(-1) for x in (batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
-        )
+        columns = self._upload_columns(batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
+        repetition, presence, frequency = (column.unsqueeze(-1) for column in columns)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
         return logits - frequency * count - presence * (count > 0)
 
@@ -100,6 +101,10 @@ class Sampler:
         chosen = logprobs.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
         top, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
         return SampledTokens(tokens, chosen, ids, top)
+
+    def _upload_columns(self, *columns: NDArray[Any] | None) -> list[torch.Tensor]:
+        """Those that are present, float32 [S] each, in one copy. (Top-k fits: float32 is exact up to 2^24.)"""
+        return list(self._upload(np.stack([c for c in columns if c is not None]).astype(np.float32, copy=False)).unbind())
 
     def _upload(self, values: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(values)

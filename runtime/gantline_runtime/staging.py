@@ -1,0 +1,191 @@
+"""Reading weights into GPU memory: threads, each with two pinned buffers and a stream of its own.
+
+    file --preadv--> pinned buffer --copy engine--> (device buffer --convert, stride-->) destination
+
+While one buffer is on its way to the device the next is read, so that disk (or page cache), bus and device work at once. Where a rank needs
+only some columns of a matrix, rows are cut while they are copied from a mapping, and nothing else of the file is read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gantline_runtime.errors import CheckpointError
+from gantline_runtime.memory import available_cpus
+
+__all__ = ["Transfer", "run_transfers"]
+
+_BUFFER_BYTES = 16 << 20
+_MAX_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """`destination` receives `tensor[source]` of the tensor of `shape` and `dtype` that begins at byte `start` of the file."""
+
+    name: str
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: tuple[slice, ...]
+    destination: torch.Tensor
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are read."""
+        return self.destination.numel() * self.dtype.itemsize
+
+    def check_length(self, file_bytes: int) -> None:
+        """Raise CheckpointError if the file ends before the tensor does."""
+        missing = self.start + self.num_elements * self.dtype.itemsize - file_bytes
+        if missing > 0:
+            raise CheckpointError(
+                f"{self.path.name!r} is truncated: tensor {self.name!r} ends {missing} bytes past its end",
+                cure="Copy or download the file again.",
+            )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows `first` to `last` (of the destination) of a transfer: what fits into a buffer."""
+
+    transfer: Transfer
+    first: int
+    last: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.transfer.destination[0].numel() * self.transfer.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.last - self.first) * self.row_bytes
+
+
+def run_transfers(transfers: list[Transfer], advance: Callable[[int], None]) -> None:
+    """Fill the destinations, which all lie on one GPU; `advance` hears of bytes read, from this thread. Raises CheckpointError."""
+    device = transfers[0].destination.device
+    pieces = [piece for transfer in transfers for piece in _pieces(transfer)]
+    readers = threading.local()
+    every: list[_Reader] = []
+
+    def move(piece: _Piece) -> int:
+        if not hasattr(readers, "own"):
+            readers.own = _Reader(device)
+            every.append(readers.own)
+        readers.own.move(piece)
+        return piece.num_bytes
+
+    with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, available_cpus()), thread_name_prefix="gantline-load") as pool:
+        futures = [pool.submit(move, piece) for piece in pieces]
+        try:
+            for future in as_completed(futures):
+                advance(future.result())
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    for reader in every:
+        reader.close()
+
+
+def _pieces(transfer: Transfer) -> Iterator[_Piece]:
+    rows = len(transfer.destination)
+    if not transfer.destination.numel():
+        return
+    row_bytes = transfer.destination[0].numel() * transfer.dtype.itemsize
+    step = max(1, _BUFFER_BYTES // row_bytes)
+    for first in range(0, rows, step):
+        yield _Piece(transfer, first, min(first + step, rows))
+
+
+class _Reader:
+    """One thread's buffers, stream and open files."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
+        self._stream = torch.cuda.Stream(device)
+        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._events = [torch.cuda.Event(), torch.cuda.Event()]
+        self._next = 0
+        self._files: dict[Path, int] = {}
+        self._mappings: dict[Path, np.memmap[tuple[int], np.dtype[np.uint8]]] = {}
+
+    def move(self, piece: _Piece) -> None:
+        index, self._next = self._next, 1 - self._next
+        buffer = self._buffers[index]
+        if buffer is None or len(buffer) < piece.num_bytes:
+            buffer = self._buffers[index] = torch.empty(max(_BUFFER_BYTES, piece.num_bytes), dtype=torch.uint8, pin_memory=True)
+        self._events[index].synchronize()  # the copy that read this buffer last is over
+        filled = buffer[: piece.num_bytes]
+        self._read(piece, filled)
+        transfer = piece.transfer
+        destination = transfer.destination[piece.first : piece.last]
+        with torch.cuda.stream(self._stream):
+            if not destination.is_contiguous() or destination.dtype != transfer.dtype:
+                filled = filled.to(destination.device, non_blocking=True)  # converted, or spread out, on the device
+            destination.copy_(filled.view(transfer.dtype).view(destination.shape), non_blocking=True)
+            self._events[index].record(self._stream)
+
+    def _read(self, piece: _Piece, filled: torch.Tensor) -> None:
+        """The piece's bytes, packed, into `filled`."""
+        transfer = piece.transfer
+        row = transfer.source[0].start + piece.first
+        columns = transfer.source[1:]
+        whole = all(part.stop - part.start == size for part, size in zip(columns, transfer.shape[1:], strict=True))
+        if whole:
+            self._read_range(transfer, transfer.start + row * piece.row_bytes, filled)
+            return
+        matrix = self._matrix(transfer)[row : row + piece.last - piece.first, columns[0]]
+        np.copyto(filled.view(_VIEWS[transfer.dtype.itemsize][1]).numpy().reshape(matrix.shape), matrix)
+
+    def _read_range(self, transfer: Transfer, start: int, filled: torch.Tensor) -> None:
+        view, done = memoryview(filled.numpy()), 0
+        descriptor = self._open(transfer)
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], start + done)
+            if count == 0:
+                transfer.check_length(os.fstat(descriptor).st_size)
+                raise CheckpointError(f"{transfer.path.name!r} ends too early", cure="Copy or download the file again.")
+            done += count
+
+    def _open(self, transfer: Transfer) -> int:
+        if transfer.path not in self._files:
+            try:
+                self._files[transfer.path] = os.open(transfer.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"{transfer.path.name!r} cannot be read: {error}", cure="Check permissions and the volume.") from None
+        return self._files[transfer.path]
+
+    def _matrix(self, transfer: Transfer) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+        """The whole stored matrix, mapped."""
+        descriptor = self._open(transfer)
+        transfer.check_length(os.fstat(descriptor).st_size)
+        if transfer.path not in self._mappings:
+            self._mappings[transfer.path] = np.memmap(transfer.path, dtype=np.uint8, mode="r")
+        raw = self._mappings[transfer.path][transfer.start : transfer.start + transfer.num_elements * transfer.dtype.itemsize]
+        return raw.view(_VIEWS[transfer.dtype.itemsize][0]).reshape(transfer.shape)
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        self._mappings.clear()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+_VIEWS = {1: (np.uint8, torch.uint8), 2: (np.uint16, torch.uint16), 4: (np.uint32, torch.uint32)}
+"""Types to move elements of so many bytes with: numpy knows no bfloat16."""
