@@ -27,7 +27,7 @@ RESERVED_NAMES = frozenset({"messages", "add_generation_prompt", "tools", "docum
 """What a client may not set through `chat_template_kwargs`."""
 
 MAX_TEMPLATE_CHARS = 1 << 20
-MAX_RENDERED_CHARS = 64 << 20
+MAX_RENDERED_CHARS = 32 << 20
 
 
 class TemplateError(ValueError):

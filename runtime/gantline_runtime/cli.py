@@ -64,7 +64,10 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigurationError(f"unknown command {name!r}", cure=f"Known commands: {', '.join(COMMANDS)}.")
     module = _load(name)
     parser = _Parser(
-        prog=f"gantline {name}", description=_first_paragraph(module.__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"gantline {name}",
+        description=_first_paragraph(module.__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(rest)))

@@ -17,7 +17,7 @@ __all__ = ["GenerationDefaults"]
 class GenerationDefaults:
     """Where the file says nothing, OpenAI's defaults. Its end-of-sequence tokens are the engine's business (`generation.py`).
 
-    `do_sample` is ignored: a client that sends no temperature expects OpenAI's default of 1, whatever a training script wrote there.
+    `do_sample: false` without a temperature means temperature 0, as it does to `transformers`.
     """
 
     temperature: float = 1.0
@@ -37,8 +37,9 @@ class GenerationDefaults:
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> GenerationDefaults:
+        greedy = config.get("do_sample") is False
         return cls(
-            temperature=_number(config.get("temperature"), 0.0, 2.0, cls.temperature),
+            temperature=_number(config.get("temperature"), 0.0, 2.0, 0.0 if greedy else cls.temperature),
             top_p=_number(config.get("top_p"), 1e-6, 1.0, cls.top_p),
             top_k=int(_number(config.get("top_k"), 0, 1 << 20, cls.top_k)),
             min_p=_number(config.get("min_p"), 0.0, 1.0, cls.min_p),

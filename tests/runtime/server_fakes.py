@@ -1,7 +1,7 @@
 """An engine whose model costs nothing, and byte tokenizers: the server's tests need neither weights nor torch.
 
-`EchoEngine` has the interface of `LLMEngine` and the real scheduler and cache. Its model repeats the prompt's last message, byte by byte, and
-then ends; `script.json` in the model's folder changes that (see `Script`).
+`EchoEngine` has the interface of `LLMEngine` and the real scheduler and cache. Its model repeats the prompt's last message, byte by
+byte, and then ends; `script.json` in the model's folder changes that (see `Script`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
-
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import EngineRequest, TokenLogprobs, TokenOutput
 from gantline_runtime.request import RequestRejected, Sequence
 from gantline_runtime.scheduler import Scheduler
 from gantline_runtime.termination import Reason
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>")
 TEMPLATE = (

@@ -6,14 +6,14 @@ A parameter is in one of three places: a field of `protocol.py` (it works), `HAR
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
 __all__ = ["HARMLESS", "UNSUPPORTED_CHAT", "UNSUPPORTED_COMPLETION", "UNSUPPORTED_MESSAGE", "drop_harmless", "unsupported"]
 
-HARMLESS = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user")
+HARMLESS = ("metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user")
 """Bookkeeping of OpenAI's platform."""
 
 _TEXT_ONLY = ({"type": "text"},)
@@ -55,7 +55,7 @@ def unsupported(param: str, advice: str = "Leave it out.") -> PydanticCustomErro
     return PydanticCustomError("unsupported_parameter", "The parameter {param} is not supported. {advice}", context)
 
 
-def drop_harmless(body: Any, table: Mapping[str, tuple[Any, ...]]) -> Any:
+def drop_harmless(body: Any, table: Mapping[str, tuple[Any, ...]], harmless: Sequence[str] = HARMLESS) -> Any:
     """`body` without harmless members and without those of `table` that ask for nothing. Raises for one that asks for something."""
     if not isinstance(body, dict):
         return body
@@ -64,6 +64,6 @@ def drop_harmless(body: Any, table: Mapping[str, tuple[Any, ...]]) -> Any:
         if name in table:
             if value is not None and not any(value == neutral and type(value) is type(neutral) for neutral in table[name]):
                 raise unsupported(name)
-        elif name not in HARMLESS:
+        elif name not in harmless:
             kept[name] = value
     return kept

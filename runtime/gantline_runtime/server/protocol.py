@@ -115,7 +115,7 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        return drop_harmless(body, UNSUPPORTED_MESSAGE)
+        return drop_harmless(body, UNSUPPORTED_MESSAGE, harmless=())
 
     def for_template(self) -> dict[str, str]:
         """`developer` is what OpenAI now calls `system`; templates know the older name. Parts of a content are joined by line ends."""

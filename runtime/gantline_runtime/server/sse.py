@@ -22,6 +22,7 @@ log = logging.getLogger("gantline.server")
 _encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
+_UNICODE_LINE_ENDS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
 
 
 class ClientLeft(Exception):
@@ -29,7 +30,11 @@ class ClientLeft(Exception):
 
 
 def encode_event(body: Any) -> bytes:
-    return b"data: " + _encode(body) + b"\n\n"
+    """One event. Three characters that Unicode calls line ends are escaped: some clients split a stream's text there, in mid-event."""
+    data = _encode(body)
+    for raw, escaped in _UNICODE_LINE_ENDS:
+        data = data.replace(raw, escaped)
+    return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):

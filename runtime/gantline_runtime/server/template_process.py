@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -27,10 +27,10 @@ from gantline_runtime.chat_template import ChatTemplate, TemplateError
 
 __all__ = ["TemplateRenderer"]
 
-T = TypeVar("T")
-
 TIMEOUT_S = 10.0
-MEMORY_BYTES = 1 << 30
+START_TIMEOUT_S = 60.0
+"""For a child to start and to compile the template; a busy machine takes seconds to start a Python."""
+MEMORY_BYTES = 512 << 20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,28 +46,26 @@ class TemplateRenderer:
     async def start(self) -> None:
         """Start the child before it is needed. Raises TemplateError if the template does not compile."""
         async with self._lock:
-            await self._in_time(self._ensure_child())
+            await self._ensure_child()
 
     async def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Raises TemplateError, also for a template that takes too long or too much memory."""
         payload = msgspec.msgpack.encode({"messages": messages, "variables": variables})
         async with self._lock:
-            return await self._in_time(self._render(payload))
+            child = await self._ensure_child()
+            return await self._in_time(self._exchange(child, payload), self._timeout_s)
 
-    async def _render(self, payload: bytes) -> str:
-        return await self._exchange(await self._ensure_child(), payload)
-
-    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _in_time(self, exchange: Coroutine[Any, Any, str], timeout_s: float) -> str:
         """Whatever interrupts an exchange leaves the pipe in an unknown state, so the child goes with it."""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await work
+            async with asyncio.timeout(timeout_s):
+                return await exchange
         except TemplateError:
             raise
         except BaseException as error:
             await self.close()
             if isinstance(error, TimeoutError):
-                raise TemplateError(f"the model's chat template took longer than {self._timeout_s:g} s") from None
+                raise TemplateError(f"the model's chat template took longer than {timeout_s:g} s") from None
             if isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
                 raise TemplateError("the model's chat template crashed its process") from None
             raise
@@ -80,7 +78,7 @@ class TemplateRenderer:
                 stdout=subprocess.PIPE,
             )
             try:
-                await self._exchange(self._child, self._setup)
+                await self._in_time(self._exchange(self._child, self._setup), START_TIMEOUT_S)
             except TemplateError:
                 await self.close()
                 raise

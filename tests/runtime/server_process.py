@@ -1,0 +1,150 @@
+"""Starts `gantline serve` as a user does, in a process of its own, and asks it over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+ROOT = Path(__file__).resolve().parents[2]
+ECHO = ("-m", "tests.runtime.server_fakes")
+"""`gantline serve` with an engine that repeats the last message."""
+REAL = ("-m", "gantline_runtime.cli", "serve")
+
+
+class ServerProcess:
+    """A server and its log. `flags` are those of `gantline serve`."""
+
+    def __init__(self, model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> None:
+        self.termination_path = model_dir.parent / f"{model_dir.name}-termination-{time.monotonic_ns()}"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "GANTLINE_TERMINATION_LOG": str(self.termination_path),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, *program, str(model_dir), "--port=0", "--log-format=json", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment, text=True)
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = ""
+        self._client = httpx.Client(timeout=60)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def logs(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines if line.startswith("{")]
+
+    def wait_log(self, message: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        def found() -> dict[str, Any] | None:
+            return next((line for line in self.logs if line["message"] == message), None)
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() is not None or self._ended, timeout_s)
+        line = found()
+        assert line is not None, f"no log line {message!r} in:\n" + "\n".join(self.lines)
+        return line
+
+    def wait_listening(self) -> ServerProcess:
+        self.url = self.wait_log("listening")["url"]
+        return self
+
+    def wait_ready(self) -> ServerProcess:
+        self.wait_listening()
+        self.wait_log("ready")
+        return self
+
+    def wait_exit(self, timeout_s: float = 60.0) -> int:
+        code = self.process.wait(timeout_s)
+        self._reader.join(10)
+        return code
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.terminate()
+            try:
+                return self.wait_exit(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        return self.wait_exit()
+
+    @property
+    def termination(self) -> dict[str, Any]:
+        return json.loads(self.termination_path.read_text())  # type: ignore[no-any-return]
+
+    @property
+    def engine_pid(self) -> int:
+        """The child that runs `gantline_runtime.engine_process`."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in children:
+            if b"gantline_runtime.engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+        raise AssertionError("there is no engine process")
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self._client)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self._client.get(self.url + path, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return self._client.post(self.url + path, json=body, **options)
+
+    def send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self._client.request(method, self.url + path, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return read_metric(self.get("/metrics").text, name, **labels)
+
+
+def read_metric(text: str, name: str, **labels: str) -> float:
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    for line in text.splitlines():
+        if line.split("{")[0].split(" ")[0] == name and all(label in line for label in wanted):
+            return float(line.rsplit(" ", 1)[1])
+    raise AssertionError(f"no metric {name} {labels}")
+
+
+@contextlib.contextmanager
+def running(model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> Iterator[ServerProcess]:
+    """A server that is ready; it is stopped afterwards."""
+    server = ServerProcess(model_dir, *flags, program=program)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0, what: str = "the condition") -> float:
+    """Seconds until `condition` held."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, f"{what} did not come true within {timeout_s} s"
+        time.sleep(0.02)
+    return time.monotonic() - began
