@@ -1,8 +1,8 @@
 """From safetensors files to a rank's weights: each layer's targets say what goes where, this module only moves bytes.
 
 On a CPU the files are mapped and copied from. To a GPU they are read by several threads into pinned buffers (`staging.py`), so that
-reading, copying and converting overlap. Either way only the slices that this rank needs are read. `Checkpoint` has judged headers, shapes and types
-before; a file that has become shorter since is named here.
+reading, copying and converting overlap. Either way only the slices that this rank needs are read. `Checkpoint` has judged headers,
+shapes and types before; a file that has become shorter since is named here.
 """
 
 from __future__ import annotations
