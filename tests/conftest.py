@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
-
 from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
 

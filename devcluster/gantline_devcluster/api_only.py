@@ -57,7 +57,10 @@ class ApiCluster:
         self.stop()
 
     def start(self) -> ApiCluster:
-        """Start everything; returns when the API server is ready and, with controllers, pods can be created in `default`. Raises DevclusterError."""
+        """Start everything; returns when the API server is ready and, with controllers, pods can be created in `default`.
+
+        Raises DevclusterError.
+        """
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
                 self._start_once()

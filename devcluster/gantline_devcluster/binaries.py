@@ -1,7 +1,8 @@
 """What the cluster is made of: each Go module, its binaries, how they are built, and where they lie once built.
 
-A module's key is a hash of everything that decides its binaries: `go.mod`, `go.sum`, our own sources in its folder, and the flags below. Its binaries lie in
-`<cache>/modules/<module>-<key>/`; `<cache>/<key of all modules>/bin/` collects them by links, which makes one folder for PATH.
+A module's key is a hash of everything that decides its binaries: `go.mod`, `go.sum`, our own sources in its folder, and the flags below.
+Its binaries lie in `<cache>/modules/<module>-<key>/`; `<cache>/<key of all modules>/bin/` collects them by links, which makes one folder
+for PATH.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ _VERSION = "k8s.io/component-base/version"
 KUBERNETES = Module(
     "kubernetes",
     # kube-apiserver first: the others share most of its packages, and it is what the most tests wait for.
-    {name: f"k8s.io/kubernetes/cmd/{name}" for name in ("kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")},
+    {
+        name: f"k8s.io/kubernetes/cmd/{name}"
+        for name in ("kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
+    },
     stamps=(
         f"{_VERSION}.gitVersion={{version}}", f"{_VERSION}.gitMajor={{major}}", f"{_VERSION}.gitMinor={{minor}}",
         f"{_VERSION}.gitTreeState=clean", f"{_VERSION}.buildDate={{date}}",
@@ -102,13 +106,16 @@ MODULES = (
     ),
     Module(
         "cni",
-        {"ptp": f"{_CNI}/main/ptp", "loopback": f"{_CNI}/main/loopback", "host-local": f"{_CNI}/ipam/host-local", "portmap": f"{_CNI}/meta/portmap"},
+        {path.split("/")[1]: f"{_CNI}/{path}" for path in ("main/ptp", "main/loopback", "ipam/host-local", "meta/portmap")},
         stamps=("github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion={version}",),
         versioned="github.com/containernetworking/plugins",
     ),
     Module("coredns", {"coredns": "."}, versioned="github.com/coredns/coredns"),
     Module(
-        "helm", {"helm": "helm.sh/helm/v4/cmd/helm"}, stamps=("helm.sh/helm/v4/internal/version.version={version}",), versioned="helm.sh/helm/v4",
+        "helm",
+        {"helm": "helm.sh/helm/v4/cmd/helm"},
+        stamps=("helm.sh/helm/v4/internal/version.version={version}",),
+        versioned="helm.sh/helm/v4",
     ),
     Module("kwok", {"kwok": "sigs.k8s.io/kwok/cmd/kwok"}, versioned="sigs.k8s.io/kwok"),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """`gantline_devcluster build`: compile what is missing, one binary after the other, each usable as soon as it is done.
 
-Several builds at once are safe: one holds the lock, the others wait until what they want is there. A binary appears by rename, so none is ever
-seen half-written. The log of each lies in `<cache>/logs/`.
+Several builds at once are safe: one holds the lock, the others wait until what they want is there. A binary appears by rename, so none is
+ever seen half-written. The log of each lies in `<cache>/logs/`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def build_one(go: Path, module: Module, name: str, progress: Progress) -> Path:
 
 
 def build_environment(go: Path) -> dict[str, str]:
-    """Go's environment without what a user's own settings could break: no CGO, no workspace, no version-control stamp, the toolchain as it is."""
+    """Go's environment without what a user's own settings could break: no CGO, no workspace, no version-control stamp, the toolchain
+    as it is.
+    """
     flags = " ".join(f for f in os.environ.get("GOFLAGS", "").split() if not f.startswith(("-mod", "-buildvcs", "-tags", "-ldflags")))
     fixed = {"CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local", "GOFLAGS": f"{flags} -buildvcs=false".strip(), "GOOS": "linux"}
     path = f"{go.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

@@ -30,7 +30,8 @@ def cache_root() -> Path:
 def locked(path: Path, satisfied: Callable[[], bool], waiting: Callable[[str], None]) -> Iterator[bool]:
     """Hold the lock file `path`; yields True with the lock, or False once another holder has made `satisfied()` true meanwhile.
 
-    `waiting` is told once, with the holder's process id, that somebody else works on it. The kernel drops the lock with its holder, so none is ever stale.
+    `waiting` is told once, with the holder's process id, that somebody else works on it. The kernel drops the lock with its holder, so
+    none is ever stale.
     """
     told = False
     with path.open("a+") as file:

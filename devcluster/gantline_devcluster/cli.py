@@ -100,14 +100,14 @@ def run_status(options: argparse.Namespace) -> int:
             else f"{options.name}: not running{f'; it failed: {error}' if error else ''}"
         )
         return EXIT_NOT_RUNNING
-    state = cluster.order(do="status")
+    state = cluster.order(do="status") if cluster.run.control_socket.exists() else cluster.state()
+    state = {"components": {}, "exposed": {}, **state}
     healthy = state["phase"] == "ready" and all(c["running"] for c in state["components"].values())
     if options.json:
         print(json.dumps(state))
         return 0 if healthy else 1
-    print(
-        f"{options.name}: {state['phase']}, up for {time.time() - state['started']:.0f} s, supervisor {state['pid']}, {NODE} {_node(cluster)}"
-    )
+    age_s = time.time() - state["started"]
+    print(f"{options.name}: {state['phase']}, up for {age_s:.0f} s, supervisor {state['pid']}, {NODE} {_node(cluster)}")
     for name, component in state["components"].items():
         shown = (
             "running" if component["running"] else f"ended with code {component['code']}{', starting again' if component['again'] else ''}"

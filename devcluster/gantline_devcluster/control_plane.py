@@ -1,7 +1,7 @@
 """The commands and files of a control plane: pure builders, shared by the API-only cluster and by the node.
 
-Everything of one run lies below one folder: `keys/` (its own authority), `tokens.csv`, `*.kubeconfig`, `etcd/`, `logs/`. Each component has a token of its own
-with the name that Kubernetes' built-in RBAC knows, so only `admin` is omnipotent.
+Everything of one run lies below one folder: `keys/` (its own authority), `tokens.csv`, `*.kubeconfig`, `etcd/`, `logs/`. Each component
+has a token of its own with the name that Kubernetes' built-in RBAC knows, so only `admin` is omnipotent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ IDENTITIES = {
 
 @dataclass(frozen=True)
 class ControlPlane:
-    """Where one control plane lives. `address:port` is the API server's; etcd listens on a unix socket in the folder (at most 107 bytes of path)."""
+    """Where one control plane lives.
+
+    `address:port` is the API server's; etcd listens on a unix socket in the folder (at most 107 bytes of path).
+    """
 
     folder: Path
     address: str
@@ -75,11 +78,12 @@ class ControlPlane:
         return path
 
     def etcd(self) -> Component:
+        clients, peers = (f"unix://{self.folder / name}" for name in ("etcd.sock", "peer.sock"))
         argv = [
             find("etcd"), f"--data-dir={self.folder / 'etcd'}", "--unsafe-no-fsync", "--log-level=warn", "--quota-backend-bytes=2147483648",
-            f"--listen-client-urls=unix://{self.folder / 'etcd.sock'}", f"--advertise-client-urls=unix://{self.folder / 'etcd.sock'}",
-            f"--listen-peer-urls=unix://{self.folder / 'peer.sock'}", f"--initial-advertise-peer-urls=unix://{self.folder / 'peer.sock'}",
-            f"--initial-cluster=default=unix://{self.folder / 'peer.sock'}", "--auto-compaction-mode=periodic", "--auto-compaction-retention=10m",
+            f"--listen-client-urls={clients}", f"--advertise-client-urls={clients}", f"--listen-peer-urls={peers}",
+            f"--initial-advertise-peer-urls={peers}", f"--initial-cluster=default={peers}",
+            "--auto-compaction-mode=periodic", "--auto-compaction-retention=10m",
         ]  # fmt: skip
         return self._component("etcd", argv)
 
@@ -99,8 +103,9 @@ class ControlPlane:
     def controller_manager(self, *more: str) -> Component:
         keys = self.folder / "keys"
         argv = [
-            find("kube-controller-manager"), *self._authenticated("controller-manager"), f"--service-account-private-key-file={keys / 'sa.key'}",
-            f"--root-ca-file={keys / 'ca.crt'}", "--use-service-account-credentials=true", "--controllers=*", "--secure-port=0",
+            find("kube-controller-manager"), *self._authenticated("controller-manager"),
+            f"--service-account-private-key-file={keys / 'sa.key'}", f"--root-ca-file={keys / 'ca.crt'}",
+            "--use-service-account-credentials=true", "--controllers=*", "--secure-port=0",
             "--kube-api-qps=300", "--kube-api-burst=600", "--concurrent-gc-syncs=20", "--profiling=false", *more,
         ]  # fmt: skip
         return self._component("kube-controller-manager", argv)

@@ -1,4 +1,5 @@
-"""Scripting what happens to simulated pods that somebody else renders: an admission policy writes the fate's annotations into pods with given labels.
+"""Scripting what happens to simulated pods that somebody else renders: an admission policy writes the fate's annotations into pods with
+given labels.
 
 Pods of a Deployment or Job cannot be annotated before they run; a MutatingAdmissionPolicy does it in the API server, at creation.
 """
@@ -26,9 +27,11 @@ class FatePolicies:
     def set(
         self, labels: dict[str, str], fate: str, *, message: str = "", exit_code: int = 1, after: str = "", namespace: str = ""
     ) -> None:
-        """From now on pods that are created with `labels` (in `namespace`, or everywhere) get this fate. Returns when the API server does so.
+        """From now on pods that are created with `labels` (in `namespace`, or everywhere) get this fate. Returns when the API server does
+        so.
 
-        `message` is their containers' termination message, `after` a duration ("5s") until the fate comes. A later fate for the same labels replaces this one.
+        `message` is their containers' termination message, `after` a duration ("5s") until the fate comes. A later fate for the same
+        labels replaces this one.
         """
         if fate not in FATES:
             raise DevclusterError(f"there is no fate {fate!r}", f"Choose one of {', '.join(FATES)}")

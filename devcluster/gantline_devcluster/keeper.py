@@ -4,9 +4,10 @@ Runs by itself (`python -IS keeper.py`, standard library only, one thread) and s
 
     {"do": "start", "name", "argv", "log", "env", "restart"}   {"do": "stop", "name", "signal"}   {"do": "remove", "path"}
 
-out on stdout: `{"event": "started", "name", "pid"}`, `{"event": "exited", "name", "code", "again_in_s"}`. When stdin ends (the owner closed it, exited or was killed)
-everything is stopped, latest first, and the paths given to `remove` are deleted. Each component asks the kernel for SIGKILL should the keeper itself be killed
-(PR_SET_PDEATHSIG is tied to the *thread* that forks, which is why this is a process of its own and not a thread of a test's).
+out on stdout: `{"event": "started", "name", "pid"}`, `{"event": "exited", "name", "code", "again_in_s"}`. When stdin ends (the owner
+closed it, exited or was killed) everything is stopped, latest first, and the paths given to `remove` are deleted. Each component asks the
+kernel for SIGKILL should the keeper itself be killed (PR_SET_PDEATHSIG is tied to the *thread* that forks, which is why this is a process
+of its own and not a thread of a test's).
 """
 
 from __future__ import annotations

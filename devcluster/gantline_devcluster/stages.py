@@ -1,7 +1,8 @@
 """What simulated pods do: kwok Stage objects, made here because they all share one template.
 
-A pod's fate is its annotation `simulated.gantline.io/fate`; without one, a Job's pod completes and any other becomes Ready. Changing the annotation of a living pod changes
-its fate. `simulated.gantline.io/after` ("5s") delays what the fate brings, `.../termination-message` and `.../exit-code` say how the container ended.
+A pod's fate is its annotation `simulated.gantline.io/fate`; without one, a Job's pod completes and any other becomes Ready. Changing the
+annotation of a living pod changes its fate. `simulated.gantline.io/after` ("5s") delays what the fate brings, `.../termination-message`
+and `.../exit-code` say how the container ended.
 
     fate                 what becomes of the pod
     ready                Running and Ready
@@ -148,7 +149,8 @@ def container(state: str, *, ready: bool = False, reason: str = "", exit_code: s
     """The status of one container, as the inner part of the template; `.` is the container, `$pod` the pod, `$now` the time."""
     message = f'{{{{ dig "metadata" "annotations" "{MESSAGE}" "" $pod | Quote }}}}'
     code = exit_code.replace(" . }}", " $pod }}")
-    terminated = f"{{exitCode: {code}, reason: {reason}, message: {message}, startedAt: {{{{ $start | Quote }}}}, finishedAt: {{{{ $now | Quote }}}}}}"
+    times = "startedAt: {{ $start | Quote }}, finishedAt: {{ $now | Quote }}"
+    terminated = f"{{exitCode: {code}, reason: {reason}, message: {message}, {times}}}"
     states = {
         "running": "state: {running: {startedAt: {{ $now | Quote }}}}",
         "waiting": f"state: {{waiting: {{reason: {reason}, message: simulated}}}}",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError, Client
 from gantline_devcluster.errors import DevclusterError
@@ -22,7 +21,7 @@ from gantline_devcluster.stages import FATE, FATES
 pytestmark = pytest.mark.apiserver
 
 
-def eventually(read: Callable[[], Any], wanted: Callable[[Any], bool], timeout_s: float = 20.0) -> Any:
+def eventually(read: Callable[[], Any], wanted: Callable[[Any], bool], timeout_s: float = 60.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while True:
         value = read()
@@ -82,7 +81,12 @@ def status_of(client: Client, path: str) -> int:
 
 def test_a_service_of_ready_simulated_pods_has_endpoints(simulated_nodes: ApiCluster, namespace: str) -> None:
     simulated_nodes.simulate("cpu", 1)
-    body = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}}
+    body = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "web"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]},
+    }
     simulated_nodes.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(body))
     simulated_nodes.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(deployment("web", replicas=2)))
     simulated_nodes.kubectl("rollout", "status", "deployment/web", "-n", namespace, "--timeout=30s")
@@ -167,7 +171,9 @@ def test_a_fate_can_be_set_for_pods_that_somebody_else_renders(simulated_nodes: 
     facts = json.dumps({"reason": "Completed", "facts": {"layers": 4}})
     simulated_nodes.set_fate({"app": "inspect"}, "complete", message=facts, namespace=namespace)
     simulated_nodes.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(job("inspect")))
-    pod = eventually(lambda: pods_of(simulated_nodes, namespace, app="inspect"), lambda p: bool(p) and seen(p[0])["phase"] == "Succeeded")[0]
+    pod = eventually(lambda: pods_of(simulated_nodes, namespace, app="inspect"), lambda p: bool(p) and seen(p[0])["phase"] == "Succeeded")[
+        0
+    ]
     assert seen(pod)["message"] == facts
     with pytest.raises(DevclusterError, match="no fate 'sleepy'"):
         simulated_nodes.set_fate({"app": "x"}, "sleepy")

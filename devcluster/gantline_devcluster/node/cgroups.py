@@ -1,6 +1,7 @@
 """The node's control groups: one named group in each hierarchy, which becomes the root that the node sees, and which goes with the run.
 
-Both layouts are handled: version 2 (one tree), and version 1 (a tree for each controller, possibly with an empty version 2 tree beside them).
+Both layouts are handled: version 2 (one tree), and version 1 (a tree for each controller, possibly with an empty version 2 tree beside
+them).
 """
 
 from __future__ import annotations

@@ -93,10 +93,13 @@ def kubelet(run: Run) -> dict[str, Any]:
 
 
 def corefile(run: Run) -> str:
-    """The cluster's own names and nothing else: no name ever leaves the node."""
+    """The cluster's own names and those of the run's `hosts` file; no question ever leaves the node, and any other name does not exist."""
     return f""".:53 {{
     errors
     ready 127.0.0.1:8181
+    hosts {run.folder / "hosts"} {{
+        fallthrough {DNS_DOMAIN} in-addr.arpa
+    }}
     kubernetes {DNS_DOMAIN} in-addr.arpa {{
         kubeconfig {run.folder / "coredns.kubeconfig"}
         pods insecure

@@ -1,7 +1,8 @@
 """Development images: empty folders, an entry point and the pause program, written as an OCI archive without any image builder.
 
-What makes them work is `environment_mounts`: every container of the node gets the machine's `/usr`, the Python installation, the virtual environment and the source tree,
-read-only, at the places where the real images have them (`/opt/gantline`). A change of the source is in the next container; nothing is built.
+What makes them work is `environment_mounts`: every container of the node gets the machine's `/usr`, the Python installation, the virtual
+environment and the source tree, read-only, at the places where the real images have them (`/opt/gantline`). A change of the source is in
+the next container; nothing is built.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def root_filesystem() -> tuple[Entry, ...]:
         path = Path("/", name)
         if path.is_symlink():
             entries.append(Entry(name, link=os.readlink(path)))
-    passwd = f"root:x:0:0:root:/root:/usr/sbin/nologin\ngantline:x:1000:1000::/tmp:/usr/sbin/nologin\nnobody:x:65534:65534::{'/tmp'}:/usr/sbin/nologin\n"
+    users = (("root", 0, "/root"), ("gantline", 1000, "/tmp"), ("nobody", 65534, "/tmp"))
+    passwd = "".join(f"{name}:x:{number}:{number}::{home}:/usr/sbin/nologin\n" for name, number, home in users)
     files = {
         "etc/passwd": passwd,
         "etc/group": "root:x:0:\ngantline:x:1000:\nnogroup:x:65534:\n",
@@ -108,7 +110,8 @@ def script(module: str) -> bytes:
 def environment_mounts(prefix: str = sys.prefix, base_prefix: str = sys.base_prefix) -> list[dict[str, Any]]:
     """The OCI mounts of every container: read-only, in an order in which none hides another.
 
-    Raises DevclusterError where the Python installation lies in a folder that pods mount over (it cannot be shown elsewhere: its path is compiled in).
+    Raises DevclusterError where the Python installation lies in a folder that pods mount over (it cannot be shown elsewhere: its path is
+    compiled in).
     """
     if prefix == base_prefix:
         raise DevclusterError("gantline_devcluster runs outside a virtual environment", "Run `make venv` and use its .venv/bin/python")

@@ -2,8 +2,9 @@
 
     python -m gantline_devcluster.node.init NAME
 
-Two processes: the outer one waits, the inner one is process 1 of the new process namespace. The kernel ends the outer one with the supervisor, the inner one with the outer, and
-everything in the namespace with the inner one: mounts, network devices, containers. What the host keeps is one control group and the run's folder.
+Two processes: the outer one waits, the inner one is process 1 of the new process namespace. The kernel ends the outer one with the
+supervisor, the inner one with the outer, and everything in the namespace with the inner one: mounts, network devices, containers. What
+the host keeps is one control group and the run's folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from gantline_devcluster import keeper
 from gantline_devcluster.cache import cache_root
-from gantline_devcluster.control_plane import NODE
+from gantline_devcluster.control_plane import NODE, SERVICE_CIDR
 from gantline_devcluster.node import cgroups, linux
 from gantline_devcluster.node.images import source_tree
 from gantline_devcluster.node.layout import NODE_ADDRESS, NODE_NETWORK, Run
@@ -25,7 +26,8 @@ from gantline_devcluster.node.requirements import SYSTEM_PATH
 
 # Folders in which components write at fixed paths: covered, so that nothing of the host's is read or changed.
 COVERED = (Path("/run"), Path("/var/lib"), Path("/var/log"))
-# Kernel settings that a kubelet insists on. They are the whole machine's, so it is shown files with these values instead, and changes nothing.
+# Kernel settings that a kubelet insists on. They are the whole machine's, so it is shown files with these values instead, and changes
+# nothing.
 KERNEL_SETTINGS = {
     "vm/overcommit_memory": "1", "vm/panic_on_oom": "0", "kernel/panic": "10", "kernel/panic_on_oops": "1",
     "kernel/keys/root_maxkeys": "1000000", "kernel/keys/root_maxbytes": "25000000",
@@ -85,7 +87,11 @@ def show_settings(folder: Path) -> None:
 
 
 def arrange_network() -> None:
-    """An address on a bridge (kernels may lack `dummy` devices) and a default route to it, which components insist on; there is no way out."""
+    """An address on a bridge (kernels may lack `dummy` devices) and a default route to it, which components insist on.
+
+    There is no way out, and it is said at once: what is neither a pod, a Service nor the node is unreachable, by routes that win over the
+    default one.
+    """
     ip = shutil.which("ip", path=SYSTEM_PATH) or "ip"
     commands = [
         "link set lo up",
@@ -93,6 +99,9 @@ def arrange_network() -> None:
         f"address add {NODE_ADDRESS}/{NODE_NETWORK.split('/')[1]} dev node0",
         "link set node0 up",
         "route add default dev node0",
+        f"route add {SERVICE_CIDR} dev node0",
+        "route add unreachable 0.0.0.0/1",
+        "route add unreachable 128.0.0.0/1",
     ]
     for command in commands:
         subprocess.run([ip, *command.split()], check=True)

@@ -1,9 +1,10 @@
-"""Volumes that are directories: answers claims of our StorageClasses with a PersistentVolume of kind `local`, and removes what a deleted claim leaves.
+"""Volumes that are directories: answers claims of our StorageClasses with a PersistentVolume of kind `local`, and removes what a deleted
+claim leaves.
 
     python -m gantline_devcluster.node.provisioner KUBECONFIG FOLDER
 
-A claim is ours when the controllers wrote our name into its provisioner annotation; with `WaitForFirstConsumer` that is after the scheduler chose a node. The size
-is recorded, not enforced. Any access mode is granted: all pods of the one node do share the directory.
+A claim is ours when the controllers wrote our name into its provisioner annotation; with `WaitForFirstConsumer` that is after the
+scheduler chose a node. The size is recorded, not enforced. Any access mode is granted: all pods of the one node do share the directory.
 """
 
 from __future__ import annotations

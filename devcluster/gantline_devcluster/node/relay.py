@@ -1,6 +1,7 @@
 """Loopback ports of the host that lead into the node's network namespace.
 
-A socket belongs to the namespace of the thread that makes it: one thread moves into the node's namespace for good and makes the sockets, the event loop of the host uses them.
+A socket belongs to the namespace of the thread that makes it: one thread moves into the node's namespace for good and makes the sockets,
+the event loop of the host uses them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The background process behind `up`: starts the node, keeps it, relays loopback ports into it, and takes everything with it when it ends.
 
-It lives outside the namespaces and holds the run's lock for as long as it lives. What it knows is in `state.json`; it takes orders on `control.sock`, one JSON object a line:
-`{"do": "expose", "service": "ns/name:port", "local": 0}`, `{"do": "unexpose", "local": 8000}`, `{"do": "kwok"}`, `{"do": "status"}`.
+It lives outside the namespaces and holds the run's lock for as long as it lives. What it knows is in `state.json`; it takes orders on
+`control.sock`, one JSON object a line: `{"do": "expose", "service": "ns/name:port", "local": 0}`, `{"do": "unexpose", "local": 8000}`,
+`{"do": "kwok"}`, `{"do": "status"}`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ POLL_S = 0.2
 WATCH_S = 1.0
 SIMULATED_LEASE_S = 40
 OVERLAYFS_MAGIC = 0x794C7630
-# Imported once where no bytecode exists yet: otherwise every container would compile torch and its like anew, since there the environment is read-only.
+# Imported once where no bytecode exists yet: otherwise every container would compile torch and its like anew, since there the environment
+# is read-only.
 WARMED = "torch transformers fastapi uvicorn huggingface_hub kopf kubernetes.client kubernetes.aio prometheus_client"
 WARM_UP = f"""
 import importlib
@@ -70,6 +72,7 @@ class Supervisor:
         for part in ("cni", "volumes", "pod-logs", "volume-plugins", "containerd"):
             (folder / part).mkdir(exist_ok=True)
         self._write("resolv.conf", f"nameserver {DNS_SERVICE}\n")
+        self._write("hosts", "# Names for pods, in the format of /etc/hosts; read anew when it changes.\n")
         self._write("Corefile", config.corefile(self.run))
         self._write("kubelet.json", json.dumps(config.kubelet(self.run), indent=1))
         self._write("cni/10-pods.conflist", json.dumps(config.cni(self.run), indent=1))
@@ -121,8 +124,8 @@ class Supervisor:
         self._run(
             self.plane.apiserver(
                 "--allow-privileged", "--kubelet-preferred-address-types=InternalIP", f"--kubelet-certificate-authority={keys / 'ca.crt'}",
-                f"--kubelet-client-certificate={keys / 'apiserver-kubelet-client.crt'}", f"--kubelet-client-key={keys / 'apiserver-kubelet-client.key'}",
-                "--endpoint-reconciler-type=master-count",
+                f"--kubelet-client-certificate={keys / 'apiserver-kubelet-client.crt'}",
+                f"--kubelet-client-key={keys / 'apiserver-kubelet-client.key'}", "--endpoint-reconciler-type=master-count",
             )
         )  # fmt: skip
         await asyncio.to_thread(self.keeper.wait_running, "kube-apiserver")
@@ -152,8 +155,8 @@ class Supervisor:
         self._run(self.plane.controller_manager("--allocate-node-cidrs=false", "--node-monitor-period=2s"))
         self._run(self.plane.scheduler())
         kubelet = [
-            find("kubelet"), f"--config={folder / 'kubelet.json'}", f"--kubeconfig={folder / 'kubelet.kubeconfig'}", f"--root-dir={folder / 'kubelet'}",
-            f"--cert-dir={folder / 'keys'}", f"--hostname-override={NODE}", f"--node-ip={NODE_ADDRESS}",
+            find("kubelet"), f"--config={folder / 'kubelet.json'}", f"--kubeconfig={folder / 'kubelet.kubeconfig'}",
+            f"--root-dir={folder / 'kubelet'}", f"--cert-dir={folder / 'keys'}", f"--hostname-override={NODE}", f"--node-ip={NODE_ADDRESS}",
         ]  # fmt: skip
         self._start("kubelet", kubelet, environment)
         proxy = [

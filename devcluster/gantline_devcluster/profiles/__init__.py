@@ -1,8 +1,8 @@
 """Simulated nodes from profile files: what `kubectl get node -o yaml` would show of servers that nobody has here.
 
-A profile is a YAML file with `nodes`, a list of groups; each group has `name` (the nodes' prefix), `count`, `labels`, `capacity`, and, where wanted,
-`allocatable` (what differs from the capacity), `taints` and `annotations`. `load` makes plain Node objects of it and needs no cluster, so the planner's tables use the
-same files as the simulation.
+A profile is a YAML file with `nodes`, a list of groups; each group has `name` (the nodes' prefix), `count`, `labels`, `capacity`, and,
+where wanted, `allocatable` (what differs from the capacity), `taints` and `annotations`. `load` makes plain Node objects of it and needs
+no cluster, so the planner's tables use the same files as the simulation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from gantline_devcluster.binaries import KUBERNETES
 from gantline_devcluster.errors import DevclusterError
 
 __all__ = ["FAKE_NODE", "load", "names"]
@@ -33,8 +34,9 @@ def names() -> list[str]:
 def load(profile: str | Path, count: int | None = None, *, tainted: bool = False) -> list[Node]:
     """The nodes of a shipped profile (by name) or of a profile file (by path): Ready, with allocatable, labels and taints.
 
-    `count` replaces the count of each of the profile's groups. Nodes are named `<group>-<index>`, from 0; the same call gives the same nodes. `tainted` adds a NoSchedule taint
-    `kwok.x-k8s.io/node=fake`, which keeps pods of a real node away. Raises DevclusterError for an unknown profile or a file that is none.
+    `count` replaces the count of each of the profile's groups. Nodes are named `<group>-<index>`, from 0; the same call gives the same
+    nodes. `tainted` adds a NoSchedule taint `kwok.x-k8s.io/node=fake`, which keeps pods of a real node away. Raises DevclusterError for
+    an unknown profile or a file that is none.
     """
     groups = _read(_find(profile))
     if count is not None and not 1 <= count <= _MAX_NODES:
@@ -74,13 +76,14 @@ def _node(group: dict[str, Any], index: int, tainted: bool) -> Node:
     capacity = {key: str(value) for key, value in group["capacity"].items()}
     labels = {"kubernetes.io/arch": "amd64", "kubernetes.io/os": "linux", "kubernetes.io/hostname": name, "type": "kwok"}
     labels |= {key: str(value) for key, value in (group.get("labels") or {}).items()}
+    annotations = {FAKE_NODE: "fake", "node.alpha.kubernetes.io/ttl": "0", **(group.get("annotations") or {})}
     taints = copy.deepcopy(group.get("taints") or [])
     if tainted:
         taints.append({"key": FAKE_NODE, "value": "fake", "effect": "NoSchedule"})
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": name, "labels": labels, "annotations": {FAKE_NODE: "fake", "node.alpha.kubernetes.io/ttl": "0", **(group.get("annotations") or {})}},
+        "metadata": {"name": name, "labels": labels, "annotations": annotations},
         "spec": {"taints": taints} if taints else {},
         "status": {
             "phase": "Running",
@@ -89,8 +92,9 @@ def _node(group: dict[str, Any], index: int, tainted: bool) -> Node:
             "addresses": [{"type": "Hostname", "address": name}],
             "conditions": _conditions(),
             "nodeInfo": {
-                "architecture": labels["kubernetes.io/arch"], "operatingSystem": "linux", "kubeletVersion": "v1.36.3", "kubeProxyVersion": "",
-                "containerRuntimeVersion": "simulated://1", "kernelVersion": "simulated", "osImage": "simulated", "machineID": "", "systemUUID": "", "bootID": "",
+                "architecture": labels["kubernetes.io/arch"], "operatingSystem": "linux", "kubeletVersion": KUBERNETES.version,
+                "kubeProxyVersion": "", "containerRuntimeVersion": "simulated://1", "kernelVersion": "simulated", "osImage": "simulated",
+                "machineID": "", "systemUUID": "", "bootID": "",
             },
         },
     }  # fmt: skip
