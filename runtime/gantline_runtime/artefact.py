@@ -25,7 +25,7 @@ from gantline_runtime.checkpoint.files import load_json
 from gantline_runtime.errors import CapacityError, CheckpointError, ConfigurationError
 from gantline_runtime.termination import Reason
 
-__all__ = ["MANIFEST", "Manifest", "Staging", "find_artefact", "require_space"]
+__all__ = ["MANIFEST", "Manifest", "Staging", "find_artefact", "require_space", "sync"]
 
 MANIFEST = "gantline-artefact.json"
 _MAX_MANIFEST_BYTES = 1 << 18
@@ -155,19 +155,20 @@ class Staging:
         (self.folder / _LOCK).unlink(missing_ok=True)
         for path in sorted(self.folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-            _sync(path)
+            sync(path)
         self.folder.chmod(0o755)
-        _sync(self.folder)
+        sync(self.folder)
         try:
             self.folder.rename(self.target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise ConfigurationError(f"{self.target} appeared while it was made", cure="Give another target.") from error
             raise
-        _sync(self.target.parent)
+        sync(self.target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's data, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
