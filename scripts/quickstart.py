@@ -218,7 +218,19 @@ def progress(tools: Tools, ready: dict[str, Any]) -> str:
     newest = max(running, key=lambda p: p["metadata"]["creationTimestamp"])["metadata"]["name"]
     tail = subprocess.run([tools.kubectl, "logs", newest, "--tail=1"], env=tools.environment(), capture_output=True, text=True, timeout=60)
     last = tail.stdout.strip().replace("\r", "\n").splitlines()
-    return f"{waiting} | {last[-1]}" if last else waiting
+    return bar(last[-1]) or waiting if last else waiting
+
+
+def bar(line: str) -> str:
+    """A log line of ours with its progress as a bar; "" for a line that tells of none."""
+    try:
+        entry = json.loads(line)
+        share = float(entry["progress"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+    filled = round(24 * min(1.0, max(0.0, share)))
+    left = f", {entry['eta_s']} s left" if "eta_s" in entry else ""
+    return f"[{'#' * filled}{'.' * (24 - filled)}] {share:4.0%} {entry.get('phase', entry.get('message', ''))}{left}"
 
 
 def save_state(tools: Tools) -> Path:
