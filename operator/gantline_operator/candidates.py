@@ -20,7 +20,7 @@ from gantline_operator.facts import NodeFacts
 from gantline_operator.plan_types import Placement, Turned
 from gantline_operator.quantities import parse_quantity
 from gantline_operator.resource import InferenceServiceSpec
-from gantline_operator.shapes import MIN_BFLOAT16, Shape, gib
+from gantline_operator.shapes import MIN_BFLOAT16, Shape, readable
 
 __all__ = ["Candidate", "Variant", "assess", "assess_cpu", "gpu_host_memory", "wished"]
 
@@ -102,7 +102,8 @@ def assess(spec: InferenceServiceSpec, variant: Variant, shape: Shape, tp: int) 
     roomy = [slot for slot in slots if _has_room(slot.node, host)]
     if not roomy:
         largest = max(slot.node.memory_bytes for slot in slots)
-        return Turned(option, Reason.MODEL_TOO_LARGE, f"the pod needs {gib(int(host))} of host memory, and the nodes have {gib(largest)}")
+        message = f"the pod needs {readable(host)} of host memory, and the nodes have {readable(largest)}"
+        return Turned(option, Reason.MODEL_TOO_LARGE, message)
     memory = _estimate(spec, variant, tp, dtype, shape.device.memory_bytes or 0)
     if not memory.fits:
         return Turned(option, Reason.MODEL_TOO_LARGE, _too_large(spec, variant, memory, tp, shape.device.title))
@@ -163,11 +164,11 @@ def _estimate(spec: InferenceServiceSpec, variant: Variant, tp: int, dtype: str,
 
 def _too_large(spec: InferenceServiceSpec, variant: Variant, memory: MemoryEstimate, tp: int, title: str) -> str:
     tokens = _required_tokens(spec, variant.facts)
-    parts = f"{gib(memory.weights)} weights, {gib(memory.workspace)} workspace, {gib(memory.cache)} cache of {tokens} tokens"
-    limit = f"of {gib(memory.usable)} usable"
+    parts = f"{readable(memory.weights)} weights, {readable(memory.workspace)} workspace, {readable(memory.cache)} cache of {tokens} tokens"
+    limit = f"of {readable(memory.usable)} usable"
     if memory.total <= memory.usable:
         limit += ", of which engine.cacheMaxEntryCount leaves less to the cache"
-    return f"each of {tp} x {title} would need {gib(memory.total)} ({parts}) {limit}"
+    return f"each of {tp} x {title} would need {readable(memory.total)} ({parts}) {limit}"
 
 
 def _engine(
@@ -213,7 +214,7 @@ def assess_cpu(spec: InferenceServiceSpec, variant: Variant, nodes: Sequence[Nod
         return Turned(option, Reason.MODEL_TOO_LARGE, _too_large(spec, variant, memory, tp, "process"))
     largest = max((node.memory_bytes for node in nodes), default=0)
     if nodes_known and not any(_has_room(node, pod_bytes) for node in nodes):
-        return Turned(option, Reason.MODEL_TOO_LARGE, f"the pod needs {gib(pod_bytes)}, and the largest node has {gib(largest)}")
+        return Turned(option, Reason.MODEL_TOO_LARGE, f"the pod needs {readable(pod_bytes)}, and the largest node has {readable(largest)}")
     engine = _engine(spec, variant, tp, dtype, memory, memory.capacity_tokens // BLOCK_SIZE)
     cores = wished(spec, "cpu")
     return Candidate(

@@ -235,10 +235,15 @@ def _is_waiting(candidate: Candidate, spec: InferenceServiceSpec) -> bool:
 
 
 def _not_preferred(other: Candidate, best: Candidate) -> Turned:
-    startable = None if other.placeable is None or best.placeable is None else (other.placeable, best.placeable)
-    if startable is not None and startable[0] < startable[1] and other.placement.count <= best.placement.count:
-        return Turned(other.option, Reason.INSUFFICIENT_FREE_GPU, f"it fits, but {startable[0]} replicas could start there now")
-    return Turned(other.option, Reason.NOT_PREFERRED, f"it fits too; {best.option} takes fewer or smaller GPUs, or more of them are free")
+    if other.placeable is not None and (best.placeable is None or other.placeable < best.placeable) and _size(other) <= _size(best):
+        return Turned(other.option, Reason.INSUFFICIENT_FREE_GPU, f"it fits, but {other.placeable} replicas could start there now")
+    if other.placement.count > best.placement.count:
+        return Turned(other.option, Reason.NOT_PREFERRED, f"it fits too, but {best.option} takes fewer GPUs")
+    return Turned(other.option, Reason.NOT_PREFERRED, f"it fits too, but {best.option} is free, or the smaller GPU")
+
+
+def _size(candidate: Candidate) -> tuple[int, int]:
+    return candidate.placement.count, candidate.device_bytes
 
 
 def _make_plan(spec: InferenceServiceSpec, best: Candidate, inputs: str, turned: Sequence[Turned]) -> Plan:

@@ -21,7 +21,7 @@ from gantline_operator.inventory import Taint
 from gantline_operator.plan_types import Requirement, Turned
 from gantline_operator.resource import InferenceServiceSpec
 
-__all__ = ["MIN_BFLOAT16", "MIN_COMPUTE", "MIN_CUDA_BACKEND", "MIN_DRIVER", "Shape", "Slot", "eligible_nodes", "find_shapes", "gib"]
+__all__ = ["MIN_BFLOAT16", "MIN_COMPUTE", "MIN_CUDA_BACKEND", "MIN_DRIVER", "Shape", "Slot", "eligible_nodes", "find_shapes", "readable"]
 
 MIN_DRIVER = (580,)
 """Oldest NVIDIA driver for CUDA 13, which the runtime's torch is built for (requirements/runtime.txt; a test compares them)."""
@@ -39,11 +39,10 @@ _DISTINGUISHING = (
 )
 """Labels that tell nodes apart whose GPUs have one product name, in the order in which they are tried."""
 
-_GIB = 1 << 30
 
-
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.1f} GiB"
+def readable(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{num_bytes / (1 << 30):.1f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,8 @@ def _is_large_enough(device: Device, spec: InferenceServiceSpec) -> Turned | Non
     least = spec.accelerator.min_memory
     if least is None or (device.memory_bytes or 0) >= least:
         return None
-    return _turn(Reason.NO_MATCHING_GPU, f"it has {gib(device.memory_bytes or 0)}, and accelerator.minMemory asks for {gib(least)}")
+    message = f"it has {readable(device.memory_bytes or 0)}, and accelerator.minMemory asks for {readable(least)}"
+    return _turn(Reason.NO_MATCHING_GPU, message)
 
 
 def _is_not_shared(device: Device, spec: InferenceServiceSpec) -> Turned | None:
