@@ -61,9 +61,10 @@ def _memory_groups(proc: Path, cgroup: Path) -> list[tuple[Path, str, str]]:
 
 def _chain(root: Path, path: str) -> list[Path]:
     """The group's folder and its parents up to `root`; in a container the path is the host's, and only the root is there."""
-    folder = root / path.lstrip("/")
+    folder = Path(os.path.normpath(root / path.lstrip("/")))
     chain = [folder, *folder.parents]
-    return [f for f in chain if f.is_relative_to(root) and f.is_dir()]
+    inside = [f for f in chain if f.is_relative_to(root) and f.is_dir()]
+    return inside or [root]
 
 
 def _read_number(path: Path) -> int | None:

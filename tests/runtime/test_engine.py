@@ -1,0 +1,244 @@
+"""The engine from the outside: what it loads, what it refuses, what it reports, how it ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.distributed import RankError
+from gantline_runtime.engine import LLMEngine, Progress
+from gantline_runtime.errors import CapacityError, CheckpointError, ConfigurationError, SourceError
+from safetensors.torch import load_file, save_file
+
+from tests.runtime.checkpoints import write_checkpoint
+from tests.runtime.engine_support import drain, request, tokens_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return write_checkpoint("llama", tmp_path_factory.mktemp("engine") / "model")
+
+
+@pytest.fixture
+def broken(model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "broken"))
+
+
+def config(**settings: Any) -> EngineConfig:
+    return EngineConfig(**{"block_size": 16, "num_cache_blocks": 64, "session_len": 512, "max_batch_size": 8, **settings})
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# ---- loading
+
+
+def test_loading_reports_its_progress_in_bytes(model: Path) -> None:
+    seen: list[Progress] = []
+    engine = LLMEngine(model, config(), seen.append)
+    engine.close()
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert seen[-1].done == seen[-1].total == engine.stats().memory.weight_bytes
+
+
+def test_weights_of_another_type_are_converted(model: Path, broken: Path) -> None:
+    edit_weights(broken, lambda tensors: tensors.update({name: t.to(torch.bfloat16) for name, t in tensors.items()}))
+    edit_config(broken, dtype="bfloat16")
+    for dtype in ("auto", "float32", "bfloat16"):
+        engine = LLMEngine(broken, config(dtype=dtype))
+        engine.add_request(request("a", [5, 6, 7], count=5))
+        assert len(tokens_of(drain(engine)["a"])) == 5
+        width = 2 if dtype == "bfloat16" else 4
+        assert engine.stats().memory.cache_bytes_per_token == 2 * 2 * 2 * 16 * width
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "named"),
+    [
+        (
+            lambda f: edit_weights(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+            CheckpointError,
+            "model.layers.1.mlp.up_proj.weight",
+        ),
+        (lambda f: edit_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(65)})), CheckpointError, "model.norm.weight"),
+        (lambda f: os.truncate(f / "model.safetensors", 100_000), CheckpointError, "model.safetensors"),
+        (lambda f: edit_config(f, rms_norm_eps="small"), CheckpointError, "rms_norm_eps"),
+        (lambda f: edit_config(f, rope_parameters={"rope_type": "spiral"}), CheckpointError, "spiral"),
+        (lambda f: edit_config(f, rope_parameters={"rope_type": "linear"}), CheckpointError, "factor"),
+        (lambda f: edit_config(f, eos_token_id="two") or (f / "generation_config.json").unlink(), CheckpointError, "eos_token_id"),
+        (lambda f: edit_config(f, architectures=["GPT9"]), CheckpointError, "GPT9"),
+        (lambda f: shutil.rmtree(f), SourceError, "broken"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_culprit_named(broken: Path, damage: Any, error: type[Exception], named: str) -> None:
+    damage(broken)
+    with pytest.raises(error, match=named):
+        LLMEngine(broken, config())
+
+
+def test_a_file_that_shrinks_after_it_was_judged_is_named(broken: Path) -> None:
+    from gantline_runtime.checkpoint import open_checkpoint
+    from gantline_runtime.layers.weights import BuildContext
+    from gantline_runtime.model_runner import ModelRunner
+    from gantline_runtime.parallel import Parallel
+
+    checkpoint = open_checkpoint(broken)
+    os.truncate(broken / "model.safetensors", 100_000)
+    build = BuildContext(dtype=torch.float32, device=torch.device("cpu"), backend="torch")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
+        ModelRunner(checkpoint, session_len=64, build=build, parallel=Parallel())
+
+
+# ---- settings and memory
+
+
+def test_auto_session_length_is_the_models_or_what_the_cache_holds(model: Path) -> None:
+    for blocks, expected in ((128, 1024), (40, 640)):
+        engine = LLMEngine(model, config(session_len=None, num_cache_blocks=blocks))
+        assert engine.session_len == expected
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "cause"),
+    [
+        ({"num_cache_blocks": 31}, CapacityError, "496 tokens"),
+        ({"num_cache_blocks": 1 << 40}, CapacityError, "are free"),
+        ({"num_cache_blocks": 8, "session_len": None}, CapacityError, "128 tokens"),
+        ({"session_len": 2048}, ConfigurationError, "made for 1024"),
+        ({"tp": 8}, ConfigurationError, "4 attention heads"),
+        ({"device": "cpu", "backend": "cuda"}, ConfigurationError, "cuda backend"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_cause_and_cure(model: Path, settings: dict[str, Any], error: Any, cause: str) -> None:
+    with pytest.raises(error, match=cause) as raised:
+        LLMEngine(model, config(**settings))
+    assert raised.value.cure
+
+
+def test_the_cache_is_sized_from_free_memory_and_never_larger_than_it_can_be_used(model: Path) -> None:
+    engine = LLMEngine(model, config(num_cache_blocks=None, session_len=None))
+    assert engine.stats().num_cache_blocks == 8 * 1024 // 16
+    engine.close()
+
+
+def test_stats_compare_the_planners_formula_with_what_was_allocated(model: Path) -> None:
+    engine = LLMEngine(model, config())
+    memory = engine.stats().memory
+    assert memory.cache_bytes_per_token == memory.estimated_cache_bytes_per_token
+    assert memory.weight_bytes <= memory.estimated_weight_bytes <= memory.weight_bytes * 1.08
+    assert memory.cache_bytes == 64 * 16 * memory.cache_bytes_per_token
+    engine.close()
+
+
+def test_stats_count_what_happened(model: Path) -> None:
+    engine = LLMEngine(model, config())
+    for name in ("a", "b"):
+        engine.add_request(request(name, list(range(3, 40)), count=10))
+        drain(engine)
+    stats = engine.stats()
+    assert (stats.num_prompt_tokens, stats.num_generated_tokens, stats.num_finished) == (74, 20, 2)
+    assert (stats.num_cached_tokens, stats.prefix_hit_rate) == (32, 32 / 74)
+    assert stats.step_times.launch_s > 0
+    engine.reset_prefix_cache()
+    engine.add_request(request("c", list(range(3, 40)), count=10))
+    assert drain(engine)["c"][0].num_cached_tokens == 0
+    engine.close()
+
+
+def test_a_model_with_its_own_end_of_sequence_tokens_stops_there(model: Path, broken: Path) -> None:
+    engine = LLMEngine(model, config())
+    assert engine.eos_token_ids == (2,)
+    engine.add_request(request("a", [5, 6, 7], count=20))
+    tokens = tokens_of(drain(engine)["a"])
+    engine.close()
+    (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokens[4], 2]}))
+    engine = LLMEngine(broken, config())
+    assert engine.eos_token_ids == (tokens[4], 2)
+    engine.add_request(request("a", [5, 6, 7], count=20, ignore_eos=False))
+    outputs = drain(engine)["a"]
+    engine.close()
+    assert tokens_of(outputs) == tokens[: tokens.index(tokens[4]) + 1]
+    assert outputs[-1].finish_reason == "stop"
+
+
+# ---- dynamic NTK scaling beyond the trained context
+
+
+def test_dynamic_rope_goes_beyond_the_models_limit_as_transformers_generates(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = write_checkpoint("qwen3-biases-dynamic-rope", tmp_path / "model")
+    edit_config(folder, max_position_embeddings=64)
+    prompt = list(range(10, 60))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    generated = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=511)
+    engine = LLMEngine(folder, config(session_len=128))
+    engine.add_request(request("a", prompt, count=40))
+    tokens = tokens_of(drain(engine)["a"])
+    engine.close()
+    assert tokens == generated[0, 50:].tolist()
+
+
+# ---- several ranks
+
+
+def _children() -> set[int]:
+    return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
+
+
+def test_a_rank_that_dies_ends_the_engine_with_its_reason_and_leaves_nothing(model: Path) -> None:
+    before = _children()
+    engine = LLMEngine(model, config(tp=2))
+    engine.add_request(request("a", [5, 6, 7], count=200))
+    engine.step()
+    (worker,) = _children() - before
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
+        for _ in range(100):
+            engine.step()
+    assert engine.has_work(), "an idle engine must report it, too"
+    engine.close()
+    assert _children() == before
+
+
+def test_an_idle_engine_notices_a_dead_rank(model: Path) -> None:
+    before = _children()
+    engine = LLMEngine(model, config(tp=2))
+    assert not engine.has_work()
+    (worker,) = _children() - before
+    os.kill(worker, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while not engine.has_work() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(RankError, match="rank 1"):
+        engine.step()
+    engine.close()
+
+
+def test_an_error_while_ranks_load_ends_them_all(model: Path) -> None:
+    before = _children()
+    with pytest.raises(CapacityError):
+        LLMEngine(model, config(tp=2, num_cache_blocks=31))
+    assert _children() == before
