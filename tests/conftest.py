@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
+from gantline_devcluster.node.cluster import NodeCluster
+from gantline_devcluster.node.requirements import why_no_node
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -51,3 +53,14 @@ def simulated_nodes(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
     yield api_cluster
     api_cluster.clear_fates()
     api_cluster.remove_nodes()
+
+
+@pytest.fixture(scope="session")
+def node_cluster() -> Iterator[NodeCluster]:
+    """A real node of the tests' own, taken down at the end with nothing left. Skipped, with the reason, where none can run."""
+    if why := why_no_node():
+        pytest.skip(f"{why}; use sudo")
+    cluster = NodeCluster("test")
+    cluster.up()
+    yield cluster
+    assert cluster.down() == []

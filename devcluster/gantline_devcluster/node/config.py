@@ -98,11 +98,14 @@ def corefile(run: Run) -> str:
     errors
     ready 127.0.0.1:8181
     hosts {run.folder / "hosts"} {{
-        fallthrough {DNS_DOMAIN} in-addr.arpa
+        fallthrough
     }}
     kubernetes {DNS_DOMAIN} in-addr.arpa {{
         kubeconfig {run.folder / "coredns.kubeconfig"}
         pods insecure
+    }}
+    template ANY ANY {{
+        rcode NXDOMAIN
     }}
     cache 5
     loadbalance
