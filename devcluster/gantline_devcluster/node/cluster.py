@@ -121,6 +121,7 @@ class NodeCluster:
 
     def simulate(self, profile: str | Path, count: int | None = None, *, tainted: bool = True, tell: Tell = print) -> list[str]:
         """Add simulated nodes beside the real one. `tainted` keeps pods that do not tolerate it off them, so that real work stays real."""
+        self._require_running()
         nodes = profiles.load(profile, count, tainted=tainted)
         build(SETS["test"], tell)
         self.order(do="kwok")
