@@ -201,7 +201,8 @@ GROUPS: dict[str, Callable[[str], Iterator[Case]]] = {
 
 def run_checks(backends: list[str]) -> bool:
     """The kernels' tests, every backend at once (their time is compilation)."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-n8", "tests/kernels/kernel_checks.py"]
+    options = ["-q", "-p", "no:cacheprovider", "--noconftest", "--tb=short", "-n8", "--timeout=100"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/kernels/kernel_checks.py"]
     running = [subprocess.Popen(command, env=os.environ | {"GANTLINE_KERNEL_BACKEND": backend}) for backend in backends]
     codes = [process.wait() for process in running]
     return not any(codes)

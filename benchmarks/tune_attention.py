@@ -1,6 +1,6 @@
 """Block sizes, warps and pipeline depths of Triton's attention kernels, all timed in one call: `python -m benchmarks.tune_attention`.
 
-Variants are compiled first, by several processes at once, into Triton's cache; then timed one after the other. The best of each goes into
+`--parts` times how many parts a context is best split into instead. Variants are compiled first, by several processes at once, into Triton's cache; then timed one after the other. The best of each goes into
 the kernel's own choice, by hand, with a line in docs/perf-log.md.
 """
 
@@ -65,7 +65,20 @@ def _time(kind: str, options: dict[str, Any], name: str, queries: list[int], con
     print(json.dumps(case.report() | options | ({"parts": parts} if parts else {})), flush=True)
 
 
+def time_parts() -> None:
+    for batch, context in ((1, 1024), (1, 32768), (16, 512), (16, 1024), (64, 1024)):
+        name = f"{batch} x {context}"
+        for parts in (1, 2, 4, 8, 16, 32, 64):
+            if parts * 64 <= context and parts * batch <= 256:
+                _time("decode", {"tile": 64, "num_warps": 2, "num_stages": 3}, name, [1] * batch, [context] * batch, parts)
+    for parts in (1, 2, 4, 8):
+        _time("decode", {"tile": 64, "num_warps": 2, "num_stages": 3}, "128 x 1-16k", [1] * 128, mixed_contexts(), parts)
+
+
 def main() -> int:
+    if "--parts" in sys.argv:
+        time_parts()
+        return 0
     variants = decode_variants() + prefill_variants()
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         failures = pool.map(compile_variant, variants, chunksize=1)
@@ -78,8 +91,6 @@ def main() -> int:
         else:
             _time(kind, options, "8 x 4096", [4096] * 8, [4096] * 8)
             _time(kind, options, "2k on 30k", [2048], [32768])
-    for parts in (1, 2, 4, 8):
-        _time("decode", {"tile": 64, "num_warps": 4, "num_stages": 3}, "128 x 1-16k", [1] * 128, mixed_contexts(), parts)
     return 0
 
 

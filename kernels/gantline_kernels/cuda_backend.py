@@ -1,0 +1,117 @@
+"""The operations on NVIDIA GPUs: CUDA C++ where it wins and is built, Triton's kernels elsewhere. Checks are in `api.py`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from gantline_kernels import library
+from gantline_kernels.triton_backend import (
+    add_rms_norm,
+    argmax,
+    awq_dequantize,
+    awq_linear,
+    linear,
+    rms_norm,
+    rope_and_cache_write,
+    sample,
+    silu_and_mul,
+)
+from gantline_kernels.triton_kernels.decode import decode_attention
+from gantline_kernels.triton_kernels.prefill import prefill_attention
+
+__all__ = [
+    "add_rms_norm",
+    "argmax",
+    "awq_dequantize",
+    "awq_linear",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_cache_write",
+    "sample",
+    "silu_and_mul",
+]
+
+_HOPPER = (9, 0)
+_ROWS = 128
+_TYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+
+def paged_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    num_decodes: int,
+    sliding_window: int,
+    logit_softcap: float,
+) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    if num_decodes:
+        decode_attention(
+            q[:num_decodes], key_cache, value_cache, block_tables, context_lens, out[:num_decodes],
+            scale, max_context_len, sliding_window, logit_softcap,
+        )  # fmt: skip
+    if num_decodes < len(context_lens):
+        inputs = (q, key_cache, value_cache, block_tables, query_starts, context_lens, out)
+        if _has_hopper_prefill(q, key_cache.shape[2], logit_softcap):
+            _prefill_hopper(*inputs, scale, num_decodes, sliding_window)
+        else:
+            prefill_attention(*inputs, scale, num_decodes, sliding_window, logit_softcap)
+    return out
+
+
+def _has_hopper_prefill(q: torch.Tensor, block_size: int, logit_softcap: float) -> bool:
+    fits = q.shape[2] in (64, 128) and q.dtype in _TYPES and block_size & (block_size - 1) == 0 and 16 <= block_size <= 1024
+    aligned = q.stride(0) % 8 == 0 and q.data_ptr() % 16 == 0
+    return fits and aligned and not logit_softcap and _capability(q.device.index) == _HOPPER and library.load() is not None
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def _counters(index: int, stream: int) -> torch.Tensor:
+    """The prefill kernel's two numbers, zero between launches; of each stream its own, since launches of one stream follow each other."""
+    return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
+
+
+def _prefill_hopper(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    first_sequence: int,
+    sliding_window: int,
+) -> None:
+    tokens, heads, dim = q.shape
+    blocks, kv_heads, block_size, _ = key_cache.shape
+    sequences = len(context_lens) - first_sequence
+    tiles = kv_heads * ((tokens - first_sequence) * (heads // kv_heads) // _ROWS + sequences)
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    library.call(
+        "gantline_prefill_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
+        query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), _counters(q.device.index, stream).data_ptr(),
+        q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size, blocks, first_sequence, sequences, tiles,
+        sliding_window, scale, _num_sms(q.device.index), stream,
+    )  # fmt: skip

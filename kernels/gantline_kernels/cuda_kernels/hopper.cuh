@@ -1,0 +1,158 @@
+// Hopper's asynchronous machinery in a few lines each: barriers in shared memory, the copy engine, warpgroup matrix products.
+// Source of the encodings: the PTX ISA, sections on mbarrier, cp.async.bulk.tensor and wgmma.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#define GANTLINE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace gantline {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+// ---- barriers ----
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_init_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrive, and expect so many bytes from the copy engine before the phase completes.
+__device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra ready;\nbra again;\nready:\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+template <int id, int threads>
+__device__ __forceinline__ void named_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+__device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Makes ordinary writes to shared memory visible to the copy engine and the matrix units.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- the copy engine ----
+
+__device__ __forceinline__ void copy_box(void* target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                   shared_address(target)),
+               "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+__device__ __forceinline__ void copy_16(void* target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void copy_16_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// ---- registers ----
+
+template <int count>
+__device__ __forceinline__ void registers_increase() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+template <int count>
+__device__ __forceinline__ void registers_decrease() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+// ---- warpgroup matrix products ----
+// Operands lie in shared memory as panels of 64 columns: rows of 128 bytes, 16-byte pieces swizzled by (row mod 8), 1024-byte aligned.
+
+// Descriptor of such a panel. `leading`: bytes to the next panel, used where the panel's columns are not the inner dimension of the product.
+__device__ __forceinline__ uint64_t panel_descriptor(const void* pointer, uint32_t leading) {
+  const uint64_t address = (shared_address(pointer) & 0x3FFFF) >> 4;
+  return address | (static_cast<uint64_t>(leading >> 4) << 16) | (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+}
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Keeps the compiler from touching accumulators while products are in flight.
+template <int n>
+__device__ __forceinline__ void hold(float (&x)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+#define GANTLINE_F8(x, i) \
+  "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
+#define GANTLINE_F32(x, i) GANTLINE_F8(x, i), GANTLINE_F8(x, i + 8), GANTLINE_F8(x, i + 16), GANTLINE_F8(x, i + 24)
+#define GANTLINE_LIST32                                                                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
+  "%27, %28, %29, %30, %31"
+#define GANTLINE_LIST64                                                                                                        \
+  GANTLINE_LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+                  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// The products for one element type: both operands in shared memory (64 x 128, inner 16), or the left one in registers and the right
+// one transposed (its columns are not the inner dimension).
+#define GANTLINE_PRODUCTS(type, name)                                                                                               \
+  __device__ __forceinline__ void product_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumulate, const type*) {            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name            \
+                 " {" GANTLINE_LIST64 "}, %64, %65, p, 1, 1, 0, 0;\n}"                                                             \
+                 : GANTLINE_F32(d, 0), GANTLINE_F32(d, 32)                                                                         \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                                               \
+  }                                                                                                                                \
+  __device__ __forceinline__ void product_transposed(float (&d)[64], const uint32_t* a, uint64_t b, const type*) {                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" GANTLINE_LIST64                                 \
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                                       \
+                 : GANTLINE_F32(d, 0), GANTLINE_F32(d, 32)                                                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                            \
+  }                                                                                                                                \
+  __device__ __forceinline__ void product_transposed(float (&d)[32], const uint32_t* a, uint64_t b, const type*) {                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" GANTLINE_LIST32                                  \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                                       \
+                 : GANTLINE_F32(d, 0)                                                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                            \
+  }
+
+GANTLINE_PRODUCTS(__nv_bfloat16, "bf16")
+GANTLINE_PRODUCTS(__half, "f16")
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, const __nv_bfloat16*) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, const __half*) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+}  // namespace gantline

@@ -1,0 +1,482 @@
+// Causal attention of chunks of prompts over the paged cache, for Hopper (sm_90a).
+//
+// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): one warpgroup feeds, two compute; the product of the next scores runs while
+// the last ones are turned into weights, and the two warpgroups take turns on the matrix units. Ours: rows are (query, query head) pairs
+// of one key/value head, so that grouped heads share every key and short chunks fill the rows; tiles come block by block from the paged
+// cache; persistent blocks fetch their next tile of work while they compute, in an order that keeps one head's keys in the second-level
+// cache and its longest rows first.
+//
+// Letters: a tile of work is ROWS rows of one sequence and key/value head; it walks over tiles of KEYS keys from the last to the first.
+
+#include "hopper.cuh"
+
+namespace gantline {
+namespace {
+
+constexpr int ROWS = 128;
+constexpr int KEYS = 128;
+constexpr int STAGES = 2;
+constexpr int COMPUTE_WARPGROUPS = 2;
+constexpr int THREADS = (COMPUTE_WARPGROUPS + 1) * 128;
+constexpr int COMPUTE_WARPS = COMPUTE_WARPGROUPS * 4;
+constexpr int PANEL = 64;  // columns
+
+// Named barriers; 0 is __syncthreads.
+constexpr int BARRIER_TURN = 1;  // and 2: whose turn it is on the matrix units
+constexpr int BARRIER_FEED = 3;
+constexpr int BARRIER_TAIL = 4;
+
+struct Arguments {
+  const void* q;
+  void* out;
+  const int* block_tables;
+  const int* query_starts;
+  const int* context_lens;
+  int* counters;  // [2], zero: next tile of work; blocks that are done. Zero again at the end.
+  long long q_stride;  // elements between tokens
+  int table_stride;
+  int heads;
+  int kv_heads;
+  int block_size;
+  int first_sequence;
+  int sequences;
+  int tiles;  // upper bound
+  int window;  // 0: none
+  float scale_log2;
+};
+
+struct Tile {
+  int sequence;  // -1: no more work
+  int kv_head;
+  int first_row;  // of the sequence's num_queries * group rows
+  int num_queries;
+  int begin;  // the sequence's first token in q
+  int length;
+  int last_keys;  // tile of keys, from
+  int first_keys;  // down to
+};
+
+template <typename T, int DIM>
+struct __align__(1024) Shared {
+  T q[2][DIM / PANEL][ROWS * PANEL];
+  T keys[STAGES][DIM / PANEL][KEYS * PANEL];
+  T values[STAGES][DIM / PANEL][KEYS * PANEL];
+  uint64_t q_full[2], q_empty[2];
+  uint64_t keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
+  Tile tile[2];
+};
+
+__device__ __forceinline__ int tiles_before(const Arguments& args, int sequence, int origin, int group) {
+  return args.kv_heads * ((args.query_starts[args.first_sequence + sequence] - origin) * group / ROWS + sequence);
+}
+
+// The last sequence whose first tile is not after `index`; a warp looks at 32 candidates at a time.
+__device__ int find_sequence(const Arguments& args, int index, int origin, int group, int lane) {
+  int low = 0, count = args.sequences;
+  while (count > 1) {
+    const int step = (count + 31) / 32;
+    const int candidate = low + min(lane * step, count - 1);
+    const unsigned before = __ballot_sync(~0u, lane * step < count && tiles_before(args, candidate, origin, group) <= index);
+    const int chosen = 31 - __clz(before);  // lane 0 always qualifies
+    low += chosen * step;
+    count = min(step, count - chosen * step);
+  }
+  return low;
+}
+
+// Fetch work until a tile has rows. All lanes return the same.
+__device__ Tile next_tile(const Arguments& args, int origin, int group, int lane) {
+  Tile tile;
+  while (true) {
+    int index = 0;
+    if (lane == 0) index = atomicAdd(args.counters, 1);
+    index = __shfl_sync(~0u, index, 0);
+    tile.sequence = -1;
+    if (index >= args.tiles) return tile;
+    const int local = find_sequence(args, index, origin, group, lane);
+    const int sequence = args.first_sequence + local;
+    tile.begin = args.query_starts[sequence];
+    tile.num_queries = args.query_starts[sequence + 1] - tile.begin;
+    const int rows = tile.num_queries * group;
+    const int of_head = (rows + ROWS - 1) / ROWS;
+    index -= tiles_before(args, local, origin, group);
+    if (index >= of_head * args.kv_heads) continue;
+    tile.kv_head = index / of_head;
+    tile.first_row = (of_head - 1 - index % of_head) * ROWS;
+    tile.length = args.context_lens[sequence];
+    const int before = tile.length - tile.num_queries;
+    const int last_position = min(before + (tile.first_row + ROWS - 1) / group, tile.length - 1);
+    tile.last_keys = last_position / KEYS;
+    tile.first_keys = args.window ? max(before + tile.first_row / group - args.window + 1, 0) / KEYS : 0;
+    tile.sequence = sequence;
+    return tile;
+  }
+}
+
+// Rows of queries into the swizzled panels; by the feeding warpgroup's warps 1 to 3.
+template <typename T, int DIM>
+__device__ __forceinline__ void load_queries(const Arguments& args, const Tile& tile, T* panels, int group, int thread) {
+  constexpr int PIECES = DIM / 8;
+  for (int i = thread; i < ROWS * PIECES; i += 96) {
+    const int row = i / PIECES, piece = i % PIECES;
+    const int query = (tile.first_row + row) / group;
+    const int head = tile.kv_head * group + (tile.first_row + row) % group;
+    T* target = panels + (piece / 8) * ROWS * PANEL + row * PANEL + ((piece % 8) ^ (row % 8)) * 8;
+    if (query < tile.num_queries) {
+      copy_16(target, static_cast<const T*>(args.q) + (tile.begin + query) * args.q_stride + head * DIM + piece * 8);
+    } else {
+      *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  copy_16_wait_all();
+  fence_async_proxy();
+}
+
+// A tile of keys or values, block by block; blocks past the sequence's end are not read. Lane i holds the number of the tile's block i.
+template <typename T, int DIM>
+__device__ __forceinline__ void copy_tile(
+    const Arguments& args, const CUtensorMap* map, T* target, uint64_t* full, int block, int kv_head, int first_key, int length, int lane) {
+  const int box = min(args.block_size, KEYS);
+  const int boxes = min(KEYS, length - first_key + box - 1) / box;
+  if (lane == 0) barrier_arrive_expect(full, boxes * box * DIM * sizeof(T));
+  for (int i = 0; i < boxes; ++i) {
+    const int number = __shfl_sync(~0u, block, i);
+    const int row = (number * args.kv_heads + kv_head) * args.block_size + (first_key + i * box) % args.block_size;
+    if (lane == 0) {
+#pragma unroll
+      for (int panel = 0; panel < DIM / PANEL; ++panel) {
+        copy_box(target + panel * KEYS * PANEL + i * box * PANEL, map, panel * PANEL, row, full);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ int load_block(const Arguments& args, const Tile& tile, int keys, int lane) {
+  const int box = min(args.block_size, KEYS);
+  const int key = keys * KEYS + lane * box;
+  if (lane * box >= KEYS || keys < 0 || key >= tile.length) return 0;
+  return args.block_tables[static_cast<long long>(tile.sequence) * args.table_stride + key / args.block_size];
+}
+
+template <typename T, int DIM>
+__device__ void feed(const Arguments& args, const CUtensorMap* key_map, const CUtensorMap* value_map, Shared<T, DIM>& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = args.heads / args.kv_heads;
+  const int origin = args.query_starts[args.first_sequence];
+  int steps = 0;
+  for (int turn = 0;; ++turn) {
+    const int side = turn % 2;
+    if (warp == 0) {
+      const Tile tile = next_tile(args, origin, group, lane);
+      barrier_wait(&shared.q_empty[side], ((turn / 2) & 1) ^ 1);
+      if (lane == 0) shared.tile[side] = tile;
+    }
+    named_sync<BARRIER_FEED, 128>();
+    const Tile tile = shared.tile[side];
+    if (warp > 0) {
+      if (tile.sequence >= 0) load_queries<T, DIM>(args, tile, &shared.q[side][0][0], group, threadIdx.x - 32);
+      barrier_arrive(&shared.q_full[side]);
+      if (tile.sequence < 0) return;
+      continue;
+    }
+    if (tile.sequence < 0) return;
+    int block = load_block(args, tile, tile.last_keys, lane);
+    for (int keys = tile.last_keys; keys >= tile.first_keys; --keys, ++steps) {
+      const int next_block = load_block(args, tile, keys - 1, lane);
+      const int stage = steps % STAGES, parity = ((steps / STAGES) & 1) ^ 1;
+      barrier_wait(&shared.keys_empty[stage], parity);
+      copy_tile<T, DIM>(args, key_map, &shared.keys[stage][0][0], &shared.keys_full[stage], block, tile.kv_head, keys * KEYS, tile.length, lane);
+      barrier_wait(&shared.values_empty[stage], parity);
+      copy_tile<T, DIM>(args, value_map, &shared.values[stage][0][0], &shared.values_full[stage], block, tile.kv_head, keys * KEYS, tile.length, lane);
+      block = next_block;
+    }
+  }
+}
+
+// scores[64 x KEYS] = queries of this warpgroup times keys; left in flight.
+template <typename T, int DIM>
+__device__ __forceinline__ void begin_scores(float (&scores)[64], const T* queries, const T* keys) {
+#pragma unroll
+  for (int step = 0; step < DIM / 16; ++step) {
+    const int panel = step / 4, column = step % 4 * 16;
+    product_64x128(scores, panel_descriptor(queries + panel * ROWS * PANEL + column, 16), panel_descriptor(keys + panel * KEYS * PANEL + column, 16),
+                   step > 0, static_cast<const T*>(nullptr));
+  }
+}
+
+// sums[64 x DIM] += weights times values; left in flight.
+template <typename T, int DIM>
+__device__ __forceinline__ void begin_sums(float (&sums)[DIM / 2], const uint32_t (&weights)[32], const T* values) {
+#pragma unroll
+  for (int step = 0; step < KEYS / 16; ++step) {
+    product_transposed(sums, weights + 4 * step, panel_descriptor(values + step * 16 * PANEL, KEYS * PANEL * sizeof(T)), static_cast<const T*>(nullptr));
+  }
+}
+
+// Keys that a row must not see get -inf. A thread's scores: rows r and r + 8, columns 8 i + 2 (lane % 4) and the next.
+__device__ __forceinline__ void mask(float (&scores)[64], int first_key, int position_0, int position_1, int window, int lane) {
+  const int oldest_0 = window ? position_0 - window + 1 : 0, oldest_1 = window ? position_1 - window + 1 : 0;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    const int key = first_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    const bool second = i % 4 >= 2;
+    const bool seen = second ? key <= position_1 && key >= oldest_1 : key <= position_0 && key >= oldest_0;
+    if (!seen) scores[i] = -INFINITY;
+  }
+}
+
+// Largest of a row, over its four lanes.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+struct RowState {
+  float top[2];    // largest score so far
+  float total[2];  // this lane's part of the sum of weights
+  float shrink[2];  // what the last step multiplies earlier sums with
+};
+
+// Scores become weights; the state follows.
+__device__ __forceinline__ void soften(float (&scores)[64], RowState& state, float scale) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = state.top[r];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) top = fmaxf(top, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+    top = row_max(top);
+    const float base = top == -INFINITY ? 0.f : top * scale;
+    state.shrink[r] = fast_exp2(state.top[r] * scale - base);
+    state.top[r] = top;
+    float total = state.total[r] * state.shrink[r];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& low = scores[4 * i + 2 * r];
+      float& high = scores[4 * i + 2 * r + 1];
+      low = fast_exp2(low * scale - base);
+      high = fast_exp2(high * scale - base);
+      total += low + high;
+    }
+    state.total[r] = total;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void pack_weights(uint32_t (&weights)[32], const float (&scores)[64]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1], static_cast<const T*>(nullptr));
+}
+
+// Rows of values past the sequence's end may hold anything, and 0 * NaN is NaN: zero them.
+template <typename T, int DIM>
+__device__ __forceinline__ void clear_tail(T* values, int from) {
+  for (int i = threadIdx.x - 128 + from * (DIM / 8); i < KEYS * (DIM / 8); i += COMPUTE_WARPGROUPS * 128) {
+    const int row = i / (DIM / 8), piece = i % (DIM / 8);
+    *reinterpret_cast<uint4*>(values + (piece / 8) * KEYS * PANEL + row * PANEL + piece % 8 * 8) = make_uint4(0, 0, 0, 0);
+  }
+  fence_async_proxy();
+  named_sync<BARRIER_TAIL, COMPUTE_WARPGROUPS * 128>();
+}
+
+// Neighbouring lanes exchange so that each writes 8 bytes, and two of them 32 in a row.
+template <typename T, int DIM>
+__device__ __forceinline__ void store_rows(const Arguments& args, const Tile& tile, const float (&sums)[DIM / 2], const RowState& state, int row, int group, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float total = row_sum(state.total[r]);
+    const float factor = total > 0.f ? 1.f / total : 0.f;
+    const int at = row + 8 * r;
+    const int query = at / group, head = tile.kv_head * group + at % group;
+    T* target = static_cast<T*>(args.out) + (static_cast<long long>(tile.begin + query) * args.heads + head) * DIM;
+#pragma unroll
+    for (int i = 0; i < DIM / 8; i += 2) {
+      const uint32_t first = pack(sums[4 * i + 2 * r] * factor, sums[4 * i + 2 * r + 1] * factor, static_cast<const T*>(nullptr));
+      const uint32_t second = pack(sums[4 * i + 4 + 2 * r] * factor, sums[4 * i + 5 + 2 * r] * factor, static_cast<const T*>(nullptr));
+      const bool odd = lane % 2;
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+      const uint2 piece = odd ? make_uint2(other, second) : make_uint2(first, other);
+      if (query < tile.num_queries) *reinterpret_cast<uint2*>(target + (i + odd) * 8 + lane % 4 / 2 * 4) = piece;
+    }
+  }
+}
+
+template <typename T, int DIM>
+__device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
+  const int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+  const int group = args.heads / args.kv_heads;
+  const int my_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const bool leader = lane == 0;
+  if (warpgroup == 1) named_arrive(BARRIER_TURN, 256);
+  int steps = 0;
+  for (int turn = 0;; ++turn) {
+    const int side = turn % 2;
+    barrier_wait(&shared.q_full[side], (turn / 2) & 1);
+    const Tile tile = shared.tile[side];
+    if (tile.sequence < 0) return;
+    const T* queries = &shared.q[side][0][0] + warpgroup * 64 * PANEL;
+    const int row = tile.first_row + my_row, before = tile.length - tile.num_queries;
+    const int position_0 = before + row / group, position_1 = before + (row + 8) / group;
+    const int first_position = before + tile.first_row / group, last_position = before + (tile.first_row + ROWS - 1) / group;
+
+    float scores[64], sums[DIM / 2];
+    uint32_t weights[32];
+    RowState state = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {0.f, 0.f}};
+#pragma unroll
+    for (int i = 0; i < DIM / 2; ++i) sums[i] = 0.f;
+
+    const auto hide = [&](int keys) {
+      const int first_key = keys * KEYS;
+      const bool late = first_key + KEYS - 1 > first_position;
+      const bool early = args.window && first_key <= last_position - args.window;
+      if (late || early) mask(scores, first_key, position_0, position_1, args.window, lane);
+    };
+
+    int keys = tile.last_keys;
+    int stage = steps % STAGES, parity = (steps / STAGES) & 1;
+    barrier_wait(&shared.keys_full[stage], parity);
+    products_begin();
+    begin_scores<T, DIM>(scores, queries, &shared.keys[stage][0][0]);
+    products_commit();
+    products_wait<0>();
+    hold(scores);
+    if (leader) barrier_arrive(&shared.keys_empty[stage]);
+    hide(keys);
+    soften(scores, state, args.scale_log2);
+    pack_weights<T>(weights, scores);
+    if ((keys + 1) * KEYS > tile.length) {
+      barrier_wait(&shared.values_full[stage], parity);
+      clear_tail<T, DIM>(&shared.values[stage][0][0], tile.length - keys * KEYS);
+    }
+    for (--keys; keys >= tile.first_keys; --keys) {
+      const int previous = stage, previous_parity = parity;
+      ++steps;
+      stage = steps % STAGES, parity = (steps / STAGES) & 1;
+      barrier_wait(&shared.values_full[previous], previous_parity);  // no branch may come between products in flight
+      barrier_wait(&shared.keys_full[stage], parity);
+      named_sync(BARRIER_TURN + warpgroup, 256);
+      products_begin();
+      begin_scores<T, DIM>(scores, queries, &shared.keys[stage][0][0]);
+      products_commit();
+      begin_sums<T, DIM>(sums, weights, &shared.values[previous][0][0]);
+      products_commit();
+      named_arrive(BARRIER_TURN + 1 - warpgroup, 256);
+      products_wait<1>();
+      hold(scores);
+      if (leader) barrier_arrive(&shared.keys_empty[stage]);
+      hide(keys);
+      soften(scores, state, args.scale_log2);
+      products_wait<0>();
+      hold(sums);
+      if (leader) barrier_arrive(&shared.values_empty[previous]);
+#pragma unroll
+      for (int i = 0; i < DIM / 2; ++i) sums[i] *= state.shrink[i % 4 / 2];
+      pack_weights<T>(weights, scores);
+    }
+    ++steps;
+    if (leader) barrier_arrive(&shared.q_empty[side]);
+    barrier_wait(&shared.values_full[stage], parity);
+    products_begin();
+    begin_sums<T, DIM>(sums, weights, &shared.values[stage][0][0]);
+    products_commit();
+    products_wait<0>();
+    hold(sums);
+    if (leader) barrier_arrive(&shared.values_empty[stage]);
+    store_rows<T, DIM>(args, tile, sums, state, row, group, lane);
+  }
+}
+
+template <typename T, int DIM>
+__global__ __launch_bounds__(THREADS, 1) void prefill(const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap value_map, const Arguments args) {
+  extern __shared__ unsigned char raw[];
+  auto& shared = *reinterpret_cast<Shared<T, DIM>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+  if (threadIdx.x == 0) {
+    prefetch_map(&key_map);
+    prefetch_map(&value_map);
+    for (int i = 0; i < 2; ++i) barrier_init(&shared.q_full[i], 96), barrier_init(&shared.q_empty[i], COMPUTE_WARPS);
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(&shared.keys_full[i], 1), barrier_init(&shared.keys_empty[i], COMPUTE_WARPS);
+      barrier_init(&shared.values_full[i], 1), barrier_init(&shared.values_empty[i], COMPUTE_WARPS);
+    }
+    barrier_init_visible();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    registers_decrease<32>();
+    feed<T, DIM>(args, &key_map, &value_map, shared);
+    if (threadIdx.x == 0 && atomicAdd(args.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
+      args.counters[0] = 0;  // the last block: nobody fetches any more
+      args.counters[1] = 0;
+    }
+  } else {
+    registers_increase<240>();
+    compute<T, DIM>(args, shared);
+  }
+}
+
+typedef CUresult (*EncodeTiled)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+EncodeTiled encode_tiled() {
+  static EncodeTiled function = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
+    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(pointer) : nullptr;
+  }();
+  return function;
+}
+
+// A cache as rows of `dim`, copied in boxes of 64 columns.
+template <typename T>
+bool make_map(CUtensorMap* map, void* cache, long long rows, int dim, int box_rows) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {dim * sizeof(T)};
+  const cuuint32_t box[2] = {PANEL, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const auto type = sizeof(T) == 2 && std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode_tiled() && encode_tiled()(map, type, 2, cache, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename T, int DIM>
+int launch(void* keys, void* values, long long blocks, const Arguments& args, int num_sms, cudaStream_t stream) {
+  constexpr int bytes = sizeof(Shared<T, DIM>) + 1024;
+  static bool raised[64] = {};
+  int device = 0;
+  cudaGetDevice(&device);
+  if (!raised[device % 64]) {
+    const cudaError_t error = cudaFuncSetAttribute(prefill<T, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    raised[device % 64] = true;
+  }
+  CUtensorMap key_map, value_map;
+  const long long rows = blocks * args.kv_heads * args.block_size;
+  const int box = args.block_size < KEYS ? args.block_size : KEYS;
+  if (!make_map<T>(&key_map, keys, rows, DIM, box) || !make_map<T>(&value_map, values, rows, DIM, box)) return cudaErrorInvalidValue;
+  const int grid = args.tiles < num_sms ? args.tiles : num_sms;
+  prefill<T, DIM><<<grid, THREADS, bytes, stream>>>(key_map, value_map, args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace gantline
+
+// See api.py's paged_attention. `type` 0: bfloat16, 1: float16. `counters` int32 [2], zero before the first call, one for each stream.
+// Returns a cudaError_t; cudaErrorNotSupported for shapes that have no kernel here.
+GANTLINE_EXPORT int gantline_prefill_hopper(
+    int type, const void* q, void* keys, void* values, const int* block_tables, const int* query_starts, const int* context_lens, void* out, int* counters,
+    long long q_stride, int table_stride, int heads, int kv_heads, int dim, int block_size, long long blocks, int first_sequence, int sequences, int tiles,
+    int window, float scale, int num_sms, void* stream) {
+  const gantline::Arguments args = {q, out, block_tables, query_starts, context_lens, counters, q_stride, table_stride, heads, kv_heads, block_size,
+                                    first_sequence, sequences, tiles, window, scale * 1.4426950408889634f};
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (type == 0 && dim == 128) return gantline::launch<__nv_bfloat16, 128>(keys, values, blocks, args, num_sms, on);
+  if (type == 0 && dim == 64) return gantline::launch<__nv_bfloat16, 64>(keys, values, blocks, args, num_sms, on);
+  if (type == 1 && dim == 128) return gantline::launch<__half, 128>(keys, values, blocks, args, num_sms, on);
+  if (type == 1 && dim == 64) return gantline::launch<__half, 64>(keys, values, blocks, args, num_sms, on);
+  return cudaErrorNotSupported;
+}

@@ -1,0 +1,54 @@
+"""The compiled CUDA kernels, bound once: plain C functions over raw pointers, so a new torch needs no new build.
+
+The library is looked for at $GANTLINE_KERNELS_LIBRARY, beside this file (images), and in the cache (`python -m gantline_kernels.build`).
+Without it the Triton kernels serve alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+from gantline_kernels import build
+
+__all__ = ["call", "find", "load"]
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+_SIGNATURES = {
+    "gantline_prefill_hopper": [
+        _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
+        _LONG, _INT, _INT, _INT, _INT, _INT, _LONG, _INT, _INT, _INT, _INT, _FLOAT, _INT, _POINTER,
+    ],
+}  # fmt: skip
+
+
+def find() -> Path | None:
+    """The library's file, or None if there is none."""
+    given = os.environ.get("GANTLINE_KERNELS_LIBRARY")
+    candidates = [Path(given)] if given else [Path(__file__).parent / "libgantline_kernels.so", build.library_path()]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library with its functions' types, or None. Raises OSError for a file that is no such library."""
+    path = find()
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, _INT
+    return library
+
+
+def call(name: str, *arguments: object) -> None:
+    """Raises RuntimeError if the launch is refused, with CUDA's error number; OSError if there is no library."""
+    library = load()
+    if library is None:
+        raise OSError("the CUDA kernels are not built: run python -m gantline_kernels.build")
+    code = getattr(library, name)(*arguments)
+    if code:
+        raise RuntimeError(f"{name} failed to launch: CUDA error {code}")
