@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import re
 from dataclasses import replace
@@ -15,9 +17,12 @@ from gantline_operator.resources import MissingImage, ModelLocation, Mount, Pare
 from gantline_operator.resources.naming import content_hash, job_name
 from gantline_operator.resources.quantities import bytes_quantity, cpu_quantity, overlay
 from gantline_operator.spec import parse_spec
+from gantline_runtime.cli import COMMANDS
+from gantline_runtime.config import EngineConfig, ServerConfig, from_arguments
 
 from tests.operator.render_cases import CASES, CPU_PLAN, CPU_STAGE, FINGERPRINT, FULL_SPEC, GPU_PLAN, GPU_STAGE, LONGEST, SETTINGS, Case
 
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 Object = dict[str, Any]
 
@@ -280,6 +285,25 @@ def test_stages_are_told_what_to_do_with_what() -> None:
     assert quantize[4:] == ["--bits=4", "--group-size=64", "--max-perplexity-increase=0.05"]
     server = pod_template(deployment(CASES["every-field"]))["spec"]["containers"][0]["args"]
     assert server[:2] == ["serve", quantize[3]] and "--tp=2" in server and "--served-model-name=org/name:v1" in server
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_runtimes_own_command_line_understands_every_container(name: str) -> None:
+    for item in with_pods(CASES[name]):
+        command, *rest = pod_template(item)["spec"]["containers"][0]["args"]
+        parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+        importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
+        parsed = parser.parse_args(rest)
+        if command == "serve":
+            engine, server = from_arguments(EngineConfig, parsed), from_arguments(ServerConfig, parsed)
+            assert engine == CASES[name].plan.engine and (server.host, server.port) == ("0.0.0.0", 8000)
+            assert server.drain_timeout == CASES[name].parent.spec.rollout.drain_timeout
+
+
+def test_algorithm_versions_are_those_that_the_runtime_writes_into_manifests() -> None:
+    for kind, module in (("fetch", "runtime/gantline_runtime/commands/fetch.py"), ("awq", "quant/gantline_quant/pipeline.py")):
+        found = re.findall(r"^ALGORITHM_VERSION = (\d+)", (ROOT / module).read_text(), re.M)  # importing it would import torch
+        assert found == [str(resources.ALGORITHM_VERSIONS[kind])], kind
 
 
 def test_a_claims_folder_is_inspected_where_it_is_mounted() -> None:
