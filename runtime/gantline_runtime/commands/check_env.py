@@ -22,7 +22,7 @@ __all__ = ["Finding", "add_arguments", "inspect_environment", "run"]
 
 _PACKAGES = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "pyzmq"),
-    *("fastapi", "starlette", "uvicorn", "uvloop", "pydantic", "jinja2", "prometheus-client", "huggingface-hub"),
+    *("starlette", "uvicorn", "uvloop", "pydantic", "jinja2", "prometheus-client", "huggingface-hub"),
 )
 _OPTIONAL = frozenset({"triton", "huggingface-hub"})
 _MIN_SHM_BYTES = 1 << 30

@@ -8,10 +8,12 @@ import time
 import uuid
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gantline_runtime import logs
@@ -44,14 +46,15 @@ _CLIENT_CLOSED = 499
 log = logging.getLogger("gantline.access")
 
 
-def create_app(service: Service, version: str) -> FastAPI:
-    app = FastAPI(title="Gantline", version=version, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+def create_app(service: Service, version: str) -> Starlette:
+    app = Starlette(
+        routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in ROUTES],
+        middleware=[Middleware(_Observer, service=service)],
+        exception_handlers={HTTPException: _handle_http_exception},
+    )
+    app.router.redirect_slashes = False
     app.state.service = service
     app.state.version = version
-    for method, path, endpoint in ROUTES:
-        app.router.add_route(path, endpoint, methods=[method])
-    app.add_exception_handler(HTTPException, _handle_http_exception)
-    app.add_middleware(_Observer, service=service)
     return app
 
 
