@@ -153,16 +153,11 @@ def _variants(spec: InferenceServiceSpec, facts: ModelFacts) -> tuple[list[Varia
     if facts.quantization is not None and facts.quantization.method == wish.method:
         return [Variant(facts, False)], [Turned("awq", Reason.NOT_PREFERRED, "the checkpoint is quantized with awq already")]
     illegal = sizing.illegal_quantization(facts, wish.group_size)
-    copy = sizing.awq_facts(facts, bits=wish.bits, group_size=wish.group_size, dtype=_awq_dtype(facts))
+    copy = sizing.awq_facts(facts, bits=wish.bits, group_size=wish.group_size)
     as_it_is = [Variant(facts, False)] if wish.policy == "IfNeeded" else []
     if illegal is not None:
         return as_it_is, [Turned("awq", Reason.INVALID_QUANTIZATION, illegal)]
     return [*as_it_is, Variant(copy, True)], []
-
-
-def _awq_dtype(facts: ModelFacts) -> str:
-    """Type of what AWQ leaves unquantized: the source's, in 16 bits."""
-    return "bfloat16" if facts.dtype == "bfloat16" else "float16"
 
 
 def _decide(

@@ -160,8 +160,8 @@ class EngineSpec:
     )
     dtype: str = declare(
         Choice(("auto", "float32", "bfloat16", "float16")),
-        "Type of activations and of weights that are not quantized. auto: the checkpoint's; float16 on GPUs without bfloat16; float32 on "
-        "a CPU.",
+        "Type of activations and of weights that are not quantized. auto: the checkpoint's; float16 for a copy that AWQ makes and on "
+        "GPUs without bfloat16; float32 on a CPU.",
         default="auto",
     )
     session_len: int | None = declare(

@@ -28,7 +28,9 @@ _MIB = 1 << 20
 _SPARE = 1.05  # tokenizer, config and file system beside the weights
 _INSPECT_BYTES, _FETCH_BYTES = 512 * _MIB, GIB
 _QUANTIZE_BYTES = 3 * GIB // 2  # Python, torch and the tokenizer
-_CALIBRATION_TOKENS = 128 * 512  # held as inputs and outputs of one layer while its scales are searched
+_WINDOW_TOKENS = 32 * 512  # of the calibration text, and of the held-out text that is taken through the original and through the copy
+_CHUNK_TOKENS = 4 * 512  # that run through a layer at once, and that the scale search looks at
+_MERGE_BYTES = GIB  # copies up to this size are joined into one file at the end, and are there twice for a moment
 
 
 def plan_stage(
@@ -99,19 +101,23 @@ def _plan_quantize(
 
 
 def quantize_memory(facts: ModelFacts) -> int:
-    """Host memory of the quantize Job, in bytes: one layer in float32 with its search copies, and the calibration's activations."""
+    """Host memory of the quantize Job, in bytes: one layer in float32 with the copies that its search makes, the embedding or the head with
+    its rounded copy, three sets of windows before and after a layer, and the activations inside it."""
     layer = sizing.linear_parameters(facts) // facts.num_layers
-    embedding = 2 * facts.vocab_size * facts.hidden_size
-    activations = _CALIBRATION_TOKENS * (3 * facts.hidden_size + facts.intermediate_size)
-    total = _QUANTIZE_BYTES + 4 * (4 * layer + embedding + activations)
+    embedding = facts.vocab_size * facts.hidden_size
+    activations = 6 * _WINDOW_TOKENS * facts.hidden_size + 8 * _CHUNK_TOKENS * facts.intermediate_size
+    total = _QUANTIZE_BYTES + 4 * (4 * layer + 2 * embedding + activations)
     return -(-total // (64 * _MIB)) * 64 * _MIB
 
 
 def disk_bytes(stage: Stage, facts: ModelFacts, spec: InferenceServiceSpec) -> int:
     """Room in the cache volume for what the stage makes."""
     wish = spec.quantization
-    size = facts.weight_bytes if stage == "fetch" else sizing.awq_weight_bytes(facts, bits=wish.bits, group_size=wish.group_size)
-    return int(size * _SPARE) + 64 * _MIB
+    size = facts.weight_bytes
+    if stage == "quantize":
+        size = sizing.awq_weight_bytes(facts, bits=wish.bits, group_size=wish.group_size)
+        size *= 2 if size <= _MERGE_BYTES else 1
+    return int(size * _SPARE) + 128 * _MIB
 
 
 def cache_size(spec: InferenceServiceSpec, facts: ModelFacts, quantize: bool) -> int:

@@ -14,7 +14,7 @@ from gantline_operator.facts import ClusterFacts, PodUse, cluster_facts, read_no
 from gantline_operator.inventory import parse_inventory
 from gantline_operator.plan import Plan, Rejected, StagePlan, cache_size, plan, plan_inputs, plan_stage, reservation
 from gantline_operator.plan_status import MAX_ROWS, from_status, rejected_status, to_status
-from gantline_runtime.sizing import GIB
+from gantline_runtime.sizing import GIB, awq_weight_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,7 +193,7 @@ def test_quantizing_takes_one_of_the_servers_gpus_and_waits_for_it() -> None:
         assert isinstance(answer, StagePlan)
         assert (answer.resource, answer.count, answer.waiting, answer.image) == ("nvidia.com/gpu", 1, waiting, "cuda")
         assert answer.disk_bytes < 0.35 * MODELS["70b"].weight_bytes
-        assert 10 * GIB < answer.memory_bytes < 64 * GIB
+        assert 20 * GIB < answer.memory_bytes < 48 * GIB
 
 
 def test_quantizing_for_a_cpu_runs_on_a_cpu() -> None:
@@ -209,6 +209,7 @@ def test_the_cache_has_room_for_what_its_stages_make() -> None:
     assert cache_size(remote, model, False) > 1.2 * model.weight_bytes
     assert cache_size(remote, model, True) > cache_size(remote, model, False)
     assert cache_size(local, model, True) < 0.6 * model.weight_bytes
+    assert cache_size(local, MODELS["half-b"], True) > 1.5 * awq_weight_bytes(MODELS["half-b"]), "small copies are there twice for a moment"
     assert cache_size(local, MODELS["tiny"], True) == GIB
     assert cache_size(spec_of(cache={"size": "7Gi"}), model, True) == 7 * GIB
 
@@ -238,14 +239,14 @@ def large_cluster(num_nodes: int = 1000, num_shapes: int = 20) -> ClusterFacts:
 
 
 def test_a_thousand_nodes_of_twenty_shapes_are_planned_in_a_blink() -> None:
-    """The target is 50 ms on an idle machine; the test allows more, since it shares its machine."""
+    """The target is 50 ms on an idle machine; the test counts the thread's own time and allows more, since it shares its machine."""
     cluster = large_cluster()
     spec = spec_of(quantization={"method": "awq", "policy": "IfNeeded"}, replicas=4)
     times = []
     for model in ("8b", "70b", "72b-awq") * 3:
-        start = time.perf_counter()
+        start = time.thread_time()
         answer = plan(spec, MODELS[model], cluster, IMAGES)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
         assert isinstance(answer, Plan)
     print(f"plan() on {len(cluster.nodes)} nodes: {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f} ms")
     assert min(times) < 0.15
