@@ -116,9 +116,9 @@ def measure_all(model: Path, config: EngineConfig, names: list[str], repeats: in
     del engine
     gc.collect()
     torch.cuda.empty_cache() if device == "cuda" else None
-    for name in names:
-        results[name]["checks"] = checks.check(model, samples[name], device)
-        print(name, json.dumps(results[name]["checks"]), flush=True)
+    for name, verdict in checks.check(model, samples, device).items():
+        results[name]["checks"] = verdict
+        print(name, json.dumps(verdict), flush=True)
     return results
 
 
@@ -155,6 +155,7 @@ def main() -> int:
     }  # fmt: skip
     accepted = {name: {**row, **about} for name, row in results.items() if row["checks"]["passed"]}
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
         options.out.write_text(json.dumps({**known, **accepted}, indent=1) + "\n")
     refused = sorted(set(results) - set(accepted))
