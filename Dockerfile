@@ -65,6 +65,17 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=30m --retries=3 \
 ENTRYPOINT ["gantline"]
 CMD ["--help"]
 
+# --- the CUDA kernels: machine code for each architecture, made without a GPU; compiler and sources are layers of their own -----------------
+FROM base AS kernels
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /kernels
+ENV GANTLINE_CACHE=/kernels/cache
+COPY kernels/gantline_kernels/build.py ./
+RUN python -c "import build; print(build.fetch_toolkit())"
+COPY kernels/gantline_kernels/cuda_kernels cuda_kernels
+RUN python build.py --output /out/libgantline_kernels.so
+
 # --- runtime on NVIDIA GPUs: the driver comes from the node, everything else from the wheels ----------------------------------------------
 FROM base AS runtime-dependencies
 # Triton compiles its launchers with a C compiler when a kernel is first used.
@@ -74,7 +85,8 @@ COPY requirements/runtime.txt requirements/
 RUN pip --python venv/bin/python install --no-deps --requirement requirements/runtime.txt
 
 FROM runtime-dependencies AS runtime
-ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility CC=gcc
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility CC=gcc GANTLINE_KERNELS_LIBRARY=/opt/gantline/libgantline_kernels.so
+COPY --from=kernels /out/libgantline_kernels.so ./
 COPY examples/tiny-model tiny-model
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist pip --python venv/bin/python install --no-deps /dist/*.whl
 USER 1000:1000

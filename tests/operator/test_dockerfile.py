@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,11 +99,36 @@ def test_the_build_sees_exactly_what_is_copied() -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
     copies = [rest.split()[:-1] for _, instructions in read_stages().values() for keyword, rest in instructions if keyword == "COPY"]
-    sources = {name for names in copies for name in names if not name.startswith("--")}
+    sources = {name for names in copies if not names[0].startswith("--from") for name in names}
     assert all(any(name == item or name.startswith(f"{item}/") for item in allowed) for name in sources)
     assert all((ROOT / name).exists() for name in sources | set(allowed))
     packages = re.findall(r"^where = \[(.+)\]", (ROOT / "pyproject.toml").read_text(), re.M)[0]
     assert {name.strip(' "') for name in packages.split(",")} <= {name.split("/")[0] for name in sources}, "a source root is missing"
+
+
+def test_the_wheel_that_images_install_carries_every_file_of_every_package(tmp_path: Path) -> None:
+    sources = [rest.split()[:-1] for keyword, rest in read_stages()["wheel"][1] if keyword == "COPY" and "requirements" not in rest]
+    for name in (name for names in sources for name in names):
+        kind = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        kind(ROOT / name, tmp_path / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gantline_")}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    packages = {name.split("/", 1)[1] for name in listed if re.match(r"(operator|runtime|kernels|quant|devcluster)/gantline_", name)}
+    assert not {name for name in packages if (ROOT / name.split("_")[1].split("/")[0] / name).exists()} - packed
+
+
+def test_the_runtime_carries_the_compiled_kernels_where_it_looks_for_them() -> None:
+    built = next(rest for keyword, rest in chain("kernels") if keyword == "RUN" and "--output" in rest).split("--output ")[1]
+    instructions = chain("runtime")
+    assert ("COPY", f"--from=kernels {built} ./") in instructions
+    environment = next(rest for keyword, rest in instructions if keyword == "ENV" and "GANTLINE_KERNELS_LIBRARY" in rest)
+    assert f"GANTLINE_KERNELS_LIBRARY=/opt/gantline/{Path(built).name}" in environment
+    assert 'environ.get("GANTLINE_KERNELS_LIBRARY")' in (ROOT / "kernels/gantline_kernels/library.py").read_text()
+    assert not [rest for _, rest in chain("runtime-cpu") if "kernels" in rest]
 
 
 def test_the_small_model_lies_where_the_examples_and_the_chart_look_for_it() -> None:
