@@ -57,7 +57,7 @@ class QuantizeOptions:
     """Windows to calibrate with."""
     sequence_length: int = 512
     """Tokens of a window."""
-    search_windows: int = 4
+    search_windows: int = 2
     """Windows on which the scales' error is measured; clipping uses all."""
     max_perplexity_increase: float | None = None
     """Largest relative increase allowed: 0.05 lets perplexity grow by 5 %."""
