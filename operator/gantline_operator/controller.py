@@ -110,7 +110,7 @@ class Controller:
             self.metrics.errors.labels(type(error).__name__).inc()
             self.metrics.reconciles.labels("retry").inc()
             delay_s = self.queue.retry(key, at_least_s=error.retry_after_s)
-            level = logging.DEBUG if isinstance(error, Conflict) else logging.WARNING
+            level = logging.DEBUG if isinstance(error, (Conflict, NotFound)) else logging.WARNING
             _log.log(level, "%s/%s: trying again in %.1f s: %s", *key, delay_s, error)
         except Exception as error:
             self.metrics.errors.labels(type(error).__name__).inc()

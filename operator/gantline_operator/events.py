@@ -28,7 +28,7 @@ _QUIET = {
     Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.WAITING_FOR_MODEL, Reason.WAITING_FOR_PLAN, Reason.ROLLING_OUT,
     Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
 }  # fmt: skip
-_TELLING = ("PlanResolved", "ModelReady", "QuantizationReady", "Scheduled", "Degraded")
+_TELLING = ("ModelReady", "PlanResolved", "QuantizationReady", "Scheduled", "Degraded")
 _SUCCEEDED = {
     "PlanResolved": EventReason.PLANNED,
     "ModelReady": EventReason.MODEL_INSPECTED,
@@ -46,13 +46,12 @@ class Event:
 
 
 def transitions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Event]:
-    """What happened between two statuses."""
+    """What happened between two statuses, told in the order in which a service comes to life."""
     old = {item["type"]: item for item in before.get("conditions") or []}
     new = {item["type"]: item for item in after.get("conditions") or []}
-    events = [*_started(before, after)]
-    for kind, item in new.items():
-        events.extend(_of_condition(kind, old.get(kind, {}), item))
-    return list(dict.fromkeys(events))
+    prepared = [event for kind in _TELLING if kind in new for event in _of_condition(kind, old.get(kind, {}), new[kind])]
+    summary = _of_condition("Ready", old.get("Ready", {}), new["Ready"]) if "Ready" in new else ()
+    return list(dict.fromkeys([*prepared, *_started(before, after), *summary]))
 
 
 def _started(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:
@@ -83,7 +82,7 @@ def _of_condition(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
         elif old.get("reason") == Reason.SUSPENDED:
             yield Event("Normal", EventReason.RESUMED, "Resumed.")
         return
-    if kind in _TELLING and new["status"] != "Unknown" and new["reason"] not in _QUIET:
+    if new["status"] != "Unknown" and new["reason"] not in _QUIET:
         yield Event("Warning", new["reason"], new.get("message", ""))
 
 

@@ -9,13 +9,17 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gantline_devcluster.api_only import ApiCluster
+from gantline_devcluster import profiles
+from gantline_devcluster.api_only import ApiCluster, add_nodes
+from gantline_devcluster.client import Client as DevClient
+from gantline_devcluster.fates import FatePolicies
 from gantline_operator.client import Client, connect
 from gantline_operator.main import operate
 from gantline_operator.settings import OperatorSettings
@@ -163,7 +167,7 @@ def reason(cluster: ApiCluster, name: str, namespace: str, kind: str = "Ready") 
     return str(conditions.get(kind, {}).get("reason", ""))
 
 
-def wait(check: Callable[[], Any], *, timeout_s: float = 20.0, what: Callable[[], object] = lambda: "") -> Any:
+def wait(check: Callable[[], Any], *, timeout_s: float = 60.0, what: Callable[[], object] = lambda: "") -> Any:
     """`check`'s first true answer."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -173,7 +177,7 @@ def wait(check: Callable[[], Any], *, timeout_s: float = 20.0, what: Callable[[]
     raise AssertionError(f"still not so after {timeout_s:.0f} s: {what()}")
 
 
-def wait_reason(cluster: ApiCluster, name: str, namespace: str, wanted: str, kind: str = "Ready", *, timeout_s: float = 20.0) -> Object:
+def wait_reason(cluster: ApiCluster, name: str, namespace: str, wanted: str, kind: str = "Ready", *, timeout_s: float = 60.0) -> Object:
     """The condition once it has this reason."""
 
     def check() -> Object | None:
@@ -227,7 +231,7 @@ def _settled(cluster: ApiCluster, namespace: str, quiet_s: float) -> dict[str, s
 
 
 def install_crd(cluster: ApiCluster) -> None:
-    cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds" / "gantline.io_inferenceservices.yaml"))
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds" / "gantline.io_inferenceservices.yaml"))
     cluster.kubectl("wait", "--for=condition=Established", "crd/inferenceservices.gantline.io", "--timeout=20s")
 
 
@@ -236,3 +240,82 @@ def serving(cluster: ApiCluster, namespace: str, **changes: Any) -> Iterator[Ope
     """An operator for one namespace, which leaves the other tests' services alone."""
     with Operator(cluster, replace(SETTINGS, watch_namespaces=(namespace,), **changes)) as operator:
         yield operator
+
+
+def volume(cluster: ApiCluster, namespace: str, claim: str) -> None:
+    """A volume that is kept for this claim: the API-only cluster has no provisioner. It goes with the claim."""
+    body = {
+        "metadata": {"name": f"{namespace}-{claim}"},
+        "spec": {
+            "capacity": {"storage": "500Gi"},
+            "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
+            "hostPath": {"path": "/nowhere"},
+            "persistentVolumeReclaimPolicy": "Retain",
+            "claimRef": {"namespace": namespace, "name": claim},
+        },
+    }
+    cluster.client.post("/api/v1/persistentvolumes", body)
+
+
+def copied(before: float = 10.0, after: float = 10.2, **facts: Any) -> str:
+    """What a quantize Job answers."""
+    made = {**FACTS, "weightBytes": 5_700_000_000, "quantization": {"method": "awq", "bits": 4, "groupSize": 128, "version": "gemm"}, **facts}
+    artefact = {"kind": "awq", "path": "/mnt/cache/awq-x", "weight_bytes": 5_700_000_000, "facts": made, "perplexity": {"before": before, "after": after}}
+    return answer(artefact=artefact)
+
+
+def fate(cluster: ApiCluster, role: str, name: str, how: str, message: str = "", **details: Any) -> None:
+    """What becomes of the pods of a service's role from now on."""
+    fates(cluster, [(role, name, how, message, details)])
+
+
+def fates(cluster: ApiCluster, wanted: Iterable[tuple[str, str, str, str, Object]]) -> None:
+    """Several at once: each takes the API server a second to notice."""
+
+    def script(item: tuple[str, str, str, str, Object]) -> None:
+        role, name, how, message, details = item
+        client = DevClient(cluster.kubeconfig)
+        FatePolicies(client).set({"gantline.io/role": role, "gantline.io/service": name}, how, message=message, **details)
+        client.close()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(script, wanted))
+
+
+def inspected(**models: Object) -> list[tuple[str, str, str, str, Object]]:
+    """Fates of inspect Jobs by the service's name: each finds these facts."""
+    return [("inspect", name, "complete", answer(facts=facts), {}) for name, facts in models.items()]
+
+
+def gpu_nodes(cluster: ApiCluster, namespace: str, profile: str, count: int = 1) -> Object:
+    """Nodes for one test alone; the spec that goes there. Services of a test before, which are being deleted, keep off.
+
+    Their names were never used before: kwok takes a minute to notice a node that comes back under its old name.
+    """
+    nodes = profiles.load(profile, count)
+    for node in nodes:
+        node["metadata"]["name"] += namespace.removeprefix("test")
+        node["metadata"]["labels"] |= {"for": namespace, "kubernetes.io/hostname": node["metadata"]["name"]}
+    add_nodes(cluster.client, nodes)
+    return {"accelerator": {"resource": "auto", "nodeSelector": {"for": namespace}}}
+
+
+def remove_gpu_nodes(cluster: ApiCluster, namespace: str) -> None:
+    found = cluster.client.get(f"/api/v1/nodes?labelSelector=for%3D{namespace}").get("items") or []
+    if found:
+        cluster.remove_nodes(*(node["metadata"]["name"] for node in found))
+
+
+def patch(cluster: ApiCluster, name: str, namespace: str, spec: Object) -> None:
+    cluster.kubectl("patch", "gisvc", name, "-n", namespace, "--type=merge", "-p", json.dumps({"spec": spec}))
+
+
+def event_reasons(cluster: ApiCluster, name: str, namespace: str) -> list[str]:
+    """Of the events about the service, oldest first."""
+    found = [item for item in items(cluster, "events", namespace) if item["regarding"]["kind"] == "InferenceService" and item["regarding"]["name"] == name]
+    return [item["reason"] for item in sorted(found, key=lambda item: item["eventTime"])]
+
+
+def server_pods(cluster: ApiCluster, name: str, namespace: str) -> list[Object]:
+    pods = items(cluster, "pods", namespace)
+    return [pod for pod in pods if pod["metadata"]["labels"].get("gantline.io/role") == "server" and pod["metadata"]["labels"]["gantline.io/service"] == name]
