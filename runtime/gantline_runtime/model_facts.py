@@ -68,7 +68,7 @@ class ModelFacts:
     name: str
     revision: str
     fingerprint: str
-    """`sha256:` over config.json, the shard index, every safetensors header and samples of the weights: the same for the same checkpoint."""
+    """`sha256:` over config.json, the index, every safetensors header and samples of the weights: equal for equal checkpoints."""
 
     @property
     def dtype_bytes(self) -> int:
