@@ -27,7 +27,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         | _rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
     ),
     "llama-biases-linear-rope": (
-        "llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32, "num_key_value_heads": 1} | _rope(rope_type="linear", factor=4.0),
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 32, "num_key_value_heads": 1} | _rope(rope_type="linear", factor=4.0),
     ),
     "mistral-window": ("mistral", {"sliding_window": 40}),
     "mistral-no-window-yarn": (

@@ -20,7 +20,7 @@ _BATCH_TOKENS = 4096
 
 
 def make_prompts(count: int, longest: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of 1 to `longest` tokens, most of them short, block boundaries among them; every third begins with one of four shared texts."""
+    """Prompts of 1 to `longest` tokens, mostly short, block boundaries among them; every third begins with one of four shared texts."""
     rng = random.Random(seed)
     shared = [[rng.randrange(vocab_size) for _ in range(longest)] for _ in range(4)]
     lengths = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, longest - 1, longest]

@@ -58,7 +58,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path
 
 
 def run(folder: Path, prompts: list[list[int]], **settings: Any) -> tuple[list[list[int]], LLMEngine]:
-    defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 16, "max_batch_size": 64, "session_len": 704, "num_cache_blocks": 2816}
+    defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 16, "max_batch_size": 64, "session_len": 704}
+    defaults["num_cache_blocks"] = 2816
     engine = LLMEngine(folder, EngineConfig(**{**defaults, **settings}))
     try:
         for i, prompt in enumerate(prompts):
@@ -85,24 +86,30 @@ def test_greedy_tokens_equal_those_of_transformers(configuration: str, setting: 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS if FULL else MAIN)
 def test_two_ranks_give_the_same_tokens(configuration: str, references: dict[str, tuple[Path, Reference]]) -> None:
     folder, reference = references[configuration]
-    prompts = make_prompts(PROMPTS, LONGEST, VOCAB)[:: 1 if FULL else 5]
+    prompts = make_prompts(PROMPTS, LONGEST, VOCAB)[:: 1 if FULL else 8]
     answers, engine = run(folder, prompts, tp=2, max_prefill_token_num=512, num_cache_blocks=160)
     reference.verify(prompts, answers)
     assert engine.stats().num_generated_tokens == len(prompts) * NEW_TOKENS
 
 
-@pytest.mark.skipif(not (TINY_MODEL / "config.json").exists(), reason="the shipped model is not there")
-@pytest.mark.parametrize("setting", SETTINGS if FULL else ("prefix-chunks-of-32", "preempted-no-prefix"))
+SHIPPED = pytest.mark.skipif(not (TINY_MODEL / "config.json").exists(), reason="the shipped model is not there")
+
+
+@SHIPPED
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_the_shipped_models_greedy_tokens_equal_those_of_transformers(setting: str, references: dict[str, tuple[Path, Reference]]) -> None:
+    """All prompts with one setting, a sixth of them with the others, unless the full matrix is asked for."""
     folder, reference = references["shipped"]
-    prompts = make_prompts(PROMPTS, LONGEST, 4000)
-    answers, _ = run(folder, prompts, **SETTINGS[setting])
+    prompts = make_prompts(PROMPTS, LONGEST, 4000)[:: 1 if FULL or setting == "prefix-unlimited" else 6]
+    blocks = {"num_cache_blocks": 44} if setting.startswith("preempted") and not FULL else {}
+    answers, engine = run(folder, prompts, **{**SETTINGS[setting], **blocks})
     reference.verify(prompts, answers)
+    assert (engine.stats().num_preemptions > 0) == setting.startswith("preempted")
 
 
-@pytest.mark.skipif(not (TINY_MODEL / "config.json").exists(), reason="the shipped model is not there")
+@SHIPPED
 def test_the_shipped_model_gives_the_same_tokens_on_two_ranks(references: dict[str, tuple[Path, Reference]]) -> None:
     folder, reference = references["shipped"]
-    prompts = make_prompts(PROMPTS, LONGEST, 4000)[:: 1 if FULL else 5]
+    prompts = make_prompts(PROMPTS, LONGEST, 4000)[:: 1 if FULL else 10]
     answers, _ = run(folder, prompts, tp=2)
     reference.verify(prompts, answers)
