@@ -41,6 +41,8 @@ from gantline_runtime.termination import Reason, TerminationMessage
 
 __all__ = ["EngineClient", "EngineUnavailable", "RequestFailed", "RequestGroup"]
 
+_MAX_FOLDER_BYTES = 70
+
 log = logging.getLogger("gantline.server")
 
 
@@ -151,7 +153,7 @@ class EngineClient:
         engine: str | None = None,
     ) -> None:
         """Start the process; `ready` or `died` tells how it went. `engine` names another class than LLMEngine, as `module:class`."""
-        self._folder = tempfile.mkdtemp(prefix="gantline-")
+        self._folder = _socket_folder()
         settings = EngineSettings(
             endpoint=f"ipc://{self._folder}/engine",
             parent_pid=os.getpid(),
@@ -294,3 +296,9 @@ class EngineClient:
         if self._failed is not None:
             return TerminationMessage(Reason(self._failed.reason), self._failed.message, self._failed.cure)
         return describe_exit(returncode, killed_for_memory=self._kills.happened())
+
+
+def _socket_folder() -> str:
+    """A new folder that only this user can enter, with a path short enough: a Unix socket's has at most 107 bytes."""
+    usual = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="gantline-", dir=usual if len(os.fsencode(usual)) <= _MAX_FOLDER_BYTES else "/tmp")

@@ -41,6 +41,8 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._added_ids = frozenset(added)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        """Characters (at most) that one token stands for."""
         self._spells_bytes = "ByteLevel" in repr(backend.decoder)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)

@@ -84,7 +84,7 @@ def test_the_small_runtime_leaves_out_what_belongs_to_gpus() -> None:
     pattern = next(m[1] for m in [re.search(r"grep -vE '([^']+)'", rest) for _, rest in chain("runtime-cpu")] if m)
     pins = (ROOT / "requirements/runtime.txt").read_text().splitlines()
     kept = {line.split("==")[0] for line in pins if not re.match(pattern, line)}
-    assert {"transformers", "fastapi", "safetensors"} <= kept
+    assert {"transformers", "starlette", "safetensors"} <= kept
     assert not {name for name in kept if name.startswith(("nvidia-", "cuda-", "triton", "torch"))}
 
 

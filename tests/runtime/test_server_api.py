@@ -247,6 +247,7 @@ def test_an_unknown_path_is_an_error_in_the_same_shape(server: ServerProcess, pa
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 4000}]}, 400, "context_length_exceeded", "messages"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 5000}, 400, "context_length_exceeded", "prompt"),
         ("/v1/completions", {"prompt": ["a", "a" * 4000]}, 400, "context_length_exceeded", "prompt"),
+        ("/v1/completions", {"prompt": "a" * 60_000}, 400, "context_length_exceeded", "prompt"),
         ("/v1/completions", {"prompt": "a", "temperature": 3}, 400, "invalid_value", "temperature"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"99999": 1}}, 400, "invalid_value", "logit_bias"),
         ("/v1/chat/completions", {"messages": [], "tools": []}, 400, "invalid_value", "messages"),
@@ -334,6 +335,10 @@ class _open_streams:
     def __exit__(self, *error: object) -> None:
         for context in self._contexts:
             context.__exit__(None, None, None)
+
+
+def test_more_choices_than_the_server_could_ever_queue_are_refused_for_good(slow: ServerProcess) -> None:
+    _assert_error(slow.post("/v1/completions", {"prompt": "a", "n": 4}), 400, "invalid_value", "n")
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_its_blocks(slow: ServerProcess) -> None:

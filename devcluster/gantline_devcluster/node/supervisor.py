@@ -42,7 +42,7 @@ SIMULATED_LEASE_S = 40
 OVERLAYFS_MAGIC = 0x794C7630
 # Imported once where no bytecode exists yet: otherwise every container would compile torch and its like anew, since there the environment
 # is read-only.
-WARMED = "torch transformers fastapi uvicorn huggingface_hub kopf kubernetes.client kubernetes.aio prometheus_client"
+WARMED = "torch transformers starlette uvicorn huggingface_hub kopf kubernetes.client kubernetes.aio prometheus_client"
 WARM_UP = f"""
 import importlib
 for name in {WARMED!r}.split():

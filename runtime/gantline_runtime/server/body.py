@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -12,11 +13,14 @@ from gantline_runtime.server.sse import ClientLeft
 
 __all__ = ["parse_body", "read_body"]
 
+BODY_TIMEOUT_S = 60.0
+"""Clients that send a byte now and then must not hold connections and memory for ever."""
+
 M = TypeVar("M", bound=BaseModel)
 
 
 async def parse_body(request: Request, model: type[M], limit: int) -> M:
-    """Raises ApiError 413 or 415, ClientLeft, or pydantic.ValidationError."""
+    """Raises ApiError 408, 413 or 415, ClientLeft, or pydantic.ValidationError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         # Browsers send other types across origins without asking; a page that someone looks at must not be able to use the server.
@@ -25,18 +29,22 @@ async def parse_body(request: Request, model: type[M], limit: int) -> M:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, of at most `limit` bytes."""
+    """The whole body, of at most `limit` bytes, which must arrive within `BODY_TIMEOUT_S`."""
     too_large = ApiError(413, f"The body has more than {limit} bytes.", code="body_too_large", headers={"Connection": "close"})
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
     chunks, size = [], 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            chunks.append(chunk)
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise too_large
+                chunks.append(chunk)
     except ClientDisconnect:
         raise ClientLeft from None
+    except TimeoutError:
+        cause = f"The body did not arrive within {BODY_TIMEOUT_S:g} s."
+        raise ApiError(408, cause, code="request_timeout", headers={"Connection": "close"}) from None
     return b"".join(chunks)

@@ -46,7 +46,7 @@ async def _start(
     service: Service, model: Model, request_id: str, fields: CompletionRequest, ticket: Ticket
 ) -> tuple[Generation, list[str]]:
     """The generation, and what `echo` puts before each choice."""
-    prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt) for prompt in fields.prompt]
+    prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt, param="prompt") for prompt in fields.prompt]
     sampling = []
     for prompt in prompts:
         if not prompt:

@@ -3,7 +3,8 @@
 `message` names cause and cure, `param` the field at fault (`messages[2].content`) or null, `code` is for programs:
 
     400 invalid_json, invalid_value, missing_parameter, unknown_parameter, unsupported_parameter, context_length_exceeded, invalid_template
-    404 not_found, model_not_found     405 method_not_allowed     413 body_too_large     415 unsupported_media_type
+    404 not_found, model_not_found     405 method_not_allowed
+    408 request_timeout                413 body_too_large         415 unsupported_media_type
     429 queue_full (Retry-After)       500 internal_error, engine_error
     503 not_ready, draining, shutting_down, engine_dead, engine_stuck (Retry-After)
 """

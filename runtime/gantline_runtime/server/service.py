@@ -105,7 +105,10 @@ class Service:
 
     def admit(self, count: int) -> Ticket:
         """Places for `count` engine requests. Raises ApiError 429 if more would wait than the queue may hold."""
-        if self._num_admitted and self._num_admitted + count > self._capacity:
+        if count > self._capacity:
+            message = f"{count} choices are asked for at once; this server runs or queues at most {self._capacity}."
+            raise ApiError(400, message, code="invalid_value", param="n")
+        if self._num_admitted + count > self._capacity:
             raise self.queue_full()
         self._num_admitted += count
         self.idle.clear()
@@ -119,7 +122,7 @@ class Service:
 
     # ---- text to tokens
 
-    async def encode_chat(self, messages: Sequence[Message], variables: dict[str, Any], *, add_special_tokens: bool = False) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
         """Token ids of the prompt that the model's template makes of `messages`. Templates write their special tokens themselves."""
         assert self.model is not None
         reserved = RESERVED_NAMES & variables.keys()
@@ -131,11 +134,16 @@ class Service:
             text = await self.model.renderer.render([message.for_template() for message in messages], variables)
         except TemplateError as error:
             raise ApiError(400, f"{str(error)[:1].upper()}{str(error)[1:]}.", code="invalid_template", param="messages") from None
-        return await self.encode(text, add_special_tokens=add_special_tokens)
+        return await self.encode(text, add_special_tokens=False, param="messages")
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
+        """Token ids of `text`. With `param`, the field that it comes from, a text that cannot fit the context is refused before it is
+        tokenized, which for megabytes takes seconds."""
         assert self.model is not None
         tokenizer = self.model.tokenizer
+        if param is not None and len(text) > self.session_len * tokenizer.max_token_chars:
+            message = f"The prompt has {len(text)} characters; they cannot fit the {self.session_len} tokens of the model's context."
+            raise ApiError(400, message, code="context_length_exceeded", param=param)
         return await self.in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def in_thread(self, work: Callable[[], T]) -> T:

@@ -51,6 +51,12 @@ class TemplateRenderer:
     async def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Raises TemplateError, also for a template that takes too long or too much memory."""
         payload = msgspec.msgpack.encode({"messages": messages, "variables": variables})
+        rendering = asyncio.create_task(self._render(payload))
+        # A client that leaves in the middle must not cost the others the child: the exchange ends as it would have.
+        rendering.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(rendering)
+
+    async def _render(self, payload: bytes) -> str:
         async with self._lock:
             child = await self._ensure_child()
             return await self._in_time(self._exchange(child, payload), self._timeout_s)
