@@ -148,16 +148,18 @@ def _required_tokens(spec: InferenceServiceSpec, facts: ModelFacts) -> int:
 
 
 def _estimate(spec: InferenceServiceSpec, variant: Variant, tp: int, dtype: str, device_bytes: int, *, cpu: bool = False) -> MemoryEstimate:
+    batch = spec.engine.max_batch_size or (CPU_BATCH_SIZE if cpu else EngineConfig.max_batch_size)
+    width, device = DTYPE_BYTES[dtype], "cpu" if cpu else "cuda"
     return sizing.estimate(
         variant.facts,
         tp=tp,
         session_len=_required_tokens(spec, variant.facts),
         concurrency=1,  # the tokens of all sessions together
-        dtype_bytes=DTYPE_BYTES[dtype],
-        kv_bytes=DTYPE_BYTES[dtype],
+        dtype_bytes=width,
+        kv_bytes=width,
         gpu_memory_bytes=device_bytes,
         usable_share=CPU_USABLE_SHARE if cpu else sizing.USABLE_SHARE,
-        workspace_bytes=sizing.CPU_WORKSPACE_BYTES if cpu else sizing.WORKSPACE_BYTES,
+        workspace_bytes=sizing.workspace_bytes(variant.facts, tp=tp, dtype_bytes=width, max_batch_size=batch, device=device),
         cache_share=spec.engine.cache_max_entry_count,
     )
 

@@ -21,6 +21,7 @@ __all__ = [
     "CPU_WORKSPACE_BYTES",
     "GIB",
     "MIN_SESSION_LEN",
+    "STEP_TOKENS",
     "TENSOR_PARALLEL",
     "TYPICAL_CONCURRENCY",
     "TYPICAL_SESSION_LEN",
@@ -40,6 +41,7 @@ __all__ = [
     "max_concurrency",
     "max_session_len",
     "required_cache_tokens",
+    "workspace_bytes",
 ]
 
 GIB = 1 << 30
@@ -52,11 +54,15 @@ WEIGHT_OVERHEAD = 1.05 * 1.02 - 1
 padding of vocabulary shards. KAITO's estimator arrived at the same two factors from its users' failures."""
 
 WORKSPACE_BYTES = int(2.3 * GIB)
-"""What a GPU holds beside weights and cache: CUDA context and libraries (about 0.6 GiB), activations of a step of 8192 tokens (about 1 GiB
-at hidden size 8192 with the logits), NCCL's buffers and captured graphs."""
+"""Least that a GPU holds beside weights and cache: CUDA context and libraries (about 0.6 GiB), NCCL's buffers and captured graphs, and the
+activations of a step of a small model."""
 
-CPU_WORKSPACE_BYTES = int(1.5 * GIB)
-"""The same for one process on a CPU: Python with torch is 0.5 GiB resident, the API process beside it 0.4, activations the rest."""
+CPU_WORKSPACE_BYTES = GIB
+"""The same for one process on a CPU, without activations: Python with torch is 0.55 GiB resident, the API and template processes beside it
+0.1 (measured with the shipped model), the rest is the allocator's."""
+
+STEP_TOKENS = 8192
+"""Most tokens of one step (the engine's `max_prefill_token_num`)."""
 
 USABLE_SHARE = 0.90
 """Share of a GPU's labelled memory that is promised; ECC, the driver and fragmentation take 3 to 8 %."""
@@ -69,6 +75,8 @@ MIN_SESSION_LEN = 256
 """A cache that cannot hold one session of this length serves nobody."""
 
 _AWQ_PACK = 8  # 4-bit values in one int32; a shard's columns must be whole words
+_CUDA_FIXED_BYTES = int(0.85 * GIB)  # context, libraries, captured graphs
+_LOGITS_COPIES = 4  # logits in float32, their softmax, and what filters and penalties keep
 _LOAD_BYTES_PER_S = 200e6  # a network volume's sequential read; local NVMe is ten times faster, and a promise must hold on the slow one
 _LOAD_FIXED_S = {"cuda": 60.0, "cpu": 20.0}  # imports, CUDA context, first compilation, warm-up
 
@@ -132,6 +140,21 @@ def estimate(
         capacity_tokens=room // token_bytes,
         cache_bytes_per_token=token_bytes,
     )
+
+
+def workspace_bytes(facts: ModelFacts, *, tp: int, dtype_bytes: int, max_batch_size: int, device: str) -> int:
+    """Bytes that one rank holds beside weights and cache; `device` is `cuda` or `cpu`.
+
+    The activations of the largest step (two of the feed-forward's inner width and their product, four of the residual's, queries, keys and
+    values twice), the logits of all requests, and on a CPU two unpacked matrices: its kernels have no other way to use packed weights.
+    """
+    heads = (facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim
+    widths = (3 * facts.intermediate_size + 2 * heads) // tp + 4 * facts.hidden_size
+    total = STEP_TOKENS * widths * dtype_bytes + _LOGITS_COPIES * max_batch_size * facts.vocab_size * 4
+    if device == "cuda":
+        return max(WORKSPACE_BYTES, total + _CUDA_FIXED_BYTES)
+    unpacked = 4 * facts.hidden_size * facts.intermediate_size // tp * dtype_bytes if facts.quantization is not None else 0
+    return CPU_WORKSPACE_BYTES + total + unpacked
 
 
 def required_cache_tokens(session_len: int, max_batch_size: int) -> int:

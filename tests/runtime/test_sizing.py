@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from gantline_runtime import sizing
+from gantline_runtime.config import EngineConfig
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.model_facts import ModelFacts, Quantization
 from gantline_runtime.sizing import GIB
@@ -141,6 +142,23 @@ def test_session_length_and_concurrency_follow_from_the_tokens_that_fit() -> Non
     assert sizing.max_session_len(make_facts(), 10_000) == 10_000
     assert sizing.max_session_len(make_facts(), 1 << 30) == 131072
     assert sizing.max_concurrency(100_000, 8192) == 12
+
+
+def test_the_workspace_grows_with_the_model_and_shrinks_with_the_split() -> None:
+    def of(facts: ModelFacts, tp: int = 1, device: str = "cuda") -> int:
+        return sizing.workspace_bytes(facts, tp=tp, dtype_bytes=2, max_batch_size=256, device=device)
+
+    small = make_facts(hidden_size=256, intermediate_size=768, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=4096)
+    assert of(small) == sizing.WORKSPACE_BYTES, "2.3 GiB at least on a GPU"
+    assert sizing.CPU_WORKSPACE_BYTES < of(small, device="cpu") < 1.2 * GIB
+    assert of(small) < of(make_facts()) < of(LLAMA_70B) < 4 * GIB
+    assert of(LLAMA_70B, 8) < of(LLAMA_70B, 2) < of(LLAMA_70B)
+    awq = sizing.awq_facts(make_facts())
+    assert of(awq, device="cpu") - of(make_facts(), device="cpu") == 2 * (2 * 4096 * 14336) * 2, "gate and up, unpacked, twice"
+
+
+def test_the_largest_step_is_the_engines() -> None:
+    assert EngineConfig().max_prefill_token_num == sizing.STEP_TOKENS
 
 
 def test_more_weights_take_longer_to_load_and_more_ranks_never_less() -> None:
