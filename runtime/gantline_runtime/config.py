@@ -87,18 +87,21 @@ class ServerConfig:
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
     """Give `parser` one flag for each field of the dataclass `cls`; dashes and underscores are both accepted."""
-    group = parser.add_argument_group(cls.__name__)
+    group = parser.add_argument_group(cls.__name__.removesuffix("Config").lower())
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        names = [_flag(item.name)] + ([f"--{item.name}"] if "_" in item.name else [])
         kind, choices, optional = _kind(hints[item.name])
         default = "auto" if item.default is None else item.default
-        text = f"{item.metadata['help']} (default: {default})".replace("%", "%%")
+        options: dict[str, Any] = {"dest": item.name}
         if kind is bool:
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, default=item.default, help=text)
+            default = "on" if item.default else "off"
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            convert = _or_auto(kind) if optional else kind
-            group.add_argument(*names, type=convert, choices=choices, default=item.default, help=text)
+            options.update(type=_or_auto(kind) if optional else kind, choices=choices, metavar=None if choices else _METAVARS[kind])
+        text = f"{item.metadata['help']} (default: {default})".replace("%", "%%")
+        group.add_argument(_flag(item.name), default=item.default, help=text, **options)
+        if "_" in item.name:  # the same flag as LMDeploy's configuration spells it; not worth a line of its own in --help
+            group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
 
 def from_arguments(cls: type[T], namespace: argparse.Namespace) -> T:
@@ -127,6 +130,9 @@ def to_arguments(config: Any) -> list[str]:
         else:
             flags.append(f"{_flag(item.name)}={'auto' if value is None else value}")
     return flags
+
+
+_METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 def _flag(name: str) -> str:
