@@ -43,8 +43,9 @@ class FreeExecutor:
         self.depth = 1
         self.num_blocks = config.num_cache_blocks
         self.limits = BatchLimits(config.max_prefill_token_num, config.max_batch_size + 1, -(-config.session_len // config.block_size))
-        self.memory = MemoryReport(0, 0, 0, 0, 0)
+        self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0)
         self.failed = False
+        self.capture_seconds: list[float] = []
         self._table = SamplingTable(self.limits.max_slots)
         words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
         self._buffer = np.zeros(words, dtype=np.int32)

@@ -65,6 +65,9 @@ class EngineStats:
     step_times: StepTimes
     memory: MemoryReport
     load_seconds: float
+    num_captures: int
+    """CUDA graphs so far."""
+    longest_capture_s: float
 
 
 @dataclass
@@ -85,6 +88,9 @@ class StepExecutor(Protocol):
     num_blocks: int
     limits: BatchLimits
     memory: MemoryReport
+
+    @property
+    def capture_seconds(self) -> list[float]: ...
 
     @property
     def failed(self) -> bool: ...
@@ -214,6 +220,8 @@ class EngineLoop:
             step_times=replace(counters.times),
             memory=self._executor.memory,
             load_seconds=self._load_seconds,
+            num_captures=len(self._executor.capture_seconds),
+            longest_capture_s=max(self._executor.capture_seconds, default=0.0),
         )
 
     def reset_prefix_cache(self) -> None:

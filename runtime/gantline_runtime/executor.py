@@ -6,6 +6,7 @@ Settings left to `auto` are resolved here, where the device and the checkpoint a
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = ["Executor", "MemoryReport"]
 
 _HOST_RESERVE_BYTES = 768 << 20
 """Kept free on a CPU beside the cache: the API process (0.4 GiB) and activations."""
+_POLL_S = 50e-6
 _NUM_BUFFERS = 3
 """Batches whose copy to the device may be under way at once: one more than steps in flight, and one being written."""
 
@@ -43,7 +45,10 @@ class MemoryReport:
     weight_bytes: int
     cache_bytes: int
     cache_bytes_per_token: int
+    workspace_bytes: int
+    """Measured with the largest steps, and reserved before the cache was sized; 0 on a CPU."""
     estimated_weight_bytes: int
+    estimated_workspace_bytes: int
     estimated_cache_bytes_per_token: int
 
 
@@ -90,9 +95,9 @@ class Executor:
         limits = _limits(config, config.block_size)
         if self._workers is not None:
             self._workers.send((limits, config.block_size))
-        workspace = self._runner.measure_workspace(limits, config.block_size)
-        free = [free_bytes(self.device, shared_by=config.tp) - workspace, *(self._workers.gather() if self._workers is not None else ())]
-        return min(free)
+        self._workspace_bytes = self._runner.measure_workspace(limits, config.block_size)
+        own = free_bytes(self.device, shared_by=config.tp) - self._workspace_bytes
+        return min([own, *(self._workers.gather() if self._workers is not None else ())])
 
     def _allocate(self, plan: WorkerPlan) -> None:
         if self._workers is not None:
@@ -112,6 +117,8 @@ class Executor:
             weight_bytes=self._runner.weight_bytes,
             cache_bytes=self.num_blocks * self.block_bytes,
             cache_bytes_per_token=self.block_bytes // self.config.block_size,
+            workspace_bytes=self._workspace_bytes,
+            estimated_workspace_bytes=expected.workspace,
             estimated_weight_bytes=expected.weights,
             estimated_cache_bytes_per_token=expected.cache_bytes_per_token,
         )
@@ -147,10 +154,18 @@ class Executor:
 
     def read(self, pending: PendingTokens) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         try:
+            while self._workers is not None and not pending.ready:  # a dead rank would leave us waiting in a collective for ever
+                self._workers.check()
+                time.sleep(_POLL_S)
             return pending.read()
         except RuntimeError:
             self._blame_dead_rank()
             raise
+
+    @property
+    def capture_seconds(self) -> list[float]:
+        """How long the capture of each CUDA graph took."""
+        return self._runner.capture_seconds
 
     @property
     def failed(self) -> bool:

@@ -22,7 +22,7 @@ import torch
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.memory import available_cpus
 
-__all__ = ["Transfer", "run_transfers"]
+__all__ = ["Piece", "PieceFiles", "Transfer", "pieces_of", "run_transfers"]
 
 _BUFFER_BYTES = 16 << 20
 _MAX_THREADS = 16
@@ -60,7 +60,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Rows `first` to `last` (of the destination) of a transfer: what fits into a buffer."""
 
     transfer: Transfer
@@ -75,15 +75,19 @@ class _Piece:
     def num_bytes(self) -> int:
         return (self.last - self.first) * self.row_bytes
 
+    @property
+    def destination(self) -> torch.Tensor:
+        return self.transfer.destination[self.first : self.last]
+
 
 def run_transfers(transfers: list[Transfer], advance: Callable[[int], None]) -> None:
     """Fill the destinations, which all lie on one GPU; `advance` hears of bytes read, from this thread. Raises CheckpointError."""
     device = transfers[0].destination.device
-    pieces = [piece for transfer in transfers for piece in _pieces(transfer)]
+    pieces = [piece for transfer in transfers for piece in pieces_of(transfer)]
     readers = threading.local()
     every: list[_Reader] = []
 
-    def move(piece: _Piece) -> int:
+    def move(piece: Piece) -> int:
         if not hasattr(readers, "own"):
             readers.own = _Reader(device)
             every.append(readers.own)
@@ -102,55 +106,65 @@ def run_transfers(transfers: list[Transfer], advance: Callable[[int], None]) -> 
         reader.close()
 
 
-def _pieces(transfer: Transfer) -> Iterator[_Piece]:
+def pieces_of(transfer: Transfer) -> Iterator[Piece]:
+    """The transfer in pieces that fit into a buffer (or of one row, where a row does not)."""
     rows = len(transfer.destination)
     if not transfer.destination.numel():
         return
     row_bytes = transfer.destination[0].numel() * transfer.dtype.itemsize
     step = max(1, _BUFFER_BYTES // row_bytes)
     for first in range(0, rows, step):
-        yield _Piece(transfer, first, min(first + step, rows))
+        yield Piece(transfer, first, min(first + step, rows))
 
 
 class _Reader:
-    """One thread's buffers, stream and open files."""
+    """One thread's way to the device: two pinned buffers and a stream."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.set_device(device)
+        self.files = PieceFiles()
         self._stream = torch.cuda.Stream(device)
         self._buffers: list[torch.Tensor | None] = [None, None]
         self._events = [torch.cuda.Event(), torch.cuda.Event()]
         self._next = 0
-        self._files: dict[Path, int] = {}
-        self._mappings: dict[Path, np.memmap[tuple[int], np.dtype[np.uint8]]] = {}
 
-    def move(self, piece: _Piece) -> None:
+    def move(self, piece: Piece) -> None:
         index, self._next = self._next, 1 - self._next
         buffer = self._buffers[index]
         if buffer is None or len(buffer) < piece.num_bytes:
             buffer = self._buffers[index] = torch.empty(max(_BUFFER_BYTES, piece.num_bytes), dtype=torch.uint8, pin_memory=True)
         self._events[index].synchronize()  # the copy that read this buffer last is over
         filled = buffer[: piece.num_bytes]
-        self._read(piece, filled)
-        transfer = piece.transfer
-        destination = transfer.destination[piece.first : piece.last]
+        self.files.read(piece, filled)
+        transfer, destination = piece.transfer, piece.destination
         with torch.cuda.stream(self._stream):
             if not destination.is_contiguous() or destination.dtype != transfer.dtype:
                 filled = filled.to(destination.device, non_blocking=True)  # converted, or spread out, on the device
             destination.copy_(filled.view(transfer.dtype).view(destination.shape), non_blocking=True)
             self._events[index].record(self._stream)
 
-    def _read(self, piece: _Piece, filled: torch.Tensor) -> None:
-        """The piece's bytes, packed, into `filled`."""
+    def close(self) -> None:
+        self._stream.synchronize()
+        self.files.close()
+
+
+class PieceFiles:
+    """Reads pieces, packed, into host memory; keeps its files open."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._mappings: dict[Path, np.memmap[tuple[int], np.dtype[np.uint8]]] = {}
+
+    def read(self, piece: Piece, filled: torch.Tensor) -> None:
+        """The piece's bytes into `filled`, uint8 of just that size. Raises CheckpointError."""
         transfer = piece.transfer
         row = transfer.source[0].start + piece.first
         columns = transfer.source[1:]
-        whole = all(part.stop - part.start == size for part, size in zip(columns, transfer.shape[1:], strict=True))
-        if whole:
+        if all(part.stop - part.start == size for part, size in zip(columns, transfer.shape[1:], strict=True)):
             self._read_range(transfer, transfer.start + row * piece.row_bytes, filled)
-            return
-        matrix = self._matrix(transfer)[row : row + piece.last - piece.first, columns[0]]
-        np.copyto(filled.view(_VIEWS[transfer.dtype.itemsize][1]).numpy().reshape(matrix.shape), matrix)
+        else:
+            matrix = self._matrix(transfer)[row : row + piece.last - piece.first, columns[0]]
+            np.copyto(filled.view(_VIEWS[transfer.dtype.itemsize][1]).numpy().reshape(matrix.shape), matrix)
 
     def _read_range(self, transfer: Transfer, start: int, filled: torch.Tensor) -> None:
         view, done = memoryview(filled.numpy()), 0
@@ -163,28 +177,26 @@ class _Reader:
             done += count
 
     def _open(self, transfer: Transfer) -> int:
-        if transfer.path not in self._files:
+        if transfer.path not in self._descriptors:
             try:
-                self._files[transfer.path] = os.open(transfer.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[transfer.path] = os.open(transfer.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise CheckpointError(f"{transfer.path.name!r} cannot be read: {error}", cure="Check permissions and the volume.") from None
-        return self._files[transfer.path]
+        return self._descriptors[transfer.path]
 
     def _matrix(self, transfer: Transfer) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
         """The whole stored matrix, mapped."""
-        descriptor = self._open(transfer)
-        transfer.check_length(os.fstat(descriptor).st_size)
+        transfer.check_length(os.fstat(self._open(transfer)).st_size)
         if transfer.path not in self._mappings:
             self._mappings[transfer.path] = np.memmap(transfer.path, dtype=np.uint8, mode="r")
         raw = self._mappings[transfer.path][transfer.start : transfer.start + transfer.num_elements * transfer.dtype.itemsize]
         return raw.view(_VIEWS[transfer.dtype.itemsize][0]).reshape(transfer.shape)
 
     def close(self) -> None:
-        self._stream.synchronize()
         self._mappings.clear()
-        for descriptor in self._files.values():
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
-        self._files.clear()
+        self._descriptors.clear()
 
 
 _VIEWS = {1: (np.uint8, torch.uint8), 2: (np.uint16, torch.uint16), 4: (np.uint32, torch.uint32)}

@@ -47,8 +47,9 @@ class FakeExecutor:
         self.num_blocks = config.num_cache_blocks
         max_blocks = -(-config.session_len // config.block_size)
         self.limits = BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
-        self.memory = MemoryReport(0, 0, 0, 0, 0)
+        self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0)
         self.failed = False
+        self.capture_seconds: list[float] = []
         self.closed = False
         words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
         self._buffer = np.zeros(words, dtype=np.int32)
