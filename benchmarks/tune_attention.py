@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline depths of Triton's attention kernels, all timed in one call: `python -m benchmarks.tune_attention`.
 
-`--parts` times how many parts a context is best split into instead. Variants are compiled first, by several processes at once, into Triton's cache; then timed one after the other. The best of each goes into
-the kernel's own choice, by hand, with a line in docs/perf-log.md.
+`--parts` times into how many parts a context is best split instead. Variants are compiled first, by several processes at once, into
+Triton's cache; then timed one after the other. The best of each goes into the kernel's own choice, by hand, with a line in
+docs/perf-log.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from gantline_kernels.triton_kernels.decode import decode_attention
 from gantline_kernels.triton_kernels.prefill import prefill_attention
 
-from benchmarks.kernels import DIM, Case, mixed_contexts, paged_inputs
+from benchmarks.kernels import DIM, Case, paged_inputs
 
 Variant = tuple[str, dict[str, Any]]
 
@@ -66,13 +67,12 @@ def _time(kind: str, options: dict[str, Any], name: str, queries: list[int], con
 
 
 def time_parts() -> None:
-    for batch, context in ((1, 1024), (1, 32768), (16, 512), (16, 1024), (64, 1024)):
-        name = f"{batch} x {context}"
+    for batch, context in ((1, 1024), (1, 32768), (16, 512), (16, 1024), (16, 8192), (64, 1024), (256, 1024)):
         for parts in (1, 2, 4, 8, 16, 32, 64):
-            if parts * 64 <= context and parts * batch <= 256:
-                _time("decode", {"tile": 64, "num_warps": 2, "num_stages": 3}, name, [1] * batch, [context] * batch, parts)
-    for parts in (1, 2, 4, 8):
-        _time("decode", {"tile": 64, "num_warps": 2, "num_stages": 3}, "128 x 1-16k", [1] * 128, mixed_contexts(), parts)
+            for stages in (3, 5, 7):
+                if parts * 64 <= context and 64 <= parts * batch * 8 <= 4096:
+                    options = {"tile": 64, "num_warps": 2, "num_stages": stages}
+                    _time("decode", options, f"{batch} x {context}", [1] * batch, [context] * batch, parts)
 
 
 def main() -> int:

@@ -406,14 +406,14 @@ __global__ __launch_bounds__(THREADS, 1) void prefill(const __grid_constant__ CU
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    registers_decrease<32>();
+    registers_decrease<40>();
     feed<T, DIM>(args, &key_map, &value_map, shared);
     if (threadIdx.x == 0 && atomicAdd(args.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
       args.counters[0] = 0;  // the last block: nobody fetches any more
       args.counters[1] = 0;
     }
   } else {
-    registers_increase<240>();
+    registers_increase<232>();
     compute<T, DIM>(args, shared);
   }
 }

@@ -16,7 +16,7 @@ import triton.language as tl
 __all__ = ["argmax", "sample"]
 
 _PART = 16384
-_SCRATCH = 16384
+_SCRATCH = 32768
 """Logits of one sixteenth that are gathered; where there are more, the whole row is read again instead."""
 
 
