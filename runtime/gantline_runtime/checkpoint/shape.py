@@ -10,7 +10,7 @@ from gantline_runtime.checkpoint.files import quote
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason
 
-__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "SUPPORTED_ARCHITECTURES", "AwqFormat", "ModelShape", "parse_shape"]
+__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "ROPE_TYPES", "SUPPORTED_ARCHITECTURES", "AwqFormat", "ModelShape", "parse_shape"]
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -20,6 +20,7 @@ FAMILIES = {
 }
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 AWQ_GROUP_SIZES = (32, 64, 128)
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _MODEL_TYPES = {family: architecture for architecture, family in FAMILIES.items()}
 _DTYPES = ("float32", "bfloat16", "float16")
 _CONFIG_CURE = "Correct config.json, or download the checkpoint again."
@@ -80,6 +81,7 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise _unsupported(f"config.json: the activation {quote(activation)} is not implemented for {architecture}, only 'silu' is")
+    _check_rope(config)
     return ModelShape(
         architecture=architecture,
         family=family,
@@ -139,6 +141,20 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"config.json: {key} is {quote(value)}; expected true or false", cure=_CONFIG_CURE)
     return bool(value)
+
+
+def _check_rope(config: Mapping[str, Any]) -> None:
+    """Only the kind, so that a model that cannot be served is turned down when it is inspected; the numbers are the engine's matter."""
+    section = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(section, Mapping):
+        raise CheckpointError("config.json: rope_parameters is no object", cure=_CONFIG_CURE)
+    kind = section.get("rope_type", section.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise CheckpointError(
+            f"config.json: the rotary embedding {quote(kind)} is not implemented",
+            reason=Reason.UNSUPPORTED_ARCHITECTURE,
+            cure=f"Supported: {', '.join(ROPE_TYPES)}.",
+        )
 
 
 def _parse_head_dim(config: Mapping[str, Any], family: str, hidden: int, heads: int) -> int:
