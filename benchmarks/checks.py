@@ -33,59 +33,83 @@ def choose(requests: list[tuple[list[int], int]], count: int = 8) -> list[int]:
     return sorted({longest, *spread[: count - 1]} if len(requests) >= count else range(len(requests)))
 
 
+@dataclass(frozen=True)
+class _Forced:
+    """One model's view of the generated tokens, a row each: their log-probabilities, its own choices, and the gap from its best logit to
+    that of the generated token and to that of another model's choice. float64, int64."""
+
+    logprobs: torch.Tensor
+    choices: torch.Tensor
+    gaps: torch.Tensor
+    other_gaps: torch.Tensor
+
+
 @torch.inference_mode()
 def check(model_dir: Path, groups: dict[str, list[Sample]], device: str = "cuda") -> dict[str, dict[str, Any]]:
     """Each group judged by itself; the two reference models are loaded once for all of them.
 
     Figures: mean and 99.9th-percentile error of the log-probabilities against float32, beside those of transformers' own bf16, and the
-    largest gap between the reference's best logit and the chosen token's. `passed` holds the three bounds; NaN never passes.
+    largest gap from the reference's best logit to the chosen token's, beside that of the tokens that transformers' bf16 would have chosen.
+    `passed`: the errors within 1.5 times bf16's own, the gap within 0.1 or, where bf16's own is larger, 1.5 times that (on random weights
+    the best logits lie so close together that no bf16 arithmetic keeps within 0.1). NaN never passes.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    exact = _teacher_forced(model_dir, groups, torch.float32, device)
-    rounded = _teacher_forced(model_dir, groups, torch.bfloat16, device)
-    return {name: _judge(samples, *exact[name], rounded[name][0]) for name, samples in groups.items()}
+    rounded = _teacher_forced(model_dir, groups, torch.bfloat16, device, {})
+    exact = _teacher_forced(model_dir, groups, torch.float32, device, {name: forced.choices for name, forced in rounded.items()})
+    return {name: _judge(samples, exact[name], rounded[name]) for name, samples in groups.items()}
 
 
-def _judge(samples: list[Sample], reference: torch.Tensor, gaps: torch.Tensor, rounded: torch.Tensor) -> dict[str, Any]:
+def _judge(samples: list[Sample], exact: _Forced, rounded: _Forced) -> dict[str, Any]:
     ours = torch.tensor([value for sample in samples for value in sample.logprobs], dtype=torch.float64)
-    error, floor = (ours - reference).abs(), (rounded - reference).abs()
+    error, floor = (ours - exact.logprobs).abs(), (rounded.logprobs - exact.logprobs).abs()
     figures = {
         "mean_error": error.mean().item(), "p999_error": error.quantile(0.999).item(),
         "bf16_mean_error": floor.mean().item(), "bf16_p999_error": floor.quantile(0.999).item(),
-        "largest_gap": gaps.max().item(),
+        "largest_gap": exact.gaps.max().item(), "bf16_largest_gap": exact.other_gaps.max().item(),
     }  # fmt: skip
     passed = (
         bool(torch.isfinite(ours).all())
         and figures["mean_error"] <= _ALLOWED_RATIO * figures["bf16_mean_error"]
         and figures["p999_error"] <= _ALLOWED_RATIO * figures["bf16_p999_error"]
-        and figures["largest_gap"] <= _ALLOWED_GAP
+        and figures["largest_gap"] <= max(_ALLOWED_GAP, _ALLOWED_RATIO * figures["bf16_largest_gap"])
     )
     return {"passed": passed, "tokens": ours.numel(), **{name: round(value, 6) for name, value in figures.items()}}
 
 
 def _teacher_forced(
-    model_dir: Path, groups: dict[str, list[Sample]], dtype: torch.dtype, device: str
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(log-probability of each generated token, gap of its logit to the best), float64, each group's samples in one row."""
+    model_dir: Path, groups: dict[str, list[Sample]], dtype: torch.dtype, device: str, others: dict[str, torch.Tensor]
+) -> dict[str, _Forced]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map=device).eval()
     results = {}
     for name, samples in groups.items():
-        pairs = [pair for sample in samples for pair in _rows_of(model, sample, device)]
-        results[name] = (torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs]))
+        logits_parts = (part for sample in samples for part in _logits(model, sample, device))
+        results[name] = _view(logits_parts, [t for s in samples for t in s.tokens], others.get(name))
     del model
     if device == "cuda":
         torch.cuda.empty_cache()
     return results
 
 
-def _rows_of(model: Any, sample: Sample, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _logits(model: Any, sample: Sample, device: str) -> Iterator[torch.Tensor]:
+    """The logits from which each generated token was chosen, float64, some rows at a time."""
     ids = torch.tensor([sample.prompt + sample.tokens[:-1]], device=device)
     hidden = model.model(ids).last_hidden_state[0, len(sample.prompt) - 1 :]
-    chosen = torch.tensor(sample.tokens, device=device)
     for start in range(0, len(sample.tokens), _ROWS):
-        logits = model.lm_head(hidden[start : start + _ROWS]).double()
-        picked = logits.gather(1, chosen[start : start + _ROWS, None])[:, 0]
-        yield (picked - logits.logsumexp(-1)).cpu(), (logits.max(-1).values - picked).cpu()
+        yield model.lm_head(hidden[start : start + _ROWS]).double()
+
+
+def _view(parts: Iterator[torch.Tensor], tokens: list[int], other: torch.Tensor | None) -> _Forced:
+    rows: list[tuple[torch.Tensor, ...]] = []
+    at = 0
+    for logits in parts:
+        generated = torch.tensor(tokens[at : at + len(logits)], device=logits.device)
+        best, choices = logits.max(-1)
+        picked = logits.gather(1, generated[:, None])[:, 0]
+        compared = choices if other is None else other[at : at + len(logits)].to(logits.device)
+        gaps = (best - picked, best - logits.gather(1, compared[:, None])[:, 0])
+        rows.append(tuple(t.cpu() for t in (picked - logits.logsumexp(-1), choices, *gaps)))
+        at += len(logits)
+    return _Forced(*(torch.cat(column) for column in zip(*rows, strict=True)))

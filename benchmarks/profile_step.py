@@ -42,8 +42,18 @@ def untraced(engine: LLMEngine, steps: int) -> None:
         engine.step()
     torch.cuda.synchronize()
     wall, after = time.perf_counter() - started, engine.stats().step_times
-    parts = {n: round((getattr(after, n) - getattr(before, n)) * 1e3 / steps, 3) for n in ("schedule_s", "launch_s", "wait_s", "postprocess_s")}
+    names = ("schedule_s", "launch_s", "wait_s", "postprocess_s")
+    parts = {n: round((getattr(after, n) - getattr(before, n)) * 1e3 / steps, 3) for n in names}
     print(f"untraced: {wall * 1e3 / steps:.3f} ms a step; host, ms a step: {parts}")
+
+
+def fill(engine: LLMEngine, repeat: int, options: argparse.Namespace, num_logprobs: int) -> None:
+    rng = random.Random(1)
+    for i in range(options.running):
+        prompt = [rng.randrange(1000, 120_000) for _ in range(options.prompt)]
+        wanted = 0 if i < num_logprobs else None
+        sampling = SamplingParams(max_new_tokens=40 + 4 * options.steps, temperature=0.0, ignore_eos=True, num_logprobs=wanted)
+        engine.add_request(EngineRequest(request_id=f"{repeat}.{i}", prompt_ids=prompt, sampling=sampling))
 
 
 def main() -> None:
@@ -56,20 +66,17 @@ def main() -> None:
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "torch"), default="auto")
     options = parser.parse_args()
     engine = LLMEngine(options.model, EngineConfig(backend=options.backend, dtype="bfloat16", max_batch_size=512, max_waiting=4096))
-    rng = random.Random(1)
-    for repeat in range(2):
+    for repeat, num_logprobs in enumerate((0, 0, 8)):
         engine.reset_prefix_cache()
-        for i in range(options.running):
-            prompt = [rng.randrange(1000, 120_000) for _ in range(options.prompt)]
-            sampling = SamplingParams(max_new_tokens=30 + 4 * options.steps, temperature=0.0, ignore_eos=True)
-            engine.add_request(EngineRequest(request_id=f"{repeat}.{i}", prompt_ids=prompt, sampling=sampling))
-        if repeat and options.prefill:
+        fill(engine, repeat, options, num_logprobs)
+        if repeat == 1 and options.prefill:
             trace(engine, options.steps)
         while engine.stats().num_waiting:
             engine.step()
         for _ in range(20):
             engine.step()
-        if repeat and not options.prefill:
+        if repeat:
+            print(f"{options.running} running, {num_logprobs} of them want log-probabilities")
             untraced(engine, options.steps)
             trace(engine, options.steps)
         while engine.has_work():

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.engine import LLMEngine
+from gantline_runtime.engine import EngineStats, LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams
 
 from benchmarks import ceilings, checks, workloads
@@ -74,15 +74,23 @@ def measure(engine: LLMEngine, workload: Workload, repeats: int) -> tuple[dict[s
     if workload.name == "single":
         return _measure_single(engine, workload, repeats)
     checked = set(checks.choose(workload.requests))
+    before = engine.stats()
     runs = [run_once(engine, workload.requests, checked) for _ in range(repeats)]
     num_out = sum(count for _, count in workload.requests)
     num_all = num_out + sum(len(prompt) for prompt, _ in workload.requests)
     seconds = statistics.median(run.seconds for run in runs)
     figures = {
         "out_tok_s": round(num_out / seconds, 1), "in_out_tok_s": round(num_all / seconds, 1),
-        "seconds": [round(run.seconds, 3) for run in runs],
+        "seconds": [round(run.seconds, 3) for run in runs], "host": _host_times(before, engine.stats()),
     }  # fmt: skip
     return figures, _samples(workload, runs[-1], checked)
+
+
+def _host_times(before: EngineStats, after: EngineStats) -> dict[str, float]:
+    """Steps, and milliseconds of the host in each part of a step."""
+    steps = after.num_steps - before.num_steps
+    spent = {name: value - getattr(before.step_times, name) for name, value in vars(after.step_times).items()}
+    return {"steps": steps, **{name.removesuffix("_s") + "_ms": round(value * 1e3 / steps, 3) for name, value in spent.items()}}
 
 
 def _measure_single(engine: LLMEngine, workload: Workload, repeats: int) -> tuple[dict[str, Any], list[checks.Sample]]:
