@@ -21,6 +21,7 @@ from gantline_operator import chart_test, install_crds
 from gantline_operator.crd import build_crd
 
 from tests.operator.applying import CLUSTER_WIDE, apply, path_of
+from tests.operator.definition import wait_until_served
 from tests.operator.helm import CHART, MINIMUM, render, run_helm
 from tests.operator.render_cases import CASES
 from tests.operator.test_chart import INSTALLATIONS, of_kind
@@ -61,7 +62,7 @@ def may(cluster: ApiCluster, account: tuple[str, str], verb: str, kind: str) -> 
 def definition(api_cluster: ApiCluster) -> ApiCluster:
     """The cluster, with our CustomResourceDefinition served."""
     api_cluster.client.apply(DEFINITION, build_crd(), "gantline-operator")
-    api_cluster.kubectl("wait", "--for=condition=Established", "crd/inferenceservices.gantline.io", "--timeout=30s")
+    wait_until_served(api_cluster)
     return api_cluster
 
 

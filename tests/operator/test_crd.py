@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from gantline_operator.plan import Plan
 from gantline_operator.plan_status import to_status
 from gantline_operator.resource import GROUP, PLURAL
 
+from tests.operator.definition import wait_until_served
 from tests.operator.manifests import BAD_NAMES, BAD_URIS, FULL, GOOD_URIS, MINIMAL, UNKNOWN, WRONG, changed, service
 from tests.operator.planning import MODELS, accepted, cluster_of
 
@@ -75,10 +75,7 @@ def test_the_command_writes_what_the_tests_compare(tmp_path: Path) -> None:
 def definition(api_cluster: ApiCluster) -> ApiCluster:
     """The cluster with our definition established, applied as a user would: from the client's side."""
     api_cluster.kubectl("apply", "-f", str(CHECKED_IN))
-    deadline = time.monotonic() + 30
-    while "gisvc" not in api_cluster.kubectl("api-resources", "--api-group", GROUP, check=False).stdout:
-        assert time.monotonic() < deadline, "the definition is never served"
-        time.sleep(0.1)
+    wait_until_served(api_cluster)
     return api_cluster
 
 

@@ -12,6 +12,8 @@ from gantline_devcluster.api_only import ApiCluster
 from gantline_operator.crd import render_crd
 from gantline_operator.spec import parse_service
 
+from tests.operator.definition import wait_until_served
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MANIFESTS = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
 
@@ -20,7 +22,7 @@ MANIFESTS = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
 def definition(api_cluster: ApiCluster) -> ApiCluster:
     """The cluster, with our CustomResourceDefinition served."""
     api_cluster.kubectl("apply", "--server-side", "--force-conflicts", "--field-manager=gantline-operator", "-f", "-", input=render_crd())
-    api_cluster.kubectl("wait", "--for=condition=Established", "crd/inferenceservices.gantline.io", "--timeout=30s")
+    wait_until_served(api_cluster)
     return api_cluster
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from gantline_operator.plan_status import to_status
 from gantline_operator.spec import parse_spec
 from gantline_runtime.cli import main
 
+from tests.operator.definition import wait_until_served
 from tests.operator.manifests import MINIMAL, service
 from tests.operator.planning import MODELS, cluster_of, node_objects
 
@@ -163,6 +163,7 @@ def test_a_cluster_is_read_with_its_pods_and_what_other_services_were_promised(
 ) -> None:
     cluster = simulated_nodes
     cluster.kubectl("apply", "-f", str(ROOT / "crds/gantline.io_inferenceservices.yaml"))
+    wait_until_served(cluster)
     cluster.simulate("h100")
     command = ["plan", "-f", str(folder / "service.yaml"), "--cluster", "--kubeconfig", str(cluster.kubeconfig)]
     command += ["-n", namespace, "-o", "json"]
@@ -182,9 +183,6 @@ def test_a_cluster_is_read_with_its_pods_and_what_other_services_were_promised(
 
 def _create_service(cluster: ApiCluster, namespace: str, name: str, change: dict[str, Any], report: dict[str, Any]) -> None:
     manifest = service({**MINIMAL, **change}, name)
-    deadline = time.monotonic() + 30
-    while cluster.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(manifest), check=False).returncode:
-        assert time.monotonic() < deadline, "the definition is never served"
-        time.sleep(0.2)
+    cluster.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(manifest))
     status = {"status": {"plan": {k: v for k, v in report["plan"].items() if k != "arguments"}, "model": report["model"]}}
     cluster.kubectl("patch", "gisvc", name, "-n", namespace, "--subresource=status", "--type=merge", "-p", json.dumps(status))
