@@ -82,7 +82,8 @@ def _teacher_forced(
 ) -> dict[str, _Forced]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map=device).eval()
+    where = {} if device == "cpu" else {"device_map": device}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **where).eval()
     results = {}
     for name, samples in groups.items():
         logits_parts = (part for sample in samples for part in _logits(model, sample, device))
