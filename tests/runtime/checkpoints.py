@@ -41,13 +41,13 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write_checkpoint(name: str, folder: Path) -> Path:
-    """The configuration `name` with weights large enough that logits differ clearly and positions matter."""
+def write_checkpoint(name: str, folder: Path, **overrides: Any) -> Path:
+    """The configuration `name`, `overrides` applied, with weights large enough that logits differ clearly and positions matter."""
     import transformers
 
     family, changes = CONFIGURATIONS[name]
     prefix = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**_SMALL, **changes})
+    config = getattr(transformers, f"{prefix}Config")(**{**_SMALL, **changes, **overrides})
     torch.manual_seed(20261120)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():
