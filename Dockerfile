@@ -45,15 +45,20 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8081/healthz', timeout=2)"]
 ENTRYPOINT ["gantline-operator"]
 
-# --- runtime on a CPU: torch without CUDA, 5 GB less --------------------------------------------------------------------------------------
+# --- runtime on a CPU -------------------------------------------------------------------------------------------------------------------------
 FROM base AS runtime-cpu-dependencies
-# torch is published for CPUs alone in an index of its own; with an empty argument the default index's CUDA build is taken.
-ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+# torch is published for CPUs alone in an index of its own: name it with --build-arg TORCH_CPU_INDEX=... for an image that is 5 GB smaller.
+# Without it, the default index's build is taken, with the CUDA libraries that it cannot be imported without.
+ARG TORCH_CPU_INDEX=
 COPY requirements/runtime.txt requirements/
-RUN grep -E '^torch==' requirements/runtime.txt > requirements/torch.txt \
-    && grep -vE '^(torch|triton|nvidia-|cuda-)' requirements/runtime.txt > requirements/rest.txt \
-    && pip --python venv/bin/python install --no-deps ${TORCH_CPU_INDEX:+--index-url "$TORCH_CPU_INDEX"} --requirement requirements/torch.txt \
-    && pip --python venv/bin/python install --no-deps --requirement requirements/rest.txt
+RUN if [ -n "$TORCH_CPU_INDEX" ]; then \
+      grep -E '^torch==' requirements/runtime.txt > requirements/torch.txt \
+      && grep -vE '^(torch|triton|nvidia-|cuda-)' requirements/runtime.txt > requirements/rest.txt \
+      && pip --python venv/bin/python install --no-deps --index-url "$TORCH_CPU_INDEX" --requirement requirements/torch.txt \
+      && pip --python venv/bin/python install --no-deps --requirement requirements/rest.txt; \
+    else \
+      pip --python venv/bin/python install --no-deps --requirement requirements/runtime.txt; \
+    fi
 
 FROM runtime-cpu-dependencies AS runtime-cpu
 COPY examples/tiny-model tiny-model
