@@ -17,8 +17,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from gantline_runtime import sizing
 from gantline_runtime.model_facts import ModelFacts
@@ -109,16 +111,24 @@ def plan(
 
 def plan_inputs(spec: InferenceServiceSpec, facts: ModelFacts) -> str:
     """Hash of what a plan depends on beside the cluster. Replicas, names and the operator's version are no part of it."""
-    wish = spec.quantization
     parts = {
         "model": [facts.fingerprint, facts.weight_bytes],
-        "quantization": [wish.method, wish.policy, wish.bits, wish.group_size],
-        "engine": dataclasses.asdict(spec.engine),
-        "accelerator": dataclasses.asdict(spec.accelerator),
-        "tolerations": [dataclasses.asdict(toleration) for toleration in spec.pod.tolerations],
-        "resources": dataclasses.asdict(spec.pod.resources),
+        "quantization": {key: value for key, value in _given(spec.quantization).items() if key != "max_perplexity_increase"},
+        "engine": _given(spec.engine),
+        "accelerator": _given(spec.accelerator),
+        "tolerations": [_given(toleration) for toleration in spec.pod.tolerations],
+        "resources": _given(spec.pod.resources),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """Fields of a section of the spec that differ from their default: one that a later release adds must not change today's hashes."""
+    default = {
+        item.name: item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        for item in dataclasses.fields(section)
+    }
+    return {name: value for name, value in dataclasses.asdict(section).items() if value != default[name]}
 
 
 def reservation(service: str, spec: InferenceServiceSpec, planned: Plan, pods: int) -> Reservation:
@@ -251,7 +261,7 @@ def _make_plan(spec: InferenceServiceSpec, best: Candidate, inputs: str, turned:
         precision=best.precision,
         quantize=best.variant.quantize,
         memory=best.memory,
-        load_seconds=sizing.load_seconds(best.variant.facts, tp=best.engine.tp, device=device),
+        load_seconds=float(math.ceil(sizing.load_seconds(best.variant.facts, tp=best.engine.tp, device=device))),
         rejected=tuple(turned),
     )
 

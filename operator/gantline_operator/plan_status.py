@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ def to_status(plan: Plan) -> dict[str, Any]:
         "memory": {camel(key): value for key, value in dataclasses.asdict(plan.memory).items()},
         "memoryBytes": placement.memory_bytes,
         "cpuMillis": placement.cpu_millis,
-        "loadSeconds": math.ceil(plan.load_seconds),
+        "loadSeconds": int(plan.load_seconds),
         "waiting": placement.waiting,
         "rejected": _rows(plan.rejected),
     }

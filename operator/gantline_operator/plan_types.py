@@ -78,7 +78,7 @@ class Plan:
     memory: MemoryEstimate
     """Bytes of one GPU, or of one process on a CPU."""
     load_seconds: float
-    """Predicted time from the container's start to ready."""
+    """Predicted time from the container's start to ready, in whole seconds: a plan read back from the status is the same."""
     rejected: tuple[Turned, ...] = ()
 
 
