@@ -169,6 +169,7 @@ class _Phases:
         self._began = time.monotonic()
         self._phase = "import"
         self._sent_at = 0.0
+        send(EngineProgress(phase=self._phase))
         self.seconds: dict[str, float] = {}
 
     def on_progress(self, progress: Any) -> None:

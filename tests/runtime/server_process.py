@@ -123,12 +123,14 @@ class ServerProcess:
         return read_metric(self.get("/metrics").text, name, **labels)
 
 
-def read_metric(text: str, name: str, **labels: str) -> float:
+def read_metric(text: str, name: str, default: float | None = None, **labels: str) -> float:
+    """The value of a series; `default` for one that is not there yet, as those with labels before they first happen."""
     wanted = [f'{key}="{value}"' for key, value in labels.items()]
     for line in text.splitlines():
         if line.split("{")[0].split(" ")[0] == name and all(label in line for label in wanted):
             return float(line.rsplit(" ", 1)[1])
-    raise AssertionError(f"no metric {name} {labels}")
+    assert default is not None, f"no metric {name} {labels}"
+    return default
 
 
 @contextlib.contextmanager

@@ -386,7 +386,7 @@ def test_metrics_count_what_happened(server: ServerProcess) -> None:
     after = server.get("/metrics").text
 
     def change(name: str, **labels: str) -> float:
-        return read_metric(after, name, **labels) - read_metric(before, name, **labels)
+        return read_metric(after, name, **labels) - read_metric(before, name, 0.0, **labels)
 
     assert change("gantline_prompt_tokens_total") == 12
     assert change("gantline_generation_tokens_total") == 6

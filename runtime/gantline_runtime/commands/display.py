@@ -49,8 +49,10 @@ class LoadingDisplay:
         if progress.phase != self._phase:
             self.close()
             self._phase = progress.phase
-            unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if progress.phase == "weights" else {"unit": ""}
-            self._bar = tqdm(total=progress.total or None, desc=progress.phase, leave=False, dynamic_ncols=True, file=sys.stderr, **unit)
+            form: dict[str, Any] = {} if progress.total else {"bar_format": "loading: {desc} ..."}
+            if progress.phase == "weights":
+                form.update(unit="B", unit_scale=True, unit_divisor=1024)
+            self._bar = tqdm(total=progress.total or None, desc=progress.phase, leave=False, dynamic_ncols=True, file=sys.stderr, **form)
         assert self._bar is not None
         self._bar.update(progress.done - self._bar.n)
 

@@ -50,7 +50,10 @@ class TemplateRenderer:
 
     async def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Raises TemplateError, also for a template that takes too long or too much memory."""
-        payload = msgspec.msgpack.encode({"messages": messages, "variables": variables})
+        try:
+            payload = msgspec.msgpack.encode({"messages": messages, "variables": variables})
+        except (OverflowError, ValueError, TypeError, RecursionError) as error:  # such as integers of more than 64 bits
+            raise TemplateError(f"the variables of the chat template cannot be used: {error}") from None
         rendering = asyncio.create_task(self._render(payload))
         # A client that leaves in the middle must not cost the others the child: the exchange ends as it would have.
         rendering.add_done_callback(lambda task: task.cancelled() or task.exception())
