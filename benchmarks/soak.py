@@ -1,0 +1,130 @@
+"""Random arrivals, lengths, cancellations and sampling settings at a full cache: `python -m benchmarks.soak --model DIR [--minutes 5]`.
+
+Ends with every request accounted for, every block free and the cache's integrity clean; exits with 1 otherwise. Every finished request has
+the number of tokens that was asked for, and no token of an aborted one is heard of again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine import LLMEngine
+from gantline_runtime.messages import EngineRequest, SamplingParams
+from gantline_runtime.request import QueueFull
+
+_CHECK_EVERY = 500
+
+
+@dataclass
+class _Ledger:
+    """What was asked for and what came."""
+
+    wanted: dict[str, int] = field(default_factory=dict)
+    got: dict[str, int] = field(default_factory=dict)
+    added: int = 0
+    finished: int = 0
+    aborted: int = 0
+    refused: int = 0
+
+
+def _random_sampling(rng: random.Random, count: int) -> SamplingParams:
+    settings: dict[str, Any] = {"max_new_tokens": count, "ignore_eos": True, "temperature": 0.0}
+    if rng.random() < 0.5:
+        settings |= {"temperature": rng.uniform(0.1, 1.8), "seed": rng.getrandbits(31)}
+        settings |= {"top_k": rng.choice([0, 1, 40]), "top_p": rng.choice([1.0, 0.9]), "min_p": rng.choice([0.0, 0.05])}
+    if rng.random() < 0.1:
+        settings |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1}
+    if rng.random() < 0.05:
+        settings |= {"logit_bias": {rng.randrange(1000): rng.uniform(-5, 5) for _ in range(10)}}
+        settings |= {"min_new_tokens": 4, "stop_token_ids": (1, 2)}
+    if rng.random() < 0.05:
+        settings["num_logprobs"] = rng.randint(0, 20)
+    return SamplingParams(**settings)
+
+
+def _arrive(engine: LLMEngine, ledger: _Ledger, rng: random.Random, shared: list[int], vocab: int) -> None:
+    longest = min(engine.session_len - 2, 8192)
+    length = min(longest, max(1, int(rng.lognormvariate(5.5, 1.2))))
+    kept = rng.randrange(length) if rng.random() < 0.4 else 0
+    prompt = (shared[:kept] + [rng.randrange(vocab) for _ in range(length)])[:length]
+    count = min(engine.session_len - length, max(1, int(rng.lognormvariate(5.0, 1.0))))
+    sampling = _random_sampling(rng, count)
+    name = f"soak-{ledger.added}"
+    try:
+        engine.add_request(EngineRequest(request_id=name, prompt_ids=prompt, sampling=sampling))
+    except QueueFull:
+        ledger.refused += 1
+        return
+    ledger.added += 1
+    ledger.wanted[name] = 0 if sampling.stop_token_ids else count
+
+
+def _step(engine: LLMEngine, ledger: _Ledger) -> None:
+    for output in engine.step():
+        name = output.request_id
+        if name not in ledger.wanted:
+            raise AssertionError(f"{name} is heard of after its end")
+        ledger.got[name] = ledger.got.get(name, 0) + len(output.token_ids)
+        if output.finish_reason is not None:
+            wanted = ledger.wanted.pop(name)
+            if output.finish_reason not in ("stop", "length") or (wanted and ledger.got[name] != wanted):
+                raise AssertionError(f"{name} ended by {output.finish_reason!r} with {ledger.got[name]} tokens of {wanted}")
+            del ledger.got[name]
+            ledger.finished += 1
+
+
+def soak(engine: LLMEngine, *, seconds: float, vocab: int, seed: int = 0) -> _Ledger:
+    """Run for `seconds`, then to the end. Raises AssertionError for anything that is wrong."""
+    rng, ledger = random.Random(seed), _Ledger()
+    shared = [rng.randrange(vocab) for _ in range(8192)]
+    deadline, steps = time.monotonic() + seconds, 0
+    while time.monotonic() < deadline:
+        while len(ledger.wanted) < 2 * engine.config.max_batch_size and rng.random() < 0.7:
+            _arrive(engine, ledger, rng, shared, vocab)
+        if ledger.wanted and rng.random() < 0.05:
+            name = rng.choice(list(ledger.wanted))
+            engine.abort(name)
+            del ledger.wanted[name]
+            ledger.got.pop(name, None)
+            ledger.aborted += 1
+        _step(engine, ledger)
+        steps += 1
+        if steps % _CHECK_EVERY == 0:
+            engine.check_integrity()
+    while engine.has_work():
+        _step(engine, ledger)
+    engine.check_integrity()
+    stats = engine.stats()
+    assert not ledger.wanted, f"{len(ledger.wanted)} requests never ended"
+    assert (stats.num_running, stats.num_waiting, stats.cache_usage) == (0, 0, 0.0), "the engine is not empty"
+    return ledger
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--blocks", type=int, help="cache blocks; few make preemption frequent")
+    parser.add_argument("--backend", choices=("auto", "cuda", "triton", "torch"), default="auto")
+    parser.add_argument("--max-batch-size", type=int, default=256)
+    options = parser.parse_args()
+    config = EngineConfig(backend=options.backend, max_batch_size=options.max_batch_size, num_cache_blocks=options.blocks)
+    engine = LLMEngine(options.model, config)
+    vocab = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    ledger = soak(engine, seconds=options.minutes * 60, vocab=vocab)
+    counts = {name: value for name, value in asdict(ledger).items() if isinstance(value, int)}
+    print(json.dumps({**counts, "preemptions": engine.stats().num_preemptions, "tokens": engine.stats().num_generated_tokens}))
+    engine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
