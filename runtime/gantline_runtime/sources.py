@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -23,7 +24,7 @@ from gantline_runtime.checkpoint.files import MAX_FILES, FileSource, LocalFiles,
 from gantline_runtime.errors import CheckpointError, ConfigurationError, SourceError
 from gantline_runtime.termination import Reason
 
-__all__ = ["HubFiles", "HubModel", "ModelUri", "RemoteFile", "open_source", "parse_uri", "translate_status"]
+__all__ = ["HubFiles", "HubModel", "ModelUri", "RedactSecrets", "RemoteFile", "hub_errors", "open_source", "parse_uri"]
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
@@ -230,6 +231,17 @@ def stalled(label: str, error: Exception) -> SourceError:
         reason=Reason.DOWNLOAD_STALLED,
         cure="Check the network, proxies and HF_ENDPOINT; starting again goes on where it stopped.",
     )
+
+
+class RedactSecrets(logging.Filter):
+    """Takes the token, and the query of any address (storage hosts sign them), out of what libraries log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = re.sub(r"(https?://[^\s?\"']+)\?[^\s\"']*", r"\1", record.getMessage())
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            text = text.replace(token, "***")
+        record.msg, record.args = text, None
+        return True
 
 
 @contextmanager

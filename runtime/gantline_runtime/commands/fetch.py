@@ -8,20 +8,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from gantline_runtime import logs, termination
 from gantline_runtime.artefact import Manifest, Staging, find_artefact, require_space
 from gantline_runtime.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from gantline_runtime.errors import CheckpointError, ConfigurationError
+from gantline_runtime.hub_download import DOWNLOADS, Downloaded, download_file
 from gantline_runtime.progress import Progress
-from gantline_runtime.sources import HubFiles, HubModel, ModelUri, RemoteFile, hub_errors, parse_uri
+from gantline_runtime.sources import HubFiles, HubModel, ModelUri, RedactSecrets, RemoteFile, parse_uri
 
 __all__ = ["ALGORITHM_VERSION", "add_arguments", "fetch", "run"]
 
@@ -43,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    logs.configure("info", "auto")
+    _configure_logs()
     uri = parse_uri(args.uri)
     if not uri.repository:
         raise ConfigurationError(
@@ -56,6 +53,17 @@ def run(args: argparse.Namespace) -> int:
     termination.write(termination.TerminationMessage(termination.Reason.COMPLETED, message, artefact=artefact))
     print(f"{message} {manifest.bytes} bytes in {args.target}")
     return termination.exit_code(termination.Reason.COMPLETED)
+
+
+def _configure_logs() -> None:
+    from huggingface_hub.utils import logging as hub_logging
+
+    logs.configure("info", "auto")
+    library = hub_logging.get_logger("huggingface_hub")  # made now, so that its own handlers can be taken away
+    library.handlers.clear()
+    library.propagate = True
+    for handler in logging.root.handlers:
+        handler.addFilter(RedactSecrets())
 
 
 def fetch(uri: ModelUri, target: Path, revision: str = "") -> Manifest:
@@ -77,7 +85,7 @@ def fetch(uri: ModelUri, target: Path, revision: str = "") -> Manifest:
         _download(hub.model, wanted, staging.folder)
         for file in wanted:
             _verify(staging.folder / file.name, file)
-        shutil.rmtree(staging.folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on what is half done
+        shutil.rmtree(staging.folder / DOWNLOADS, ignore_errors=True)
         local = open_checkpoint(staging.folder)
         if local.facts.fingerprint != remote.facts.fingerprint:
             raise CheckpointError(f"what came of {uri.text} is not what was inspected", cure="Fetch it again.")
@@ -96,25 +104,9 @@ def _choose(model: HubModel, checkpoint: Checkpoint) -> list[RemoteFile]:
 def _download(model: HubModel, wanted: Sequence[RemoteFile], folder: Path) -> None:
     total = sum(file.size for file in wanted)
     with Progress(log, total, unit="B", bytes=total) as progress:
-        downloaded = _Downloaded(progress)
+        downloaded = Downloaded(progress)
         for file in wanted:
-            _download_file(model, file, folder, downloaded)
-
-
-def _download_file(model: HubModel, file: RemoteFile, folder: Path, downloaded: _Downloaded) -> None:
-    from huggingface_hub import hf_hub_download
-
-    with hub_errors(f"hf://{model.repository}", model.commit):
-        hf_hub_download(
-            model.repository,
-            file.name,
-            revision=model.commit,
-            local_dir=folder,
-            endpoint=model.endpoint,
-            token=os.environ.get("HF_TOKEN", "").strip() or False,
-            tqdm_class=downloaded.bar_class(),
-        )
-    downloaded.finish(file)
+            download_file(model, file, folder, downloaded)
 
 
 def _verify(path: Path, file: RemoteFile) -> None:
@@ -130,30 +122,3 @@ def _verify(path: Path, file: RemoteFile) -> None:
         path.unlink()
         what = f"{size} bytes instead of {file.size}" if size != file.size else "another hash"
         raise CheckpointError(f"{file.name} came with {what} than the hub lists", cure="Fetch it again; if it stays so, ask the publisher.")
-
-
-class _Downloaded:
-    """Bytes of all files so far, as huggingface_hub's bars (one for each file, and again after each resumption) tell them."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._finished, self._current = progress, 0, 0
-
-    def bar_class(self) -> type[tqdm[Any]]:
-        downloaded = self
-
-        class Bar(tqdm):  # type: ignore[type-arg]
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                downloaded._current = int(kwargs.get("initial", 0) or 0)
-                kwargs = {key: value for key, value in kwargs.items() if key not in ("name", "log_level")}
-                super().__init__(*args, **{**kwargs, "disable": True})
-
-            def update(self, n: float | None = 1) -> bool | None:
-                downloaded._current += int(n or 0)
-                downloaded._progress.show("fetching", downloaded._finished + downloaded._current)
-                return None
-
-        return Bar
-
-    def finish(self, file: RemoteFile) -> None:
-        self._finished, self._current = self._finished + file.size, 0
-        self._progress.show(f"fetched {file.name}", self._finished)

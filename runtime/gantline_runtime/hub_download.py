@@ -1,0 +1,79 @@
+"""Whole files from a hub, by huggingface_hub, in a way that outlives the process.
+
+`hf_hub_download` throws a half-made file away when its process dies; its `http_get`, which does the work (ranges, retries, size check),
+does not. So the partial file is ours, `.download/<name>.<etag>`, and the next process hands it to `http_get` to go on with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from gantline_runtime.progress import Progress
+from gantline_runtime.sources import HubModel, RemoteFile, hub_errors
+
+__all__ = ["DOWNLOADS", "Downloaded", "download_file"]
+
+DOWNLOADS = ".download"
+
+
+class Downloaded:
+    """Bytes of all files so far, as huggingface_hub's bars tell them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._finished, self._current = progress, 0, 0
+
+    def bar_class(self) -> type[tqdm[Any]]:
+        downloaded = self
+
+        class Bar(tqdm):  # type: ignore[type-arg]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                downloaded._current = int(kwargs.get("initial", 0) or 0)
+                kwargs = {key: value for key, value in kwargs.items() if key not in ("name", "log_level")}
+                super().__init__(*args, **{**kwargs, "disable": True})
+
+            def update(self, n: float | None = 1) -> bool | None:
+                downloaded._current += int(n or 0)
+                downloaded._progress.show("fetching", downloaded._finished + downloaded._current)
+                return None
+
+        return Bar
+
+    def finish(self, file: RemoteFile) -> None:
+        self._finished, self._current = self._finished + file.size, 0
+        self._progress.show(f"fetched {file.name}", self._finished)
+
+
+def download_file(model: HubModel, file: RemoteFile, folder: Path, downloaded: Downloaded) -> None:
+    """Bring `file` into `folder`, going on with what an earlier process left. Raises SourceError."""
+    target = folder / file.name
+    if not (target.exists() and target.stat().st_size == file.size):
+        with hub_errors(f"hf://{model.repository}", model.commit):
+            _download(model, file, target, downloaded)
+    downloaded.finish(file)
+
+
+def _download(model: HubModel, file: RemoteFile, target: Path, downloaded: Downloaded) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    token: str | bool = os.environ.get("HF_TOKEN", "").strip() or False
+    url = hf_hub_url(model.repository, file.name, revision=model.commit, endpoint=model.endpoint)
+    metadata = get_hf_file_metadata(url, token=token, endpoint=model.endpoint, retry_on_errors=True)
+    # The address may be a storage host's: it has its own signature, and the token is none of its business.
+    same_host = urlsplit(metadata.location).netloc == urlsplit(model.endpoint).netloc
+    headers = build_hf_headers(token=token if same_host else False)
+    partial = target.parent / DOWNLOADS / f"{file.name}.{re.sub(r'[^A-Za-z0-9]', '', metadata.etag or 'none')[:64]}"
+    partial.parent.mkdir(exist_ok=True)
+    with partial.open("ab") as stream:
+        if stream.tell() > file.size:
+            stream.truncate(0)
+        start = stream.tell()
+        http_get(metadata.location, stream, resume_size=start, headers=headers, expected_size=file.size, tqdm_class=downloaded.bar_class())
+    partial.rename(target)
