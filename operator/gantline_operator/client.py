@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
+from urllib.request import getproxies
 
 import aiohttp
 import kopf
@@ -139,6 +140,8 @@ class Client:
 
     def __init__(self, configuration: Configuration, *, request_timeout_s: float = _REQUEST_TIMEOUT_S) -> None:
         configuration.connection_pool_maxsize = _MAX_CONNECTIONS
+        # Where no proxy is set there is no use in asking the environment, and ~/.netrc in a thread, at every request.
+        configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
         self._configuration = configuration
         self._rest = RESTClientObject(configuration)
         self._timeout_s = request_timeout_s

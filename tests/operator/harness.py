@@ -24,6 +24,8 @@ from gantline_operator.client import Client, connect
 from gantline_operator.main import operate
 from gantline_operator.settings import OperatorSettings
 
+from tests.operator.definition import wait_until_served
+
 Object = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
@@ -35,29 +37,59 @@ SETTINGS = OperatorSettings(
     listen_address="127.0.0.1",
     workers=4,
 )
-KINDS = ("serviceaccounts", "persistentvolumeclaims", "services", "jobs", "deployments", "poddisruptionbudgets", "controllerrevisions", "pods")
+KINDS = (
+    "serviceaccounts",
+    "persistentvolumeclaims",
+    "services",
+    "jobs",
+    "deployments",
+    "poddisruptionbudgets",
+    "controllerrevisions",
+    "pods",
+)
 
 FACTS: Object = {
-    "architecture": "LlamaForCausalLM", "family": "llama", "supported": True, "numLayers": 32, "hiddenSize": 4096, "intermediateSize": 14336,
-    "numHeads": 32, "numKvHeads": 8, "headDim": 128, "vocabSize": 128256, "maxPositionEmbeddings": 8192, "tieWordEmbeddings": False,
-    "dtype": "bfloat16", "weightBytes": 16_060_522_496, "name": "llama-8b", "revision": "main", "fingerprint": "sha256:0a",
-}  # fmt: skip
+    "architecture": "LlamaForCausalLM",
+    "family": "llama",
+    "supported": True,
+    "numLayers": 32,
+    "hiddenSize": 4096,
+    "intermediateSize": 14336,
+    "numHeads": 32,
+    "numKvHeads": 8,
+    "headDim": 128,
+    "vocabSize": 128256,
+    "maxPositionEmbeddings": 8192,
+    "tieWordEmbeddings": False,
+    "dtype": "bfloat16",
+    "weightBytes": 16_060_522_496,
+    "name": "llama-8b",
+    "revision": "main",
+    "fingerprint": "sha256:0a",
+}
 """Of an 8B model."""
-TINY: Object = {**FACTS, "numLayers": 2, "hiddenSize": 256, "intermediateSize": 768, "numHeads": 4, "numKvHeads": 2, "headDim": 64, "vocabSize": 4096,
-                "weightBytes": 11_000_000, "name": "tiny", "maxPositionEmbeddings": 2048, "fingerprint": "sha256:0b"}  # fmt: skip
-
-
-class Killed(BaseException):
-    """As a SIGKILL between two writes: nothing of the operator runs afterwards."""
+TINY: Object = {
+    **FACTS,
+    "numLayers": 2,
+    "hiddenSize": 256,
+    "intermediateSize": 768,
+    "numHeads": 4,
+    "numKvHeads": 2,
+    "headDim": 64,
+    "vocabSize": 4096,
+    "weightBytes": 11_000_000,
+    "name": "tiny",
+    "maxPositionEmbeddings": 2048,
+    "fingerprint": "sha256:0b",
+}
 
 
 class Operator:
-    """One operator. `kill_after` writes it dies, as if the process had; `dead` tells."""
+    """One operator; `dead` tells that it ended."""
 
-    def __init__(self, cluster: ApiCluster, settings: OperatorSettings = SETTINGS, *, kubeconfig: Path | None = None, kill_after: int | None = None) -> None:
+    def __init__(self, cluster: ApiCluster, settings: OperatorSettings = SETTINGS, *, kubeconfig: Path | None = None) -> None:
         self._kubeconfig = str(kubeconfig or cluster.kubeconfig)
         self._settings = settings
-        self._kill_after = kill_after
         self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -80,7 +112,7 @@ class Operator:
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive(), "the operator does not stop"
-        if self.error is not None and not isinstance(self.error, Killed):
+        if self.error is not None:
             raise self.error
 
     def _main(self) -> None:
@@ -103,20 +135,12 @@ class Operator:
 
     def _watch_writes(self, client: Client) -> None:
         send = client._send
-        assert self._stop is not None
-        stop = self._stop
 
         async def watched(method: str, path: str, **arguments: Any) -> bytes:
-            if self.dead.is_set():
-                await asyncio.Event().wait()  # a dead process sends nothing
-            answer = await send(method, path, **arguments)
+            result = await send(method, path, **arguments)
             if method != "GET":
                 self.writes.append((method, path))
-                if self._kill_after is not None and len(self.writes) >= self._kill_after:
-                    self.dead.set()
-                    stop.set()
-                    await asyncio.Event().wait()
-            return answer
+            return result
 
         client._send = watched  # type: ignore[method-assign]
 
@@ -151,9 +175,13 @@ def items(cluster: ApiCluster, plural: str, namespace: str) -> list[Object]:
 
 def _path(plural: str, namespace: str) -> str:
     group = {
-        "jobs": "/apis/batch/v1", "deployments": "/apis/apps/v1", "controllerrevisions": "/apis/apps/v1",
-        "poddisruptionbudgets": "/apis/policy/v1", "inferenceservices": "/apis/gantline.io/v1alpha1", "events": "/apis/events.k8s.io/v1",
-    }.get(plural, "/api/v1")  # fmt: skip
+        "jobs": "/apis/batch/v1",
+        "deployments": "/apis/apps/v1",
+        "controllerrevisions": "/apis/apps/v1",
+        "poddisruptionbudgets": "/apis/policy/v1",
+        "inferenceservices": "/apis/gantline.io/v1alpha1",
+        "events": "/apis/events.k8s.io/v1",
+    }.get(plural, "/api/v1")
     return f"{group}/namespaces/{namespace}/{plural}"
 
 
@@ -173,7 +201,7 @@ def wait(check: Callable[[], Any], *, timeout_s: float = 60.0, what: Callable[[]
     while time.monotonic() < deadline:
         if result := check():
             return result
-        time.sleep(0.05)
+        time.sleep(0.1)
     raise AssertionError(f"still not so after {timeout_s:.0f} s: {what()}")
 
 
@@ -186,7 +214,10 @@ def wait_reason(cluster: ApiCluster, name: str, namespace: str, wanted: str, kin
         return found if found is not None and found["reason"] == wanted else None
 
     def now() -> object:
-        return {item["type"]: (item["status"], item["reason"], item.get("message")) for item in status(cluster, name, namespace).get("conditions") or []}
+        return {
+            item["type"]: (item["status"], item["reason"], item.get("message"))
+            for item in status(cluster, name, namespace).get("conditions") or []
+        }
 
     result: Object = wait(check, timeout_s=timeout_s, what=lambda: f"{kind} is not {wanted}: {now()}")
     return result
@@ -203,9 +234,14 @@ def versions(cluster: ApiCluster, namespace: str) -> dict[str, str]:
 
 
 def children(cluster: ApiCluster, namespace: str, *plurals: str) -> list[str]:
-    """Names of what the operator made, by kind; pods are the cluster's own."""
+    """Names by kind of all that is there, but for what the cluster and the chart made; pods are the cluster's own."""
     wanted = plurals or tuple(kind for kind in KINDS if kind != "pods")
-    return [f"{plural}/{item['metadata']['name']}" for plural in wanted for item in items(cluster, plural, namespace) if item["metadata"]["name"] != "default"]
+    return [f"{plural}/{item['metadata']['name']}" for plural in wanted for item in items(cluster, plural, namespace) if not _foreign(item)]
+
+
+def _foreign(item: Object) -> bool:
+    metadata = item["metadata"]
+    return bool(metadata["name"] == "default" or metadata.get("labels", {}).get("app.kubernetes.io/managed-by") == "Helm")
 
 
 def assert_converged(cluster: ApiCluster, name: str, namespace: str, expected: list[str], *, quiet_s: float = 1.0) -> None:
@@ -218,7 +254,7 @@ def assert_converged(cluster: ApiCluster, name: str, namespace: str, expected: l
     assert {item["observedGeneration"] for item in parent["status"]["conditions"]} == {parent["metadata"]["generation"]}
     for plural in KINDS[:-1]:
         for item in items(cluster, plural, namespace):
-            if item["metadata"]["name"] != "default":
+            if not _foreign(item):
                 owners = item["metadata"]["ownerReferences"]
                 assert [owner["uid"] for owner in owners if owner.get("controller")] == [parent["metadata"]["uid"]]
     assert before == versions(cluster, namespace)
@@ -232,7 +268,7 @@ def _settled(cluster: ApiCluster, namespace: str, quiet_s: float) -> dict[str, s
 
 def install_crd(cluster: ApiCluster) -> None:
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds" / "gantline.io_inferenceservices.yaml"))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/inferenceservices.gantline.io", "--timeout=20s")
+    wait_until_served(cluster)
 
 
 @contextmanager
@@ -259,8 +295,19 @@ def volume(cluster: ApiCluster, namespace: str, claim: str) -> None:
 
 def copied(before: float = 10.0, after: float = 10.2, **facts: Any) -> str:
     """What a quantize Job answers."""
-    made = {**FACTS, "weightBytes": 5_700_000_000, "quantization": {"method": "awq", "bits": 4, "groupSize": 128, "version": "gemm"}, **facts}
-    artefact = {"kind": "awq", "path": "/mnt/cache/awq-x", "weight_bytes": 5_700_000_000, "facts": made, "perplexity": {"before": before, "after": after}}
+    made = {
+        **FACTS,
+        "weightBytes": 5_700_000_000,
+        "quantization": {"method": "awq", "bits": 4, "groupSize": 128, "version": "gemm"},
+        **facts,
+    }
+    artefact = {
+        "kind": "awq",
+        "path": "/mnt/cache/awq-x",
+        "weight_bytes": 5_700_000_000,
+        "facts": made,
+        "perplexity": {"before": before, "after": after},
+    }
     return answer(artefact=artefact)
 
 
@@ -312,10 +359,18 @@ def patch(cluster: ApiCluster, name: str, namespace: str, spec: Object) -> None:
 
 def event_reasons(cluster: ApiCluster, name: str, namespace: str) -> list[str]:
     """Of the events about the service, oldest first."""
-    found = [item for item in items(cluster, "events", namespace) if item["regarding"]["kind"] == "InferenceService" and item["regarding"]["name"] == name]
+    found = [
+        item
+        for item in items(cluster, "events", namespace)
+        if item["regarding"]["kind"] == "InferenceService" and item["regarding"]["name"] == name
+    ]
     return [item["reason"] for item in sorted(found, key=lambda item: item["eventTime"])]
 
 
 def server_pods(cluster: ApiCluster, name: str, namespace: str) -> list[Object]:
     pods = items(cluster, "pods", namespace)
-    return [pod for pod in pods if pod["metadata"]["labels"].get("gantline.io/role") == "server" and pod["metadata"]["labels"]["gantline.io/service"] == name]
+    return [
+        pod
+        for pod in pods
+        if pod["metadata"]["labels"].get("gantline.io/role") == "server" and pod["metadata"]["labels"]["gantline.io/service"] == name
+    ]

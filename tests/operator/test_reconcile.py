@@ -10,9 +10,32 @@ from gantline_devcluster.api_only import ApiCluster
 from gantline_operator import reconcile
 
 from tests.operator.harness import (
-    FACTS, SETTINGS, TINY, Operator, answer, apply, assert_converged, children, copied, event_reasons, fate, fates, get, gpu_nodes, inspected,
-    install_crd, items, patch, remove_gpu_nodes, server_pods, service, status, volume, wait, wait_reason,
-)  # fmt: skip
+    FACTS,
+    SETTINGS,
+    TINY,
+    Operator,
+    answer,
+    apply,
+    assert_converged,
+    children,
+    copied,
+    event_reasons,
+    fate,
+    fates,
+    get,
+    gpu_nodes,
+    inspected,
+    install_crd,
+    items,
+    patch,
+    remove_gpu_nodes,
+    server_pods,
+    service,
+    status,
+    volume,
+    wait,
+    wait_reason,
+)
 
 BAD = ("NotAModel", "ModelNotFound", "UnsafeWeights", "InvalidCheckpoint", "UnsupportedArchitecture")
 TROUBLES = {
@@ -38,7 +61,10 @@ def world(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
             ("quantize", "shared", "complete", copied(), {}),
             ("quantize", "gated", "failed", answer("QualityGateFailed", message="Worse.", cure="Raise the limit."), {"exit_code": 65}),
             ("inspect", "slow", "never-ready", "", {}),
-            *(("inspect", f"bad-{name.lower()}", "failed", answer(name, message="The cause.", cure="The cure."), {"exit_code": 65}) for name in BAD),
+            *(
+                ("inspect", f"bad-{name.lower()}", "failed", answer(name, message="The cause.", cure="The cure."), {"exit_code": 65})
+                for name in BAD
+            ),
             *(("server", name, how, message, {}) for name, (how, message, _) in TROUBLES.items()),
         ],
     )
@@ -61,8 +87,12 @@ def test_a_manifest_becomes_a_served_model_and_then_nothing_moves(cluster: ApiCl
     found = status(cluster, "tiny", namespace)
     revision, source = found["revision"], found["model"]["inputs"]
     expected = [
-        "serviceaccounts/tiny-runtime", "services/tiny", f"jobs/tiny-inspect-{source}", "deployments/tiny", f"controllerrevisions/tiny-{revision}",
-    ]  # fmt: skip
+        "serviceaccounts/tiny-runtime",
+        "services/tiny",
+        f"jobs/tiny-inspect-{source}",
+        "deployments/tiny",
+        f"controllerrevisions/tiny-{revision}",
+    ]
     assert_converged(cluster, "tiny", namespace, expected)
     line = cluster.kubectl("get", "gisvc", "tiny", "-n", namespace, "--no-headers").stdout.split()
     assert line[:6] == ["tiny", "True", "Ready", "file:///models/tiny", "torch", "1"]
@@ -96,7 +126,15 @@ def test_a_remote_model_is_fetched_quantized_and_served_from_the_cache(cluster: 
     assert jobs["quantize"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert jobs["fetch"]["affinity"]["nodeAffinity"] == template["affinity"]["nodeAffinity"]
     told = event_reasons(cluster, "remote", namespace)
-    wanted = ["Planned", "FetchStarted", "FetchSucceeded", "QuantizationStarted", "QuantizationSucceeded", "RolloutStarted", "RolloutCompleted"]
+    wanted = [
+        "Planned",
+        "FetchStarted",
+        "FetchSucceeded",
+        "QuantizationStarted",
+        "QuantizationSucceeded",
+        "RolloutStarted",
+        "RolloutCompleted",
+    ]
     assert [reason for reason in told if reason in wanted] == wanted
 
 
@@ -213,7 +251,9 @@ def test_kubectl_scale_reaches_the_deployment_and_what_is_not_needed_goes(cluste
     assert scale["status"]["selector"] == "gantline.io/service=tiny,gantline.io/role=server"
 
 
-def test_a_source_claim_that_is_missing_is_named_and_waited_for(cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_claim_that_is_missing_is_named_and_waited_for(
+    cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reconcile, "_MISSING_POLL_S", 0.5)
     apply(cluster, service("tiny", namespace, model={"uri": "pvc://models/tiny"}))
     found = wait_reason(cluster, "tiny", namespace, "ModelNotFound")

@@ -72,7 +72,9 @@ def test_a_waiting_pod_says_what_it_waits_for() -> None:
 
 
 def test_the_answer_of_a_completed_job_is_taken_over() -> None:
-    found = step(None, [job(state="Complete")], [pod(job().name, phase="Succeeded", terminated=ended(termination.Reason.COMPLETED, code=0))])
+    found = step(
+        None, [job(state="Complete")], [pod(job().name, phase="Succeeded", terminated=ended(termination.Reason.COMPLETED, code=0))]
+    )
     assert isinstance(found, Succeeded)
 
 

@@ -18,7 +18,9 @@ MODEL = {"source": "s", "architecture": "LlamaForCausalLM", "weightBytes": 2_000
 PLAN = {"backend": "cuda", "tensorParallel": 1}
 
 
-def pod(name: str = "p", *, ready: bool = True, node: str = "n", role: str = "server", trouble: Trouble | None = None, **more: Any) -> PodState:
+def pod(
+    name: str = "p", *, ready: bool = True, node: str = "n", role: str = "server", trouble: Trouble | None = None, **more: Any
+) -> PodState:
     times = {"scheduled": NOW + timedelta(seconds=1), "started": NOW + timedelta(seconds=11), "ready_at": NOW + timedelta(seconds=41)}
     values = {
         "name": name, "uid": name, "role": role, "job": "", "revision": "r1", "node": node, "phase": "Running" if node else "Pending",
@@ -73,31 +75,60 @@ NEW = replace(SERVING, pods=[], rollout=None, revision="", current=False, model=
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (replace(NEW, stage=("inspect", Create(0))), {"Ready": "Inspecting", "ModelReady": "Inspecting", "PlanResolved": "WaitingForModel"}),
-        (replace(NEW, stage=("inspect", failed(Reason.NOT_A_MODEL))), {"Ready": "NotAModel", "ModelReady": "NotAModel", "Degraded": "NotAModel"}),
+        (
+            replace(NEW, stage=("inspect", Create(0))),
+            {"Ready": "Inspecting", "ModelReady": "Inspecting", "PlanResolved": "WaitingForModel"},
+        ),
+        (
+            replace(NEW, stage=("inspect", failed(Reason.NOT_A_MODEL))),
+            {"Ready": "NotAModel", "ModelReady": "NotAModel", "Degraded": "NotAModel"},
+        ),
         (replace(NEW, stage=("inspect", failed(Reason.DOWNLOAD_STALLED, True))), {"Ready": "DownloadStalled", "Progressing": "Retrying"}),
         (
             replace(NEW, stage=("fetch", Running("j", 0, WAITS)), model=MODEL, plan=PLAN, pods=[pod(role="fetch", node="", trouble=WAITS)]),
             {"Ready": "WaitingForCapacity", "ModelReady": "WaitingForCapacity", "Scheduled": "WaitingForCapacity"},
         ),
-        (replace(NEW, stage=("quantize", Running("j", 0)), model=MODEL, plan=PLAN, quantize=True), {"Ready": "Quantizing", "QuantizationReady": "Quantizing"}),
+        (
+            replace(NEW, stage=("quantize", Running("j", 0)), model=MODEL, plan=PLAN, quantize=True),
+            {"Ready": "Quantizing", "QuantizationReady": "Quantizing"},
+        ),
         (replace(NEW, stage=("fetch", Running("j", 0)), model=MODEL, plan=PLAN, quantize=True), {"QuantizationReady": "WaitingForModel"}),
         (
             replace(SERVING, current=False, quantize=True, quality_trouble=Trouble(Reason.QUALITY_GATE_FAILED, "Worse.")),
-            {"Ready": "QualityGateFailed", "QuantizationReady": "QualityGateFailed", "Degraded": "QualityGateFailed", "Servable": "Available"},
+            {
+                "Ready": "QualityGateFailed",
+                "QuantizationReady": "QualityGateFailed",
+                "Degraded": "QualityGateFailed",
+                "Servable": "Available",
+            },
         ),
-        (replace(NEW, model=MODEL, plan_trouble=Trouble(Reason.NO_MATCHING_GPU, "None.")), {"Ready": "NoMatchingGPU", "PlanResolved": "NoMatchingGPU"}),
-        (replace(SERVING, spec_trouble=Trouble(Reason.INVALID_SPEC, "spec.x")), {"Ready": "InvalidSpec", "PlanResolved": "InvalidSpec", "Servable": "Available"}),
-        (replace(SERVING, problems=[Problem(Reason.NAME_CONFLICT, "Service chat exists.")]), {"Ready": "NameConflict", "Degraded": "NameConflict"}),
+        (
+            replace(NEW, model=MODEL, plan_trouble=Trouble(Reason.NO_MATCHING_GPU, "None.")),
+            {"Ready": "NoMatchingGPU", "PlanResolved": "NoMatchingGPU"},
+        ),
+        (
+            replace(SERVING, spec_trouble=Trouble(Reason.INVALID_SPEC, "spec.x")),
+            {"Ready": "InvalidSpec", "PlanResolved": "InvalidSpec", "Servable": "Available"},
+        ),
+        (
+            replace(SERVING, problems=[Problem(Reason.NAME_CONFLICT, "Service chat exists.")]),
+            {"Ready": "NameConflict", "Degraded": "NameConflict"},
+        ),
         (
             replace(SERVING, suspended=True, rollout=Rollout(True, 0, 0, 0, 0), pods=[]),
             {"Ready": "Suspended", "Servable": "Suspended", "Progressing": "Suspended"},
         ),
-        (replace(SERVING, rollout=Rollout(True, 0, 0, 0, 0), pods=[]), {"Ready": "ScaledToZero", "Servable": "ScaledToZero", "Progressing": "Complete"}),
+        (
+            replace(SERVING, rollout=Rollout(True, 0, 0, 0, 0), pods=[]),
+            {"Ready": "ScaledToZero", "Servable": "ScaledToZero", "Progressing": "Complete"},
+        ),
         (STARTING, {"Ready": "Starting", "Servable": "NotAvailable", "Progressing": "Starting"}),
         (replace(SERVING, rollout=Rollout(True, 2, 3, 1, 3)), {"Ready": "RollingOut", "Servable": "Available"}),
         (replace(SERVING, rollout=Rollout(False, 1, 1, 1, 1)), {"Ready": "RollingOut"}),
-        (replace(STARTING, pods=[pod(ready=False, node="", trouble=WAITS)]), {"Ready": "WaitingForCapacity", "Scheduled": "WaitingForCapacity"}),
+        (
+            replace(STARTING, pods=[pod(ready=False, node="", trouble=WAITS)]),
+            {"Ready": "WaitingForCapacity", "Scheduled": "WaitingForCapacity"},
+        ),
         (
             replace(STARTING, pods=[pod(ready=False, trouble=Trouble(Reason.CUDA_OUT_OF_MEMORY, "OOM."))]),
             {"Ready": "CudaOutOfMemory", "Degraded": "CudaOutOfMemory", "Scheduled": "Scheduled"},
@@ -111,7 +142,9 @@ NEW = replace(SERVING, pods=[], rollout=None, revision="", current=False, model=
             {"Ready": "Forbidden", "Degraded": "Forbidden"},
         ),
         (
-            replace(STARTING, one_node=True, rollout=Rollout(True, 2, 2, 2, 1), pods=[pod("a"), pod("b", ready=False, node="", trouble=WAITS)]),
+            replace(
+                STARTING, one_node=True, rollout=Rollout(True, 2, 2, 2, 1), pods=[pod("a"), pod("b", ready=False, node="", trouble=WAITS)]
+            ),
             {"Ready": "CacheNotShareable", "Scheduled": "CacheNotShareable", "Servable": "Available"},
         ),
     ],
@@ -178,15 +211,35 @@ CONTAINER = {"name": "server", "image": "i:1"}
         ({"containerStatuses": [{**CONTAINER, "state": {"waiting": {"reason": "ImagePullBackOff"}}}]}, Reason.IMAGE_PULL_FAILED),
         ({"containerStatuses": [{**CONTAINER, "state": {"waiting": {"reason": "CreateContainerConfigError"}}}]}, Reason.POD_CONFIGURATION),
         (
-            {"containerStatuses": [{**CONTAINER, "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": {"exitCode": 1}}}]},
+            {
+                "containerStatuses": [
+                    {**CONTAINER, "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": {"exitCode": 1}}}
+                ]
+            },
             Reason.ENGINE_CRASH_LOOP,
         ),
         (
-            {"containerStatuses": [{**CONTAINER, "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}]},
+            {
+                "containerStatuses": [
+                    {
+                        **CONTAINER,
+                        "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+                        "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}},
+                    }
+                ]
+            },
             Reason.OUT_OF_MEMORY,
         ),
         (
-            {"containerStatuses": [{**CONTAINER, "state": {"running": {}}, "lastState": {"terminated": {"exitCode": 70, "message": '{"reason":"CudaError","message":"xid 79"}'}}}]},
+            {
+                "containerStatuses": [
+                    {
+                        **CONTAINER,
+                        "state": {"running": {}},
+                        "lastState": {"terminated": {"exitCode": 70, "message": '{"reason":"CudaError","message":"xid 79"}'}},
+                    }
+                ]
+            },
             Reason.CUDA_ERROR,
         ),
         (
