@@ -85,6 +85,7 @@ class Executor:
         self.limits = _limits(self.config, self.config.session_len)
         self._allocate(plan)
         self.memory = self._report(_estimate(self.config, checkpoint, free))
+        self.capture_seconds = self._runner.capture_seconds
         self._table = SamplingTable(self.limits.max_slots)
         words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
         self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=self.device.type == "cuda") for _ in range(_NUM_BUFFERS)]
@@ -161,11 +162,6 @@ class Executor:
         except RuntimeError:
             self._blame_dead_rank()
             raise
-
-    @property
-    def capture_seconds(self) -> list[float]:
-        """How long the capture of each CUDA graph took."""
-        return self._runner.capture_seconds
 
     @property
     def failed(self) -> bool:

@@ -120,6 +120,8 @@ class ModelRunner:
         self._model = build_model(checkpoint, session_len=session_len, parallel=parallel, build=build)
         self.weight_bytes = load_weights(checkpoint, self._model.targets(), on_progress)
         self._graphs: DecodeGraphs | None = None
+        self.capture_seconds: list[float] = []
+        """How long each CUDA graph took to capture."""
 
     def cache_block_bytes(self, block_size: int) -> int:
         """Bytes of one block in all layers of this rank."""
@@ -144,15 +146,11 @@ class ModelRunner:
         if graphs:
             session_len = limits.max_blocks * block_size
             self._graphs = DecodeGraphs(self._forward_decodes, max_size=limits.max_slots - 1, session_len=session_len)
+            self.capture_seconds = self._graphs.capture_seconds
 
     def padded(self, num_sequences: int, max_context: int) -> tuple[int, int]:
         """What a batch of decodes must be padded to, sequences and context; (0, 0) for nothing."""
         return self._graphs.padded(num_sequences, max_context) if self._graphs is not None else (0, 0)
-
-    @property
-    def capture_seconds(self) -> list[float]:
-        """How long each CUDA graph took to capture."""
-        return [] if self._graphs is None else self._graphs.capture_seconds
 
     @torch.inference_mode()
     def execute(self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, num_samples: int) -> PendingTokens:

@@ -164,6 +164,7 @@ def test_stats_count_what_happened(model: Path) -> None:
     engine.add_request(request("c", list(range(3, 40)), count=10))
     assert drain(engine)["c"][0].num_cached_tokens == 0
     engine.close()
+    assert engine.stats().num_finished == 3, "the last figures can be read after the end"
 
 
 def test_a_model_with_its_own_end_of_sequence_tokens_stops_there(model: Path, broken: Path) -> None:
