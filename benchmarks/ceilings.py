@@ -30,7 +30,7 @@ def graph_median_ms(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def measure() -> dict[str, float]:
-    """{copy_TB_s, read_TB_s, bf16_TFLOP_s}: a 2 GiB copy (bytes read plus written), a 2 GiB sum, an 8192-cubed product of random data."""
+    """{copy_TB_s, read_TB_s, bf16_TFLOP_s}: a 4 GiB copy (bytes read plus written), a 4 GiB sum, an 8192-cubed product of random data."""
     copy, read = _memory_TB_s()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / graph_median_ms(lambda: a @ b) / 1e9
@@ -38,7 +38,7 @@ def measure() -> dict[str, float]:
 
 
 def _memory_TB_s() -> tuple[float, float]:
-    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     rows = source.view(torch.float32).view(-1, 4096).nan_to_num_()
     copy_ms = graph_median_ms(lambda: target.copy_(source))
