@@ -62,7 +62,8 @@ def cni(run: Run) -> dict[str, Any]:
     return {"cniVersion": "1.0.0", "name": "pods", "plugins": plugins}
 
 
-def kubelet(run: Run) -> dict[str, Any]:
+def kubelet(run: Run, *, measures_disk: bool = True) -> dict[str, Any]:
+    """The kubelet's configuration; without `measures_disk` there is no ephemeral-storage (file systems that its statistics cannot read)."""
     keys = run.folder / "keys"
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -77,7 +78,7 @@ def kubelet(run: Run) -> dict[str, Any]:
         "cgroupsPerQOS": False,
         "enforceNodeAllocatable": [],
         "failSwapOn": False,
-        "localStorageCapacityIsolation": False,
+        "localStorageCapacityIsolation": measures_disk,
         # The disk is the machine's too: how full it is says nothing about this node, and development images exist nowhere else.
         "evictionHard": {"memory.available": "100Mi"},
         "imageGCHighThresholdPercent": 100,

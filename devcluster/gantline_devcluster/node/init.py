@@ -105,7 +105,8 @@ def arrange_network() -> None:
     ]
     for command in commands:
         subprocess.run([ip, *command.split()], check=True)
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    for setting, value in (("ip_forward", "1"), ("icmp_ratelimit", "0")):  # every refusal is sent, or connecting would wait for the lost one
+        Path("/proc/sys/net/ipv4", setting).write_text(value)
     subprocess.run(["hostname", NODE], check=False)
 
 

@@ -39,7 +39,8 @@ START_TIMEOUT_S = 180.0
 POLL_S = 0.2
 WATCH_S = 1.0
 SIMULATED_LEASE_S = 40
-OVERLAYFS_MAGIC = 0x794C7630
+# overlayfs cannot lie on overlayfs, which is what the root of a container is; and of these file systems no kubelet knows the size.
+UNMEASURED = ("btrfs", "zfs")
 # Imported once where no bytecode exists yet: otherwise every container would compile torch and its like anew, since there the environment
 # is read-only.
 WARMED = "torch transformers starlette uvicorn huggingface_hub kopf kubernetes.client kubernetes.aio prometheus_client"
@@ -74,10 +75,13 @@ class Supervisor:
         self._write("resolv.conf", f"nameserver {DNS_SERVICE}\n")
         self._write("hosts", "# Names for pods, in the format of /etc/hosts; read anew when it changes.\n")
         self._write("Corefile", config.corefile(self.run))
-        self._write("kubelet.json", json.dumps(config.kubelet(self.run), indent=1))
+        kind = subprocess.run(["stat", "--file-system", "--format=%T", str(folder)], capture_output=True, text=True).stdout.strip()
+        self._write("kubelet.json", json.dumps(config.kubelet(self.run, measures_disk=kind not in UNMEASURED), indent=1))
         self._write("cni/10-pods.conflist", json.dumps(config.cni(self.run), indent=1))
         runc = shutil.which("runc", path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}") or "runc"
-        self._write("containerd.toml", config.containerd(self.run, find("ptp").parent, runc, self._snapshotter()))
+        self._write(
+            "containerd.toml", config.containerd(self.run, find("ptp").parent, runc, "native" if kind == "overlayfs" else "overlayfs")
+        )
         default = json.loads(subprocess.run([str(find("ctr")), "oci", "spec"], capture_output=True, check=True).stdout)
         self._write("spec.json", json.dumps(config.runtime_spec(default, environment_mounts())))
         write_archive(folder / "images.tar", development_images(find("pause").read_bytes()))
@@ -333,11 +337,6 @@ class Supervisor:
 
     def _run(self, component: Component) -> None:
         self.keeper.start(replace(component, restart=True))
-
-    def _snapshotter(self) -> str:
-        """overlayfs cannot lie on overlayfs, which is what a container's own root is."""
-        kind = subprocess.run(["stat", "--file-system", "--format=%t", str(self.run.folder)], capture_output=True, text=True).stdout.strip()
-        return "native" if kind == f"{OVERLAYFS_MAGIC:x}" else "overlayfs"
 
     def _write(self, name: str, text: str) -> None:
         write_private(self.run.folder / name, text)
