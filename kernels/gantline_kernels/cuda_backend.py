@@ -112,6 +112,6 @@ def _prefill_hopper(
     library.call(
         "gantline_prefill_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
         query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), _counters(q.device.index, stream).data_ptr(),
-        q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size, blocks, first_sequence, sequences, tiles,
+        q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size.bit_length() - 1, blocks, first_sequence, sequences, tiles,
         sliding_window, scale, _num_sms(q.device.index), stream,
     )  # fmt: skip

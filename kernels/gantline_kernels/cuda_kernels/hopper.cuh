@@ -82,10 +82,13 @@ __device__ __forceinline__ void registers_decrease() {
 // ---- warpgroup matrix products ----
 // Operands lie in shared memory as panels of 64 columns: rows of 128 bytes, 16-byte pieces swizzled by (row mod 8), 1024-byte aligned.
 
-// Descriptor of such a panel. `leading`: bytes to the next panel, used where the panel's columns are not the inner dimension of the product.
-__device__ __forceinline__ uint64_t panel_descriptor(const void* pointer, uint32_t leading) {
-  const uint64_t address = (shared_address(pointer) & 0x3FFFF) >> 4;
-  return address | (static_cast<uint64_t>(leading >> 4) << 16) | (static_cast<uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+// A panel's descriptor has 64 bits; the upper 32 are the same for all (1024 bytes between groups of eight rows, the swizzle), so only the
+// lower ones are handed about: adding bytes / 16 moves the start. `leading`: bytes to the next panel, used where the panel's columns are
+// not the inner dimension of the product. The same in all lanes, and the compiler knows it.
+#define GANTLINE_PANEL_UPPER 0x40000040
+
+__device__ __forceinline__ uint32_t panel(const void* pointer, uint32_t leading) {
+  return __shfl_sync(~0u, ((shared_address(pointer) & 0x3FFFF) >> 4) | (leading >> 4 << 16), 0);
 }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -115,23 +118,23 @@ __device__ __forceinline__ void hold(float (&x)[n]) {
 // The products for one element type: both operands in shared memory (64 x 128, inner 16), or the left one in registers and the right
 // one transposed (its columns are not the inner dimension).
 #define GANTLINE_PRODUCTS(type, name)                                                                                               \
-  __device__ __forceinline__ void product_64x128(float (&d)[64], uint64_t a, uint64_t b, int accumulate, const type*) {            \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name            \
-                 " {" GANTLINE_LIST64 "}, %64, %65, p, 1, 1, 0, 0;\n}"                                                             \
+  __device__ __forceinline__ void product_64x128(float (&d)[64], uint32_t a, uint32_t b, int accumulate, const type*) {            \
+    asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %66, 0;\nmov.b64 a, {%64, %67};\nmov.b64 b, {%65, %67};\n"      \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" GANTLINE_LIST64 "}, a, b, p, 1, 1, 0, 0;\n}"    \
                  : GANTLINE_F32(d, 0), GANTLINE_F32(d, 32)                                                                         \
-                 : "l"(a), "l"(b), "r"(accumulate));                                                                               \
+                 : "r"(a), "r"(b), "r"(accumulate), "n"(GANTLINE_PANEL_UPPER));                                                    \
   }                                                                                                                                \
-  __device__ __forceinline__ void product_transposed(float (&d)[64], const uint32_t* a, uint64_t b, const type*) {                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" GANTLINE_LIST64                                 \
-                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                                                       \
+  __device__ __forceinline__ void product_transposed(float (&d)[64], const uint32_t* a, uint32_t b, const type*) {                 \
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, %69};\nwgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name             \
+                 " {" GANTLINE_LIST64 "}, {%64, %65, %66, %67}, b, 1, 1, 1, 1;\n}"                                                 \
                  : GANTLINE_F32(d, 0), GANTLINE_F32(d, 32)                                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(GANTLINE_PANEL_UPPER));                                 \
   }                                                                                                                                \
-  __device__ __forceinline__ void product_transposed(float (&d)[32], const uint32_t* a, uint64_t b, const type*) {                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" GANTLINE_LIST32                                  \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                                       \
+  __device__ __forceinline__ void product_transposed(float (&d)[32], const uint32_t* a, uint32_t b, const type*) {                 \
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%36, %37};\nwgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name              \
+                 " {" GANTLINE_LIST32 "}, {%32, %33, %34, %35}, b, 1, 1, 1, 1;\n}"                                                 \
                  : GANTLINE_F32(d, 0)                                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(GANTLINE_PANEL_UPPER));                                 \
   }
 
 GANTLINE_PRODUCTS(__nv_bfloat16, "bf16")

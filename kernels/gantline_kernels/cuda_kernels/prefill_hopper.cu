@@ -14,12 +14,13 @@ namespace gantline {
 namespace {
 
 constexpr int ROWS = 128;
-constexpr int KEYS = 128;
+constexpr int KEYS_BITS = 7;
+constexpr int KEYS = 1 << KEYS_BITS;
 constexpr int STAGES = 2;
 constexpr int COMPUTE_WARPGROUPS = 2;
 constexpr int THREADS = (COMPUTE_WARPGROUPS + 1) * 128;
 constexpr int COMPUTE_WARPS = COMPUTE_WARPGROUPS * 4;
-constexpr int PANEL = 64;  // columns
+constexpr int PANEL = 64;  // columns of a panel
 
 // Named barriers; 0 is __syncthreads.
 constexpr int BARRIER_TURN = 1;  // and 2: whose turn it is on the matrix units
@@ -37,7 +38,7 @@ struct Arguments {
   int table_stride;
   int heads;
   int kv_heads;
-  int block_size;
+  int block_bits;  // a block has 1 << block_bits tokens
   int first_sequence;
   int sequences;
   int tiles;  // upper bound
@@ -132,30 +133,37 @@ __device__ __forceinline__ void load_queries(const Arguments& args, const Tile& 
   fence_async_proxy();
 }
 
-// A tile of keys or values, block by block; blocks past the sequence's end are not read. Lane i holds the number of the tile's block i.
+// A tile of keys or values comes in boxes of a block's tokens, or of KEYS where blocks are larger. Boxes past the sequence's end are not
+// read. Lane i knows the i-th box's first row in the cache.
+struct Boxes {
+  int row;
+  int count;
+};
+
+__device__ __forceinline__ Boxes find_boxes(const Arguments& args, const Tile& tile, const int* table, int keys, int box_bits, int lane) {
+  const int first_key = keys * KEYS, key = first_key + (lane << box_bits);
+  const int tokens = min(KEYS, tile.length - first_key);
+  Boxes boxes = {0, (tokens + (1 << box_bits) - 1) >> box_bits};
+  if (keys >= 0 && lane < boxes.count) {
+    const int block = table[key >> args.block_bits];
+    boxes.row = ((block * args.kv_heads + tile.kv_head) << args.block_bits) + (key & ((1 << args.block_bits) - 1));
+  }
+  return boxes;
+}
+
 template <typename T, int DIM>
-__device__ __forceinline__ void copy_tile(
-    const Arguments& args, const CUtensorMap* map, T* target, uint64_t* full, int block, int kv_head, int first_key, int length, int lane) {
-  const int box = min(args.block_size, KEYS);
-  const int boxes = min(KEYS, length - first_key + box - 1) / box;
-  if (lane == 0) barrier_arrive_expect(full, boxes * box * DIM * sizeof(T));
-  for (int i = 0; i < boxes; ++i) {
-    const int number = __shfl_sync(~0u, block, i);
-    const int row = (number * args.kv_heads + kv_head) * args.block_size + (first_key + i * box) % args.block_size;
-    if (lane == 0) {
+__device__ __forceinline__ void copy_tile(const CUtensorMap* map, T* target, uint64_t* full, const Boxes& boxes, int box_bits, bool leader) {
+  if (leader) barrier_arrive_expect(full, (boxes.count << box_bits) * DIM * sizeof(T));
+#pragma unroll 2
+  for (int i = 0; i < boxes.count; ++i) {
+    const int row = __shfl_sync(~0u, boxes.row, i);
+    if (leader) {
 #pragma unroll
       for (int panel = 0; panel < DIM / PANEL; ++panel) {
-        copy_box(target + panel * KEYS * PANEL + i * box * PANEL, map, panel * PANEL, row, full);
+        copy_box(target + panel * KEYS * PANEL + (i << box_bits) * PANEL, map, panel * PANEL, row, full);
       }
     }
   }
-}
-
-__device__ __forceinline__ int load_block(const Arguments& args, const Tile& tile, int keys, int lane) {
-  const int box = min(args.block_size, KEYS);
-  const int key = keys * KEYS + lane * box;
-  if (lane * box >= KEYS || keys < 0 || key >= tile.length) return 0;
-  return args.block_tables[static_cast<long long>(tile.sequence) * args.table_stride + key / args.block_size];
 }
 
 template <typename T, int DIM>
@@ -163,6 +171,7 @@ __device__ void feed(const Arguments& args, const CUtensorMap* key_map, const CU
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = args.heads / args.kv_heads;
   const int origin = args.query_starts[args.first_sequence];
+  const int box_bits = min(args.block_bits, KEYS_BITS);
   int steps = 0;
   for (int turn = 0;; ++turn) {
     const int side = turn % 2;
@@ -180,36 +189,37 @@ __device__ void feed(const Arguments& args, const CUtensorMap* key_map, const CU
       continue;
     }
     if (tile.sequence < 0) return;
-    int block = load_block(args, tile, tile.last_keys, lane);
+    const int* table = args.block_tables + static_cast<long long>(tile.sequence) * args.table_stride;
+    Boxes boxes = find_boxes(args, tile, table, tile.last_keys, box_bits, lane);
     for (int keys = tile.last_keys; keys >= tile.first_keys; --keys, ++steps) {
-      const int next_block = load_block(args, tile, keys - 1, lane);
+      const Boxes next = find_boxes(args, tile, table, keys - 1, box_bits, lane);  // before waiting
       const int stage = steps % STAGES, parity = ((steps / STAGES) & 1) ^ 1;
       barrier_wait(&shared.keys_empty[stage], parity);
-      copy_tile<T, DIM>(args, key_map, &shared.keys[stage][0][0], &shared.keys_full[stage], block, tile.kv_head, keys * KEYS, tile.length, lane);
+      copy_tile<T, DIM>(key_map, &shared.keys[stage][0][0], &shared.keys_full[stage], boxes, box_bits, lane == 0);
       barrier_wait(&shared.values_empty[stage], parity);
-      copy_tile<T, DIM>(args, value_map, &shared.values[stage][0][0], &shared.values_full[stage], block, tile.kv_head, keys * KEYS, tile.length, lane);
-      block = next_block;
+      copy_tile<T, DIM>(value_map, &shared.values[stage][0][0], &shared.values_full[stage], boxes, box_bits, lane == 0);
+      boxes = next;
     }
   }
 }
 
-// scores[64 x KEYS] = queries of this warpgroup times keys; left in flight.
+// scores[64 x KEYS] = queries of this warpgroup times keys; left in flight. Operands by their descriptors.
 template <typename T, int DIM>
-__device__ __forceinline__ void begin_scores(float (&scores)[64], const T* queries, const T* keys) {
+__device__ __forceinline__ void begin_scores(float (&scores)[64], uint32_t queries, uint32_t keys) {
 #pragma unroll
   for (int step = 0; step < DIM / 16; ++step) {
     const int panel = step / 4, column = step % 4 * 16;
-    product_64x128(scores, panel_descriptor(queries + panel * ROWS * PANEL + column, 16), panel_descriptor(keys + panel * KEYS * PANEL + column, 16),
-                   step > 0, static_cast<const T*>(nullptr));
+    const int from_queries = (panel * ROWS * PANEL + column) * sizeof(T) / 16, from_keys = (panel * KEYS * PANEL + column) * sizeof(T) / 16;
+    product_64x128(scores, queries + from_queries, keys + from_keys, step > 0, static_cast<const T*>(nullptr));
   }
 }
 
 // sums[64 x DIM] += weights times values; left in flight.
 template <typename T, int DIM>
-__device__ __forceinline__ void begin_sums(float (&sums)[DIM / 2], const uint32_t (&weights)[32], const T* values) {
+__device__ __forceinline__ void begin_sums(float (&sums)[DIM / 2], const uint32_t (&weights)[32], uint32_t values) {
 #pragma unroll
   for (int step = 0; step < KEYS / 16; ++step) {
-    product_transposed(sums, weights + 4 * step, panel_descriptor(values + step * 16 * PANEL, KEYS * PANEL * sizeof(T)), static_cast<const T*>(nullptr));
+    product_transposed(sums, weights + 4 * step, values + step * 16 * PANEL * sizeof(T) / 16, static_cast<const T*>(nullptr));
   }
 }
 
@@ -311,6 +321,9 @@ __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
   const int group = args.heads / args.kv_heads;
   const int my_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   const bool leader = lane == 0;
+  constexpr int STAGE_STEP = KEYS * DIM * sizeof(T) / 16;  // from a stage's descriptor to the next one's
+  const uint32_t all_keys = panel(&shared.keys[0][0][0], 16);
+  const uint32_t all_values = panel(&shared.values[0][0][0], KEYS * PANEL * sizeof(T));
   if (warpgroup == 1) named_arrive(BARRIER_TURN, 256);
   int steps = 0;
   for (int turn = 0;; ++turn) {
@@ -318,7 +331,7 @@ __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
     barrier_wait(&shared.q_full[side], (turn / 2) & 1);
     const Tile tile = shared.tile[side];
     if (tile.sequence < 0) return;
-    const T* queries = &shared.q[side][0][0] + warpgroup * 64 * PANEL;
+    const uint32_t queries = panel(&shared.q[side][0][0] + warpgroup * 64 * PANEL, 16);
     const int row = tile.first_row + my_row, before = tile.length - tile.num_queries;
     const int position_0 = before + row / group, position_1 = before + (row + 8) / group;
     const int first_position = before + tile.first_row / group, last_position = before + (tile.first_row + ROWS - 1) / group;
@@ -340,7 +353,7 @@ __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
     int stage = steps % STAGES, parity = (steps / STAGES) & 1;
     barrier_wait(&shared.keys_full[stage], parity);
     products_begin();
-    begin_scores<T, DIM>(scores, queries, &shared.keys[stage][0][0]);
+    begin_scores<T, DIM>(scores, queries, all_keys + stage * STAGE_STEP);
     products_commit();
     products_wait<0>();
     hold(scores);
@@ -360,9 +373,9 @@ __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
       barrier_wait(&shared.keys_full[stage], parity);
       named_sync(BARRIER_TURN + warpgroup, 256);
       products_begin();
-      begin_scores<T, DIM>(scores, queries, &shared.keys[stage][0][0]);
+      begin_scores<T, DIM>(scores, queries, all_keys + stage * STAGE_STEP);
       products_commit();
-      begin_sums<T, DIM>(sums, weights, &shared.values[previous][0][0]);
+      begin_sums<T, DIM>(sums, weights, all_values + previous * STAGE_STEP);
       products_commit();
       named_arrive(BARRIER_TURN + 1 - warpgroup, 256);
       products_wait<1>();
@@ -381,7 +394,7 @@ __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
     if (leader) barrier_arrive(&shared.q_empty[side]);
     barrier_wait(&shared.values_full[stage], parity);
     products_begin();
-    begin_sums<T, DIM>(sums, weights, &shared.values[stage][0][0]);
+    begin_sums<T, DIM>(sums, weights, all_values + stage * STAGE_STEP);
     products_commit();
     products_wait<0>();
     hold(sums);
@@ -454,8 +467,8 @@ int launch(void* keys, void* values, long long blocks, const Arguments& args, in
     raised[device % 64] = true;
   }
   CUtensorMap key_map, value_map;
-  const long long rows = blocks * args.kv_heads * args.block_size;
-  const int box = args.block_size < KEYS ? args.block_size : KEYS;
+  const long long rows = (blocks * args.kv_heads) << args.block_bits;
+  const int box = 1 << (args.block_bits < KEYS_BITS ? args.block_bits : KEYS_BITS);
   if (!make_map<T>(&key_map, keys, rows, DIM, box) || !make_map<T>(&value_map, values, rows, DIM, box)) return cudaErrorInvalidValue;
   const int grid = args.tiles < num_sms ? args.tiles : num_sms;
   prefill<T, DIM><<<grid, THREADS, bytes, stream>>>(key_map, value_map, args);
@@ -465,13 +478,13 @@ int launch(void* keys, void* values, long long blocks, const Arguments& args, in
 }  // namespace
 }  // namespace gantline
 
-// See api.py's paged_attention. `type` 0: bfloat16, 1: float16. `counters` int32 [2], zero before the first call, one for each stream.
+// See api.py's paged_attention. `type` 0: bfloat16, 1: float16. Blocks have 1 << block_bits tokens. `counters` int32 [2], zero before the first call, one for each stream.
 // Returns a cudaError_t; cudaErrorNotSupported for shapes that have no kernel here.
 GANTLINE_EXPORT int gantline_prefill_hopper(
     int type, const void* q, void* keys, void* values, const int* block_tables, const int* query_starts, const int* context_lens, void* out, int* counters,
-    long long q_stride, int table_stride, int heads, int kv_heads, int dim, int block_size, long long blocks, int first_sequence, int sequences, int tiles,
+    long long q_stride, int table_stride, int heads, int kv_heads, int dim, int block_bits, long long blocks, int first_sequence, int sequences, int tiles,
     int window, float scale, int num_sms, void* stream) {
-  const gantline::Arguments args = {q, out, block_tables, query_starts, context_lens, counters, q_stride, table_stride, heads, kv_heads, block_size,
+  const gantline::Arguments args = {q, out, block_tables, query_starts, context_lens, counters, q_stride, table_stride, heads, kv_heads, block_bits,
                                     first_sequence, sequences, tiles, window, scale * 1.4426950408889634f};
   const auto on = static_cast<cudaStream_t>(stream);
   if (type == 0 && dim == 128) return gantline::launch<__nv_bfloat16, 128>(keys, values, blocks, args, num_sms, on);

@@ -17,10 +17,11 @@ import triton.language as tl
 __all__ = ["decode_attention"]
 
 _LOG2_E = math.log2(math.e)
-_PROGRAMS_PER_SM = 4
-_LEAST_PART = 256
-"""Tokens of the shortest part worth a program of its own."""
+_PROGRAMS_PER_SM = 2
 _MAX_PARTS = 128
+_LEAST_PART = 64
+_LEAST_PART_OF_MANY = 2048
+"""Tokens of the shortest part worth a program of its own: where programs are few, and where there are enough without splitting."""
 _SHARED_BYTES = 98304
 """Of the pipeline: chips between 8.0 and 9.0 have 99 KB a block."""
 
@@ -28,7 +29,7 @@ _SHARED_BYTES = 98304
 @triton.jit
 def _decode(
     q, key_cache, value_cache, block_tables, context_lens, out, part_out, part_lse,
-    scale, softcap, window, q_stride, table_stride, kv_heads, parts,
+    scale, softcap, window, q_stride, table_stride, kv_heads, parts, least_tiles,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +38,7 @@ def _decode(
     sequence = tl.program_id(2).to(tl.int64)
     length = tl.load(context_lens + sequence)
     start = tl.maximum(length - window, 0) // TILE if WINDOW else 0
-    per_part = tl.cdiv(tl.cdiv(length, TILE) - start, parts)
+    per_part = tl.maximum(tl.cdiv(tl.cdiv(length, TILE) - start, parts), least_tiles)
     first = start + part * per_part
     last = tl.minimum(first + per_part, tl.cdiv(length, TILE))
 
@@ -111,10 +112,16 @@ def _num_sms(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 4
 
 
-def num_parts(batch: int, kv_heads: int, max_context_len: int, num_sms: int) -> int:
-    """Parts of each context, so that there are about _PROGRAMS_PER_SM programs for each multiprocessor."""
+def plan_parts(batch: int, kv_heads: int, max_context_len: int, num_sms: int) -> tuple[int, int]:
+    """(parts of each context, least tokens of a part). Measured on an H200, docs/perf-log.md.
+
+    Few programs are split until there are _PROGRAMS_PER_SM for each multiprocessor. Where there are enough, only what is long is split,
+    so that a long context among short ones does not finish alone.
+    """
     wanted = -(-num_sms * _PROGRAMS_PER_SM // (batch * kv_heads))
-    return max(1, min(wanted, -(-max_context_len // _LEAST_PART), _MAX_PARTS))
+    least = _LEAST_PART if wanted > 1 else _LEAST_PART_OF_MANY
+    most = -(-max_context_len // least)
+    return max(1, min(wanted if wanted > 1 else most, most, _MAX_PARTS)), least
 
 
 def decode_attention(
@@ -138,19 +145,22 @@ def decode_attention(
     batch, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     seen = min(max_context_len, sliding_window) if sliding_window else max_context_len
-    parts = parts or num_parts(batch, kv_heads, seen, _num_sms(q.device.index))
+    planned, least = plan_parts(batch, kv_heads, seen, _num_sms(q.device.index))
+    parts, least = (parts, 1) if parts else (planned, least)
     group, dim_padded = heads // kv_heads, triton.next_power_of_2(dim)
     tile = tile or min(64 if dim <= 128 else 32, block_size if block_size >= 16 else 64)
-    # Measured on an H200 (docs/perf-log.md): two warps, four stages of 64 tokens; where shared memory is short, fewer.
+    # Of five stages the pipeline gives two buffers to the tiles (a tile's address is itself loaded), of three one: enough where many
+    # programs share a multiprocessor.
     tile_bytes = 2 * tile * dim_padded * key_cache.element_size()
-    stages = num_stages or max(2, min(4, _SHARED_BYTES // tile_bytes))
+    crowded = batch * kv_heads * parts > 3 * _num_sms(q.device.index) or 2 * tile_bytes > _SHARED_BYTES
+    stages = num_stages or (3 if crowded else 5)
     warps = num_warps or (2 if tile_bytes <= 32768 else 4)
     split = parts > 1
     part_out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=q.device) if split else out
     part_lse = torch.empty((batch, heads, parts), dtype=torch.float32, device=q.device) if split else out
     _decode[(parts, kv_heads, batch)](
         q, key_cache, value_cache, block_tables, context_lens, out, part_out, part_lse,
-        scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, parts,
+        scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, parts, max(1, least // tile),
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size,
         TILE=tile, SPLIT=split, SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
