@@ -28,6 +28,7 @@ _BESIDE = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json"),
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_BESIDE_BYTES = 64 << 20
 
 
@@ -39,6 +40,8 @@ def load_tokenizer(source: Path) -> Any:
     """The checkpoint's tokenizer; code that a repository brings along is never run. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
+    if not any((source / name).is_file() for name in _TOKENIZERS):
+        raise CheckpointError(f"{source} has no tokenizer", cure="Add tokenizer.json; calibration needs tokens.")
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:

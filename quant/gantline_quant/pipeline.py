@@ -151,7 +151,7 @@ class _Run:
         table = output.read_embedding(self._checkpoint)
         calibration = self._stream.embed(self._windows.calibration, table)
         before = self._stream.embed(self._windows.held_out, table)
-        after = self._stream.embed(self._windows.held_out, table.half())
+        after = self._stream.embed(self._windows.held_out, output.to_half("model.embed_tokens.weight", table))
         del table
         for index in range(self._checkpoint.shape.num_layers):
             layer = self._stream.load(index)

@@ -1,8 +1,8 @@
 """The tiny model with planted outlier channels: the same function, but hard to round.
 
-Large language models have a few activation channels that are tens of times larger than the others; the weights that read them matter most and
-round-to-nearest does not know. Here such channels are planted: a channel's activation is multiplied by `FACTOR` (in the norm, or in the rows that
-make it) and the columns that read it are divided by it. `FACTOR` is a power of two, so in bfloat16 nothing else changes: not one logit.
+Large language models have a few activation channels that are tens of times larger than the others; the weights that read them matter most,
+and round-to-nearest does not know. Here such channels are planted: a channel's activation is multiplied by `FACTOR` (in the norm, or in the
+rows that make it) and the columns that read it are divided by it. `FACTOR` is a power of two, so in bfloat16 nothing else changes.
 
 `SEED`, `FACTOR`, `NORM_CHANNELS` and `MLP_CHANNELS` were fixed before AWQ was first run on the result; of a few settings, this one costs
 round-to-nearest the most (groups of 128, shipped held-out text: perplexity 54 becomes 114), far above the noise of the measurement.
