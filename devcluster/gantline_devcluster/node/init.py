@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from gantline_devcluster import keeper
 from gantline_devcluster.cache import cache_root
-from gantline_devcluster.control_plane import NODE, SERVICE_CIDR
+from gantline_devcluster.control_plane import NODE
 from gantline_devcluster.node import cgroups, linux
 from gantline_devcluster.node.images import source_tree
 from gantline_devcluster.node.layout import NODE_ADDRESS, NODE_NETWORK, Run
@@ -32,6 +33,14 @@ KERNEL_SETTINGS = {
     "vm/overcommit_memory": "1", "vm/panic_on_oom": "0", "kernel/panic": "10", "kernel/panic_on_oops": "1",
     "kernel/keys/root_maxkeys": "1000000", "kernel/keys/root_maxbytes": "25000000",
 }  # fmt: skip
+NO_WAY_OUT = """
+table ip gantline {
+    chain forward {
+        type filter hook forward priority filter;
+        oifname "node0" reject with icmp net-unreachable
+    }
+}
+"""
 
 
 def main() -> int:
@@ -89,25 +98,22 @@ def show_settings(folder: Path) -> None:
 def arrange_network() -> None:
     """An address on a bridge (kernels may lack `dummy` devices) and a default route to it, which components insist on.
 
-    There is no way out, and it is said at once: what is neither a pod, a Service nor the node is unreachable, by routes that win over the
-    default one.
+    There is no way out, and pods are told at once: what would leave by that bridge is rejected, not dropped.
     """
-    ip = shutil.which("ip", path=SYSTEM_PATH) or "ip"
+    ip, nft = (shutil.which(program, path=SYSTEM_PATH) or program for program in ("ip", "nft"))
     commands = [
         "link set lo up",
         "link add node0 type bridge",
         f"address add {NODE_ADDRESS}/{NODE_NETWORK.split('/')[1]} dev node0",
         "link set node0 up",
         "route add default dev node0",
-        f"route add {SERVICE_CIDR} dev node0",
-        "route add unreachable 0.0.0.0/1",
-        "route add unreachable 128.0.0.0/1",
     ]
     for command in commands:
         subprocess.run([ip, *command.split()], check=True)
-    for setting, value in (("ip_forward", "1"), ("icmp_ratelimit", "0")):  # every refusal is sent, or connecting would wait for the lost one
+    subprocess.run([nft, "-f", "-"], check=True, input=NO_WAY_OUT, text=True)
+    for setting, value in (("ip_forward", "1"), ("icmp_ratelimit", "0")):  # a rejection that is not sent is a connection that waits
         Path("/proc/sys/net/ipv4", setting).write_text(value)
-    subprocess.run(["hostname", NODE], check=False)
+    socket.sethostname(NODE)
 
 
 if __name__ == "__main__":
