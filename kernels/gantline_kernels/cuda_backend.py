@@ -6,13 +6,12 @@ from functools import cache
 
 import torch
 
-from gantline_kernels import library
+from gantline_kernels import library, torch_backend
 from gantline_kernels.triton_backend import (
     add_rms_norm,
     argmax,
     awq_dequantize,
     awq_linear,
-    linear,
     rms_norm,
     rope_and_cache_write,
     sample,
@@ -35,6 +34,9 @@ __all__ = [
 ]
 
 _HOPPER = (9, 0)
+_FEW_ROWS = 64
+"""Up to so many rows our linear kernel reads the weights faster than cuBLAS (docs/perf-log.md)."""
+_OUTPUTS, _CHUNK, _MAX_PARTS = 64, 64, 8
 _ROWS = 128
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
@@ -115,3 +117,32 @@ def _prefill_hopper(
         q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size.bit_length() - 1, blocks, first_sequence, sequences, tiles,
         sliding_window, scale, _num_sms(q.device.index), stream,
     )  # fmt: skip
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
+    if not _has_hopper_linear(x, weight):
+        return torch_backend.linear(x, weight, bias, out_dtype)
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
+    parts = linear_parts(rows, inputs, outputs, _num_sms(x.device.index))
+    library.call(
+        "gantline_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs, parts, torch.cuda.current_stream(x.device).cuda_stream,
+    )  # fmt: skip
+    return out
+
+
+def _has_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if not 0 < x.shape[0] <= _FEW_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype:
+        return False
+    fits = weight.shape[0] % _OUTPUTS == 0 and weight.shape[1] % _CHUNK == 0 and weight.is_contiguous()
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    return fits and aligned and _capability(x.device.index) == _HOPPER and library.load() is not None
+
+
+@cache
+def linear_parts(rows: int, inputs: int, outputs: int, num_sms: int) -> int:
+    """Blocks that share 64 outputs: as many as still run all at once, four to a multiprocessor (three past 32 rows)."""
+    slots = num_sms * (4 if rows <= 32 else 3)
+    return max(1, min(_MAX_PARTS, slots // (outputs // _OUTPUTS), inputs // _CHUNK))

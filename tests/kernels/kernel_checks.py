@@ -169,6 +169,19 @@ def test_linear_with_results_wider_than_inputs(bias: bool) -> None:
     assert largest_error(got, reference.linear(x, weight, b)) < (1e-4 if ON_GPU else 1e-1)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 300])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (4096, 6144), (14336, 4096), (2048, 128256), (192, 1000)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, inputs + 8, device=DEVICE).to(dtype)[:, :inputs]
+    weight, bias = (torch.randn(outputs, inputs, device=DEVICE) / inputs**0.5).to(dtype), torch.randn(outputs, device=DEVICE).to(dtype)
+    for b, out_dtype in ((None, None), (bias, None), (None, torch.float32)):
+        got = api.linear(x, weight, b, out_dtype=out_dtype, backend=BACKEND)
+        assert got.dtype == (out_dtype or dtype)
+        assert largest_error(got, reference.linear(x, weight, b)) < (1e-4 if out_dtype else 2 * TOLERANCE[dtype])
+
+
 _SIZES = [(3, 10), (2, 300)] + ([(1, 128256), (256, 128256)] if ON_GPU else [(1, 5000)])
 
 

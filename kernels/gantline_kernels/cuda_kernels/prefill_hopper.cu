@@ -8,6 +8,7 @@
 //
 // Letters: a tile of work is ROWS rows of one sequence and key/value head; it walks over tiles of KEYS keys from the last to the first.
 
+#include "host.cuh"
 #include "hopper.cuh"
 
 namespace gantline {
@@ -431,41 +432,20 @@ __global__ __launch_bounds__(THREADS, 1) void prefill(const __grid_constant__ CU
   }
 }
 
-typedef CUresult (*EncodeTiled)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-EncodeTiled encode_tiled() {
-  static EncodeTiled function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
-    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(pointer) : nullptr;
-  }();
-  return function;
-}
-
 // A cache as rows of `dim`, copied in boxes of 64 columns.
 template <typename T>
 bool make_map(CUtensorMap* map, void* cache, long long rows, int dim, int box_rows) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {dim * sizeof(T)};
-  const cuuint32_t box[2] = {PANEL, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  const auto type = sizeof(T) == 2 && std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode_tiled() && encode_tiled()(map, type, 2, cache, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const cuuint32_t box[2] = {PANEL, static_cast<cuuint32_t>(box_rows)};
+  return encode_panels<T>(map, cache, sizes, strides, box);
 }
 
 template <typename T, int DIM>
 int launch(void* keys, void* values, long long blocks, const Arguments& args, int num_sms, cudaStream_t stream) {
   constexpr int bytes = sizeof(Shared<T, DIM>) + 1024;
-  static bool raised[64] = {};
-  int device = 0;
-  cudaGetDevice(&device);
-  if (!raised[device % 64]) {
-    const cudaError_t error = cudaFuncSetAttribute(prefill<T, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-    raised[device % 64] = true;
-  }
+  const cudaError_t error = raise_shared_memory<prefill<T, DIM>>(bytes);
+  if (error != cudaSuccess) return error;
   CUtensorMap key_map, value_map;
   const long long rows = (blocks * args.kv_heads) << args.block_bits;
   const int box = 1 << (args.block_bits < KEYS_BITS ? args.block_bits : KEYS_BITS);
