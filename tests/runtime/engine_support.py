@@ -40,10 +40,12 @@ class FakeExecutor:
     reads each sequence's context back through its block table. A step runs when it is read, or when a later one is launched past
     `depth`, so whatever the host changes too early is seen."""
 
-    def __init__(self, config: EngineConfig, *, depth: int = 1) -> None:
+    def __init__(self, config: EngineConfig, *, depth: int = 1, padding: int = 1) -> None:
+        """Batches of decodes are padded to a multiple of `padding`, as for CUDA graphs."""
         assert config.session_len is not None and config.num_cache_blocks is not None
         self.config = config
         self.depth = depth
+        self.padding = padding
         self.num_blocks = config.num_cache_blocks
         max_blocks = -(-config.session_len // config.block_size)
         self.limits = BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
@@ -60,7 +62,15 @@ class FakeExecutor:
         self.steps: list[Step] = []
 
     def launch(self, step: Step, cache: CacheManager) -> Any:
-        shape = pack_batch(self._buffer, step, tables=cache.tables, updates=cache.take_table_updates(), block_size=cache.block_size)
+        shape = pack_batch(
+            self._buffer,
+            step,
+            tables=cache.tables,
+            updates=cache.take_table_updates(),
+            block_size=cache.block_size,
+            padded_size=-(-len(step.sequences) // self.padding) * self.padding,
+            padded_context=cache.block_size,
+        )
         result: list[int] = []
         self._launched.append((shape, self._buffer[: shape.num_words].copy(), result))
         self.steps.append(step)
@@ -82,12 +92,15 @@ class FakeExecutor:
         ids[: shape.num_decodes] = self._last[rows[: shape.num_decodes]]
         slots = words[at.slots].copy().view(np.int64)
         self._cache[slots[slots >= 0]] = ids[slots >= 0]
-        assert int(words[at.context_lens].max()) == shape.max_context_len
+        assert max(self.config.block_size, int(words[at.context_lens].max())) == shape.max_context_len
         sampled = dict(zip(words[at.sample_rows].tolist(), words[at.sample_slots].tolist(), strict=True))
         for i, row in enumerate(rows.tolist()):
             length, last = int(words[at.context_lens][i]), int(starts[i + 1]) - 1
             assert words[at.positions][last] == length - 1
-            if last in sampled:
+            if row == self.limits.max_slots - 1:
+                assert slots[last] == -1, "padding must write nowhere"
+                self._last[row] = 3
+            elif last in sampled:
                 assert sampled[last] == row
                 blocks = self._tables[row, : -(-length // size)]
                 context = self._cache.reshape(-1, size)[blocks].reshape(-1)[:length].tolist()
@@ -101,7 +114,7 @@ class FakeExecutor:
         self.closed = True
 
 
-def fake_engine(*, depth: int = 1, **settings: Any) -> tuple[EngineLoop, FakeExecutor]:
+def fake_engine(*, depth: int = 1, padding: int = 1, **settings: Any) -> tuple[EngineLoop, FakeExecutor]:
     defaults: dict[str, Any] = {
         "session_len": 256,
         "num_cache_blocks": 64,
@@ -109,7 +122,7 @@ def fake_engine(*, depth: int = 1, **settings: Any) -> tuple[EngineLoop, FakeExe
         "max_batch_size": 8,
         "max_prefill_token_num": 64,
     }
-    executor = FakeExecutor(EngineConfig(**{**defaults, **settings}), depth=depth)
+    executor = FakeExecutor(EngineConfig(**{**defaults, **settings}), depth=depth, padding=padding)
     return EngineLoop(executor, vocab_size=VOCAB, eos_token_ids=(EOS,)), executor
 
 

@@ -40,6 +40,18 @@ def test_every_request_gets_the_tokens_that_it_would_get_alone(depth: int, chunk
 
 
 @DEPTHS
+def test_padding_a_batch_of_decodes_changes_nobodys_tokens(depth: int) -> None:
+    engine, executor = fake_engine(depth=depth, padding=4, max_batch_size=7)
+    work = prompts(20, 100)
+    for i, prompt in enumerate(work):
+        engine.add_request(request(str(i), prompt, count=5 + 3 * i))
+    outputs = drain(engine)
+    assert any(step.num_decodes == step.num_tokens and step.num_tokens % 4 for step in executor.steps)
+    for i, prompt in enumerate(work):
+        assert tokens_of(outputs[str(i)]) == expected_tokens(prompt, 5 + 3 * i), i
+
+
+@DEPTHS
 @pytest.mark.parametrize("prefix", [True, False])
 def test_a_cache_too_small_for_all_preempts_and_still_gives_the_same_tokens(depth: int, prefix: bool) -> None:
     engine, _ = fake_engine(depth=depth, num_cache_blocks=16, enable_prefix_caching=prefix)
