@@ -60,7 +60,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--services", type=int, default=200, help="services in all (default: 200)")
     parser.add_argument("--nodes", type=int, default=100, help="simulated nodes, of mixed GPUs (default: 100)")
-    parser.add_argument("--latency-services", type=int, default=50, help="of them, those whose first child is timed (default: 50)")
+    parser.add_argument("--latency-services", type=int, default=50, help="services timed, each way (default: 50)")
+    parser.add_argument("--pace", type=float, default=0.25, help="seconds between two; the other way is all at once (default: 0.25)")
     parser.add_argument("--rest", type=float, default=60, help="seconds at rest (default: 60)")
     options = parser.parse_args()
     with ApiCluster(kwok=True) as cluster:
@@ -75,10 +76,11 @@ def measure(cluster: ApiCluster, options: argparse.Namespace) -> dict[str, Any]:
     add_nodes(cluster.client, mixed_nodes(options.nodes))
     say(f"{options.nodes} nodes")
     with operator(cluster) as process:
-        latencies = time_first_children(cluster, options.latency_services)
-        middle, worst = percentile(latencies, 50), percentile(latencies, 99)
-        say(f"first children of {options.latency_services} services: p50 {middle:.3f} s, p99 {worst:.3f} s")
-        for index in range(options.latency_services, options.services):
+        paced = time_first_children(cluster, "p", options.latency_services, options.pace)
+        say(f"first children, one service each {options.pace} s: {summary(paced)}")
+        burst = time_first_children(cluster, "b", options.latency_services, 0)
+        say(f"first children, all services at once: {summary(burst)}")
+        for index in range(2 * options.latency_services, options.services):
             create(cluster, f"s{index}")
         began = time.monotonic()
         wait(lambda: ready(cluster) == options.services, 600, lambda: f"{ready(cluster)} of {options.services} ready")
@@ -93,9 +95,8 @@ def measure(cluster: ApiCluster, options: argparse.Namespace) -> dict[str, Any]:
             "nodes": options.nodes,
             "cores": os.cpu_count(),
             "load_1m": round(os.getloadavg()[0], 1),
-            "first_child_p50_s": round(middle, 3),
-            "first_child_p99_s": round(worst, 3),
-            "first_child_max_s": round(max(latencies), 3),
+            "first_child_paced_s": summary(paced),
+            "first_child_burst_s": summary(burst),
             "rest_s": options.rest,
             "changed_at_rest": changed,
             "operator_rss_mib": round(memory_mib(process.pid, "VmRSS"), 1),
@@ -134,8 +135,12 @@ def create(cluster: ApiCluster, name: str) -> None:
     cluster.client.post(f"{GROUP}/namespaces/default/inferenceservices", body)
 
 
-def time_first_children(cluster: ApiCluster, count: int) -> list[float]:
-    """Seconds from the answer to a service's POST to the sight of its first child, by a watch of the children; all services at once."""
+def summary(latencies: list[float]) -> dict[str, float]:
+    return {"p50": round(percentile(latencies, 50), 3), "p99": round(percentile(latencies, 99), 3), "max": round(max(latencies), 3)}
+
+
+def time_first_children(cluster: ApiCluster, prefix: str, count: int, pace_s: float) -> list[float]:
+    """Seconds from the answer to a service's POST to the sight of its first child, by another process that watches the children."""
     applied: dict[str, float] = {}
     path = "/api/v1/namespaces/default/serviceaccounts?labelSelector=app.kubernetes.io%2Fmanaged-by%3Dgantline-operator"
     start = cluster.client.get(path)["metadata"]["resourceVersion"]
@@ -144,8 +149,9 @@ def time_first_children(cluster: ApiCluster, count: int) -> list[float]:
     )
     time.sleep(2)
     for index in range(count):
-        create(cluster, f"s{index}")
-        applied[f"s{index}"] = time.time()
+        create(cluster, f"{prefix}{index}")
+        applied[f"{prefix}{index}"] = time.time()
+        time.sleep(pace_s)
     output, _ = watcher.communicate(timeout=300)
     seen = {line.split()[0]: float(line.split()[1]) for line in output.splitlines()}
     return [max(0.0, seen[name] - moment) for name, moment in applied.items()]

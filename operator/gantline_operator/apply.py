@@ -1,10 +1,10 @@
 """Brings a service's children to what is desired, and says what stood in the way.
 
-`observe` lists what carries our labels; `Children.apply` then writes. An object is ours only if its controller reference names our
-parent's uid: a stranger's object of the same name is left alone and reported, one of a deleted parent of the same name is waited for.
+An object is ours only if its controller reference names our parent's uid: a stranger's object of the same name is left alone and
+reported, one of a deleted parent of the same name is waited for.
 
-    listed, ours          apply, with its uid as guard: replaced meanwhile -> Conflict, and everything is looked at again
-    not listed            get; not there -> apply unforced; ours (labels were taken off) -> apply; else -> a problem
+    known to be ours      apply, with its uid as guard: replaced meanwhile -> Conflict, and everything is looked at again
+    not known             get; not there -> apply unforced; ours -> apply; else -> a problem
 
 Jobs and claims are immutable: they are created and never applied again. Pruning comes last and only if every apply succeeded, so a
 failure half-way never removes what still serves.
@@ -79,20 +79,30 @@ class Children:
     client: Client
     parent: Parent
     kinds: Sequence[Resource]
+    uids: dict[Child, str] = field(default_factory=dict)
+    """Of what was ours in earlier reconciles: saves a look, and is no more than a guard. Outlives this object."""
     live: dict[Child, Object] = field(default_factory=dict)
     """Ours, newest known state."""
     problems: list[Problem] = field(default_factory=list)
     count: Callable[[str, str], None] = lambda kind, verb: None
     """Told of each write."""
 
-    async def observe(self) -> None:
-        """Lists every managed kind by label. A kind that the cluster lacks, or that we may not list, is a problem, not a crash."""
-        listed = await asyncio.gather(*(self._list(resource) for resource in self.kinds))
-        for resource, items in zip(self.kinds, listed, strict=True):
+    async def observe(self, *kinds: str) -> None:
+        """Lists these kinds by label, or all. One that the cluster lacks, or that we may not list, is a problem, not a crash."""
+        wanted = [resource for resource in self.kinds if not kinds or resource.kind in kinds]
+        listed = await asyncio.gather(*(self._list(resource) for resource in wanted))
+        for resource, items in zip(wanted, listed, strict=True):
             for item in items:
                 item["apiVersion"], item["kind"] = resource.api_version, resource.kind
                 if controller_uid(item) == self.parent.uid:
-                    self.live[resource.kind, item["metadata"]["name"]] = item
+                    self._note(item)
+
+    async def look(self, kind: str, name: str) -> Object | None:
+        """One of ours by name; None where it is not there, or not ours."""
+        item = await self._find({"kind": kind, "metadata": {"name": name}})
+        if item is not None and controller_uid(item) == self.parent.uid:
+            self._note(item)
+        return self.live.get((kind, name))
 
     def of_kind(self, kind: str) -> list[Object]:
         return [item for (of, _), item in sorted(self.live.items()) if of == kind]
@@ -109,7 +119,7 @@ class Children:
             self.problems.append(problem)
             return None
         if live is not None:
-            self.live[child] = live
+            self._note(live)
         return live
 
     async def apply(self, desired: Iterable[Object]) -> bool:
@@ -120,6 +130,7 @@ class Children:
     async def prune(self, keep: Iterable[Child]) -> None:
         """Deletes what is ours and not kept. Only after everything that is desired was applied."""
         kept = set(keep)
+        await self.observe()
         for child in sorted(set(self.live) - kept):
             await self.delete(child)
 
@@ -132,7 +143,7 @@ class Children:
             resource = self._resource(child[0])
             version = metadata["resourceVersion"]
             await self.client.delete(resource, self.parent.namespace, child[1], uid=metadata["uid"], resource_version=version)
-        del self.live[child]
+        del self.live[child], self.uids[child]
 
     async def patch(self, child: Child, changes: Mapping[str, object]) -> None:
         """Merge patch of one of ours, with its uid as precondition."""
@@ -152,18 +163,21 @@ class Children:
 
     async def _apply(self, desired: Object) -> Object | None:
         child = (desired["kind"], desired["metadata"]["name"])
-        known = self.live.get(child)
-        force = True
-        if known is None:
-            known = await self._find(desired)
-            if known is not None and controller_uid(known) != self.parent.uid:
-                self._strange(known)
+        uid = self.uids.get(child)
+        if uid is None:
+            found = await self._find(desired)
+            if found is not None and controller_uid(found) != self.parent.uid:
+                self._strange(found)
                 return None
-            force = known is not None
-        guard = {"uid": known["metadata"]["uid"]} if known is not None else {}
+            uid = found["metadata"]["uid"] if found is not None else None
+        guard = {"uid": uid} if uid else {}
         body = {**desired, "metadata": {**desired["metadata"], "namespace": self.parent.namespace, **guard}}
         self.count(child[0], "apply")
-        return await self.client.apply(self._resource(child[0]), body, force=force)
+        try:
+            return await self.client.apply(self._resource(child[0]), body, force=uid is not None)
+        except Conflict:
+            self.uids.pop(child, None)
+            raise
 
     async def _create_or_keep(self, desired: Object) -> Object | None:
         child = (desired["kind"], desired["metadata"]["name"])
@@ -188,6 +202,10 @@ class Children:
             return await self.client.get(self._resource(desired["kind"]), self.parent.namespace, desired["metadata"]["name"])
         except NotFound:
             return None
+
+    def _note(self, item: Object) -> None:
+        child = (item["kind"], item["metadata"]["name"])
+        self.live[child], self.uids[child] = item, item["metadata"]["uid"]
 
     def _strange(self, item: Object) -> None:
         kind, name = item["kind"], item["metadata"]["name"]

@@ -22,7 +22,7 @@ from gantline_operator.metrics import Metrics
 from gantline_operator.observe import ClusterView
 from gantline_operator.plan import Plan, reservation
 from gantline_operator.plan_status import from_status
-from gantline_operator.reconcile import SERVICES, Cluster, Reconcile
+from gantline_operator.reconcile import SERVICES, Cluster, Memory, Reconcile
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service
@@ -57,9 +57,11 @@ class Controller:
             facts=self._cluster_facts,
             reserve=self._reserve,
             count=lambda kind, verb: self.metrics.writes.labels(kind, verb).inc(),
+            memory=self._remember,
             time_plan=self.metrics.plan_duration.time,
         )
         self._reservations: dict[str, Reservation] = {}
+        self._memories: dict[str, Memory] = {}
         self._conditions: dict[Key, list[Any]] = {}
         self._unsettled: set[Key] = set()
         self._busy_since: dict[int, float] = {}
@@ -146,7 +148,14 @@ class Controller:
         settled = states.get("PlanResolved") == "True" and states.get("Scheduled") != "False"
         (self._unsettled.discard if settled else self._unsettled.add)(key)
 
+    def _remember(self, service: str, uid: str) -> Memory:
+        memory = self._memories.get(service)
+        if memory is None or memory.uid != uid:
+            memory = self._memories[service] = Memory(uid)
+        return memory
+
     def _forget(self, key: Key) -> None:
+        self._memories.pop(_text(key), None)
         self._conditions.pop(key, None)
         self._unsettled.discard(key)
         self._reservations.pop(_text(key), None)
@@ -181,6 +190,8 @@ class Controller:
                     key = (parent["metadata"]["namespace"], parent["metadata"]["name"])
                     found.add(key)
                     self._restore(key, parent)
+        for memory in self._memories.values():
+            memory.pruned = (0, "")
         for key in found | set(self._conditions):
             self.queue.add_after(key, random.uniform(0.0, spread_s))
 

@@ -14,6 +14,7 @@ steps rely on (facts, a plan, an artefact) is written into the status before the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -42,7 +43,7 @@ from gantline_operator.spec import SpecError, parse_service
 from gantline_operator.stages import Create, Failed, Record, Running, StageName, Step, Succeeded, decide, read_job
 from gantline_operator.status import Findings, build_status, read_rollout, write_time
 
-__all__ = ["CHILD_KINDS", "SERVICES", "Cluster", "Reconcile"]
+__all__ = ["CHILD_KINDS", "SERVICES", "Cluster", "Memory", "Reconcile"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,17 @@ _PROGRESS_POLL_S = 10.0
 _MISSING_POLL_S = 30.0
 _KEPT_REVISIONS = 3
 """The current one, the one it replaces, and one more for a look back."""
+
+
+@dataclass
+class Memory:
+    """What one operator remembers of a service between reconciles. Losing it costs a few requests, nothing else."""
+
+    uid: str
+    uids: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Of its children."""
+    pruned: tuple[int, str] = (0, "")
+    """Generation and revision that were pruned last."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,8 @@ class Cluster:
     """Records what the service's pods will take; None: nothing."""
     count: Callable[[str, str], None]
     """(kind, verb) of each write."""
+    memory: Callable[[str, str], Memory]
+    """(service, uid) -> what is remembered of it."""
     time_plan: Callable[[], AbstractContextManager[Any]] = nullcontext
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
@@ -98,7 +112,8 @@ class Reconcile:
         """The status as this pass found it: what is in it survived whatever happened before."""
         self.restarted_at = str((metadata.get("annotations") or {}).get(resources.RESTARTED_AT, ""))[:256]
         owner = ApplyParent(self.namespace, self.name, self.uid, resources.child_selector(self.name))
-        self.children = Children(self.cluster.client, owner, CHILD_KINDS, count=self.cluster.count)
+        self.memory = self.cluster.memory(self.key, self.uid)
+        self.children = Children(self.cluster.client, owner, CHILD_KINDS, self.memory.uids, count=self.cluster.count)
         self.artefacts = {item["kind"]: item for item in self.recorded.get("artefacts") or []}
 
     async def run(self) -> float | None:
@@ -107,6 +122,7 @@ class Reconcile:
         except SpecError as error:
             self._found["spec_trouble"] = Trouble(Reason.INVALID_SPEC, _sentence(str(error)), error.cure)
             await self._look()
+            await self.children.look("Deployment", self.name)
             await self._write_status()
             return None
         self.spec = spec
@@ -119,8 +135,12 @@ class Reconcile:
         return self.again_s
 
     async def _look(self) -> None:
-        await self.children.observe()
-        pods = await self.cluster.client.list(PODS, self.namespace, labelSelector=resources.child_selector(self.name))
+        """What decisions need. A service without a status is new: what a killed operator may have made for it is found by name."""
+        if not self.recorded:
+            return
+        selector = resources.child_selector(self.name)
+        listing = self.cluster.client.list(PODS, self.namespace, labelSelector=selector)
+        _, pods = await asyncio.gather(self.children.observe("Job", "ControllerRevision"), listing)
         self.pods = [read_pod(pod) for pod in pods]
 
     async def _act(self) -> None:
@@ -392,14 +412,18 @@ class Reconcile:
         self._found["revision"] = mark
         applied = await self.children.apply(objects)
         self._found["current"] = applied
-        if applied and not self.children.problems:
+        generation = self.parent["metadata"].get("generation", 0)
+        if applied and not self.children.problems and self.memory.pruned != (generation, mark):
             await self.children.prune(self._kept(objects, mark))
+            self.memory.pruned = (generation, mark)
 
     async def _keep_serving(self) -> None:
         """While the new revision is being prepared, or cannot be: the previous one as it was, at the scale that is asked for now."""
         mark = self.recorded.get("revision", "")
         stored = self._revision(mark)
         if stored is None:
+            if mark:
+                await self.children.look("Deployment", self.name)
             return
         self._found["revision"] = mark
         objects = [dict(item) for item in stored["data"].get("objects") or []]
