@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     logs.configure("info", "auto")
-    # Threads that wait by spinning take the processor from whoever they wait for, once something else runs on the machine; read by OpenMP when
-    # torch loads it.
+    # Threads that wait by spinning take the processor from whoever they wait for, once something else runs on the machine.
+    # OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from gantline_quant.pipeline import QuantizeOptions, quantize_checkpoint  # imports torch: not for --help
 
