@@ -7,7 +7,7 @@ DEVCLUSTER := $(PYTHON) -m gantline_devcluster
 KUBECONFIG_GIVEN := $(if $(findstring command line,$(origin KUBECONFIG)),$(KUBECONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv cluster-binaries check unit test e2e quickstart down crds docs bench-cpu clean
+.PHONY: help venv cluster-binaries check unit test e2e quickstart down crds docs kernels bench-cpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -41,6 +41,11 @@ down: ## remove the quickstart's cluster and everything that belongs to it
 
 crds: venv ## generate the CustomResourceDefinitions and the documents made from code
 	$(PYTHON) -m gantline_operator.crd
+	$(PYTHON) scripts/server_docs.py
+	$(PYTHON) scripts/module_lines.py
+
+kernels: venv ## compile the CUDA kernels into the cache (the compiler comes from PyPI, once)
+	$(PYTHON) -m gantline_kernels.build --fetch
 
 bench-cpu: venv ## the engine's own time per step, with a model that costs nothing
 	$(PYTHON) -m benchmarks.host_step

@@ -84,6 +84,10 @@ def test_no_file_of_the_project_names_a_registry_or_a_machine() -> None:
     assert not [name for name, text in texts.items() if any(host in text for host in NAMES)]
 
 
+def test_the_list_of_modules_is_made_from_their_docstrings() -> None:
+    subprocess.run([sys.executable, "scripts/module_lines.py", "--check"], cwd=ROOT, check=True)
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text()

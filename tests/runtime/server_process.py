@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ class ServerProcess:
     """A server and its log. `flags` are those of `gantline serve`."""
 
     def __init__(self, model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> None:
-        self.termination_path = model_dir.parent / f"{model_dir.name}-termination-{time.monotonic_ns()}"
+        self.termination_path = Path(tempfile.mkdtemp(prefix="gantline-test-")) / "termination-log"
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),

@@ -107,7 +107,7 @@ class _Observer:
     def _record(self, request: Request, request_id: str, status: int, seconds: float) -> None:
         route = _route(request)
         self._service.metrics.http(route, request.method if request.method in ("GET", "POST") else "other", status)
-        quiet = route in _PROBES and status < 400
+        quiet = route in _PROBES and status in (200, 503)
         extra: dict[str, Any] = {}
         generation = getattr(request.state, "generation", None)
         if generation is not None:
