@@ -44,7 +44,8 @@ class Case:
         return 1e6 * max(self.read / _READ + self.copied / _COPY, self.operations / _PRODUCT)
 
     def time_us(self) -> float:
-        sets = max(1, min(64, int(_ROTATED_BYTES // max(1.0, self.read + self.copied)) + 1))
+        moved = self.read + self.copied
+        sets = max(1, min(64, int(_ROTATED_BYTES // moved) + 1)) if moved else 1
         runs = [self.make(i) for i in range(sets)]
 
         def all_sets() -> None:
@@ -95,7 +96,7 @@ def attention_case(name: str, queries: list[int], contexts: list[int], backend: 
 
     pairs = sum(q * (c - q) + q * (q + 1) / 2 for q, c in zip(queries, contexts, strict=True))
     cache_bytes = 4.0 * sum(contexts) * kv_heads * dim
-    return Case(name, make, read=cache_bytes if decodes else 0.0, operations=0.0 if decodes else 4.0 * pairs * heads * dim)
+    return Case(name, make, read=cache_bytes, operations=0.0 if decodes else 4.0 * pairs * heads * dim)
 
 
 def mixed_contexts(count: int = 128, longest: int = 16384) -> list[int]:
@@ -186,7 +187,7 @@ def sampling_cases(backend: str) -> Iterator[Case]:
 def linear_cases(backend: str) -> Iterator[Case]:
     shapes = [((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)]
     weight_bytes = 2.0 * sum(n * k for n, k in shapes)
-    for rows in (1, 16, 64, 128, 256, 512, 8192):
+    for rows in (1, 8, 16, 32, 64, 128, 256, 512, 8192):
         def make(_: int, rows: int = rows) -> Run:
             weights, inputs = [_bf16(n, k) * 0.02 for n, k in shapes], {k: _bf16(rows, k) for _, k in shapes}
             return lambda: [api.linear(inputs[w.shape[1]], w, backend=backend) for w in weights]

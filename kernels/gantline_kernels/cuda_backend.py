@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _HOPPER = (9, 0)
-_FEW_ROWS = 64
+_FEW_ROWS = 8
 """Up to so many rows our linear kernel reads the weights faster than cuBLAS (docs/perf-log.md)."""
 _OUTPUTS, _CHUNK, _MAX_PARTS = 64, 64, 8
 _ROWS = 128

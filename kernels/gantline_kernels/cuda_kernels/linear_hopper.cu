@@ -14,7 +14,9 @@ namespace gantline {
 namespace {
 
 constexpr int OUTPUTS = 64;  // of a block
-constexpr int CHUNK = 64;    // inputs of a stage
+constexpr int PANEL = 64;    // inputs of a panel
+constexpr int PANELS = 1;  // of a stage; two (and fewer stages) were measured too: no difference
+constexpr int CHUNK = PANELS * PANEL;
 constexpr int COMPUTE_THREADS = 128;
 constexpr int THREADS = COMPUTE_THREADS + 32;
 constexpr int MAX_PARTS = 8;
@@ -36,8 +38,8 @@ constexpr int STAGES_FOR = COLUMNS <= 16 ? 5 : 4;
 template <typename T, int COLUMNS>
 struct __align__(1024) Shared {
   struct Stage {
-    T weights[OUTPUTS * CHUNK];
-    T x[COLUMNS * CHUNK];
+    T weights[PANELS][OUTPUTS * PANEL];
+    T x[PANELS][COLUMNS * PANEL];
   };
   union {
     Stage stage[STAGES_FOR<COLUMNS>];
@@ -99,22 +101,30 @@ GANTLINE_FEW(__nv_bfloat16, "bf16")
 GANTLINE_FEW(__half, "f16")
 
 template <typename T, int COLUMNS>
+__device__ __forceinline__ void copy_weights(const CUtensorMap* map, Shared<T, COLUMNS>& shared, int stage, int chunk, int output) {
+  barrier_arrive_expect(&shared.full[stage], (OUTPUTS + COLUMNS) * CHUNK * sizeof(T));
+#pragma unroll
+  for (int i = 0; i < PANELS; ++i) copy_once_box(shared.stage[stage].weights[i], map, chunk * CHUNK + i * PANEL, output, &shared.full[stage]);
+}
+
+template <typename T, int COLUMNS>
+__device__ __forceinline__ void copy_x(const CUtensorMap* map, Shared<T, COLUMNS>& shared, int stage, int chunk) {
+#pragma unroll
+  for (int i = 0; i < PANELS; ++i) copy_box(shared.stage[stage].x[i], map, chunk * CHUNK + i * PANEL, 0, &shared.full[stage]);
+}
+
+template <typename T, int COLUMNS>
 __device__ void feed(const CUtensorMap* weight_map, const CUtensorMap* x_map, Shared<T, COLUMNS>& shared, int first, int last, int output) {
   constexpr int STAGES = STAGES_FOR<COLUMNS>;
-  constexpr uint32_t bytes = (OUTPUTS + COLUMNS) * CHUNK * sizeof(T);
   const int early = min(STAGES, last - first);
-  for (int i = 0; i < early; ++i) {
-    barrier_arrive_expect(&shared.full[i], bytes);
-    copy_once_box(shared.stage[i].weights, weight_map, (first + i) * CHUNK, output, &shared.full[i]);
-  }
+  for (int i = 0; i < early; ++i) copy_weights(weight_map, shared, i, first + i, output);
   wait_for_earlier_kernels();
-  for (int i = 0; i < early; ++i) copy_box(shared.stage[i].x, x_map, (first + i) * CHUNK, 0, &shared.full[i]);
+  for (int i = 0; i < early; ++i) copy_x(x_map, shared, i, first + i);
   for (int chunk = first + early; chunk < last; ++chunk) {
-    const int at = chunk - first, i = at % STAGES;
-    barrier_wait(&shared.empty[i], ((at / STAGES) & 1) ^ 1);
-    barrier_arrive_expect(&shared.full[i], bytes);
-    copy_once_box(shared.stage[i].weights, weight_map, chunk * CHUNK, output, &shared.full[i]);
-    copy_box(shared.stage[i].x, x_map, chunk * CHUNK, 0, &shared.full[i]);
+    const int at = chunk - first, stage = at % STAGES;
+    barrier_wait(&shared.empty[stage], ((at / STAGES) & 1) ^ 1);
+    copy_weights(weight_map, shared, stage, chunk, output);
+    copy_x(x_map, shared, stage, chunk);
   }
 }
 
@@ -123,7 +133,7 @@ __device__ void compute(Shared<T, COLUMNS>& shared, int chunks) {
   constexpr int STAGES = STAGES_FOR<COLUMNS>;
   constexpr uint32_t STEP = sizeof(typename Shared<T, COLUMNS>::Stage) / 16;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t all_weights = panel(shared.stage[0].weights, 16), all_x = panel(shared.stage[0].x, 16);
+  const uint32_t all_weights = panel(shared.stage[0].weights[0], 16), all_x = panel(shared.stage[0].x[0], 16);
   float sums[COLUMNS / 2];
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; ++i) sums[i] = 0.f;
@@ -133,7 +143,8 @@ __device__ void compute(Shared<T, COLUMNS>& shared, int chunks) {
     products_begin();
 #pragma unroll
     for (int step = 0; step < CHUNK / 16; ++step) {
-      product(sums, all_weights + i * STEP + step * 16 * sizeof(T) / 16, all_x + i * STEP + step * 16 * sizeof(T) / 16, static_cast<const T*>(nullptr));
+      const int of_weights = (step / 4 * OUTPUTS * PANEL + step % 4 * 16) * sizeof(T) / 16, of_x = (step / 4 * COLUMNS * PANEL + step % 4 * 16) * sizeof(T) / 16;
+      product(sums, all_weights + i * STEP + of_weights, all_x + i * STEP + of_x, static_cast<const T*>(nullptr));
     }
     products_commit();
     products_wait<0>();
@@ -195,7 +206,7 @@ template <typename T>
 bool make_map(CUtensorMap* map, const void* matrix, int rows, int columns, long long stride, int box_rows) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {stride * sizeof(T)};
-  const cuuint32_t box[2] = {CHUNK, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {PANEL, static_cast<cuuint32_t>(box_rows)};
   return encode_panels<T>(map, const_cast<void*>(matrix), sizes, strides, box);
 }
 

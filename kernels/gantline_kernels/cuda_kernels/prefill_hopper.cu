@@ -25,8 +25,7 @@ constexpr int PANEL = 64;  // columns of a panel
 
 // Named barriers; 0 is __syncthreads.
 constexpr int BARRIER_TURN = 1;  // and 2: whose turn it is on the matrix units
-constexpr int BARRIER_FEED = 3;
-constexpr int BARRIER_TAIL = 4;
+constexpr int BARRIER_TAIL = 3;
 
 struct Arguments {
   const void* q;
@@ -63,7 +62,7 @@ struct __align__(1024) Shared {
   T q[2][DIM / PANEL][ROWS * PANEL];
   T keys[STAGES][DIM / PANEL][KEYS * PANEL];
   T values[STAGES][DIM / PANEL][KEYS * PANEL];
-  uint64_t q_full[2], q_empty[2];
+  uint64_t tile_known[2], q_full[2], q_empty[2];
   uint64_t keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
   Tile tile[2];
 };
@@ -167,30 +166,44 @@ __device__ __forceinline__ void copy_tile(const CUtensorMap* map, T* target, uin
   }
 }
 
+// Tell the others of a tile of work, once the place that it takes is free.
 template <typename T, int DIM>
-__device__ void feed(const Arguments& args, const CUtensorMap* key_map, const CUtensorMap* value_map, Shared<T, DIM>& shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void announce(const Tile& tile, Shared<T, DIM>& shared, int turn, int lane) {
+  barrier_wait(&shared.q_empty[turn % 2], ((turn / 2) & 1) ^ 1);
+  if (lane == 0) {
+    shared.tile[turn % 2] = tile;
+    barrier_arrive(&shared.tile_known[turn % 2]);
+  }
+  __syncwarp();
+}
+
+// Warps 1 to 3 of the feeding warpgroup.
+template <typename T, int DIM>
+__device__ void feed_queries(const Arguments& args, Shared<T, DIM>& shared) {
+  const int group = args.heads / args.kv_heads;
+  for (int turn = 0;; ++turn) {
+    barrier_wait(&shared.tile_known[turn % 2], (turn / 2) & 1);
+    const Tile tile = shared.tile[turn % 2];
+    if (tile.sequence >= 0) load_queries<T, DIM>(args, tile, &shared.q[turn % 2][0][0], group, threadIdx.x - 32);
+    barrier_arrive(&shared.q_full[turn % 2]);
+    if (tile.sequence < 0) return;
+  }
+}
+
+// Warp 0. The next tile of work is fetched as soon as the ring of stages is full, so that its queries are there when their turn comes.
+template <typename T, int DIM>
+__device__ void feed_keys(const Arguments& args, const CUtensorMap* key_map, const CUtensorMap* value_map, Shared<T, DIM>& shared) {
+  const int lane = threadIdx.x;
   const int group = args.heads / args.kv_heads;
   const int origin = args.query_starts[args.first_sequence];
   const int box_bits = min(args.block_bits, KEYS_BITS);
   int steps = 0;
-  for (int turn = 0;; ++turn) {
-    const int side = turn % 2;
-    if (warp == 0) {
-      const Tile tile = next_tile(args, origin, group, lane);
-      barrier_wait(&shared.q_empty[side], ((turn / 2) & 1) ^ 1);
-      if (lane == 0) shared.tile[side] = tile;
-    }
-    named_sync<BARRIER_FEED, 128>();
-    const Tile tile = shared.tile[side];
-    if (warp > 0) {
-      if (tile.sequence >= 0) load_queries<T, DIM>(args, tile, &shared.q[side][0][0], group, threadIdx.x - 32);
-      barrier_arrive(&shared.q_full[side]);
-      if (tile.sequence < 0) return;
-      continue;
-    }
-    if (tile.sequence < 0) return;
+  Tile tile = next_tile(args, origin, group, lane);
+  announce(tile, shared, 0, lane);
+  for (int turn = 1; tile.sequence >= 0; ++turn) {
     const int* table = args.block_tables + static_cast<long long>(tile.sequence) * args.table_stride;
+    const int fetch_at = max(tile.last_keys - STAGES + 1, tile.first_keys);
+    Tile next_work;
     Boxes boxes = find_boxes(args, tile, table, tile.last_keys, box_bits, lane);
     for (int keys = tile.last_keys; keys >= tile.first_keys; --keys, ++steps) {
       const Boxes next = find_boxes(args, tile, table, keys - 1, box_bits, lane);  // before waiting
@@ -200,7 +213,12 @@ __device__ void feed(const Arguments& args, const CUtensorMap* key_map, const CU
       barrier_wait(&shared.values_empty[stage], parity);
       copy_tile<T, DIM>(value_map, &shared.values[stage][0][0], &shared.values_full[stage], boxes, box_bits, lane == 0);
       boxes = next;
+      if (keys == fetch_at) {
+        next_work = next_tile(args, origin, group, lane);
+        announce(next_work, shared, turn, lane);
+      }
     }
+    tile = next_work;
   }
 }
 
@@ -411,7 +429,9 @@ __global__ __launch_bounds__(THREADS, 1) void prefill(const __grid_constant__ CU
   if (threadIdx.x == 0) {
     prefetch_map(&key_map);
     prefetch_map(&value_map);
-    for (int i = 0; i < 2; ++i) barrier_init(&shared.q_full[i], 96), barrier_init(&shared.q_empty[i], COMPUTE_WARPS);
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&shared.tile_known[i], 1), barrier_init(&shared.q_full[i], 96), barrier_init(&shared.q_empty[i], COMPUTE_WARPS);
+    }
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(&shared.keys_full[i], 1), barrier_init(&shared.keys_empty[i], COMPUTE_WARPS);
       barrier_init(&shared.values_full[i], 1), barrier_init(&shared.values_empty[i], COMPUTE_WARPS);
@@ -421,7 +441,11 @@ __global__ __launch_bounds__(THREADS, 1) void prefill(const __grid_constant__ CU
   __syncthreads();
   if (threadIdx.x < 128) {
     registers_decrease<40>();
-    feed<T, DIM>(args, &key_map, &value_map, shared);
+    if (threadIdx.x < 32) {
+      feed_keys<T, DIM>(args, &key_map, &value_map, shared);
+    } else {
+      feed_queries<T, DIM>(args, shared);
+    }
     if (threadIdx.x == 0 && atomicAdd(args.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
       args.counters[0] = 0;  // the last block: nobody fetches any more
       args.counters[1] = 0;
