@@ -194,9 +194,11 @@ def test_uninstall_keeps_the_resource_definition_and_another_release_takes_it(si
 
 
 def test_down_leaves_nothing_behind(site: Site) -> None:
-    assert make("down").returncode == 0
-    listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout
-    assert not re.search(r"kube|etcd|containerd|gantline", listening), listening
+    home = str(Path(site.environment["KUBECONFIG"]).parent)
+    server = re.search(r"https://127\.0\.0\.1:(\d+)", Path(site.environment["KUBECONFIG"]).read_text())
+    assert server and make("down").returncode == 0
+    listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True).stdout
+    assert not re.search(rf"127\.0\.0\.1:({server[1]}|{site.url.rsplit(':', 1)[1]})\s", listening), listening
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert not re.search(r"kube-apiserver|kubelet|containerd|/etcd |kube-proxy|gantline_devcluster", processes)
-    assert "gantline" not in Path("/proc/mounts").read_text()
+    assert home not in processes
+    assert home not in Path("/proc/mounts").read_text() and not Path(home).exists()
