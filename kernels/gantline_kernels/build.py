@@ -77,7 +77,7 @@ def build(nvcc: Path, output: Path, *, jobs: int = 0) -> None:
             objects = list(pool.map(lambda source: _compile(nvcc, source, work), sorted(_SOURCES.glob("*.cu"))))
         libraries = [f"-L{path}" for path in (toolkit / "lib", toolkit / "lib64") if path.is_dir()]
         linked = work / output.name
-        subprocess.run([nvcc, "-shared", "-cudart", "static", *libraries, "-o", linked, *objects], check=True)
+        subprocess.run([nvcc, *_HOPPER, "-shared", "-cudart", "static", *libraries, "-o", linked, *objects], check=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_suffix(f".{os.getpid()}.partial")
         shutil.copyfile(linked, partial)

@@ -53,11 +53,14 @@ def compile_only(capability: int) -> None:
         )
 
 
-def run_all() -> None:
-    bf16 = torch.bfloat16
-    for dim, dtype, window in ((128, bf16, 0), (96, bf16, 100), (256, bf16, 0)):
-        case = paged([(1, 5000), (1, 30), (200, 300)], heads=8, kv_heads=2, dim=dim, dtype=dtype, block_size=64, window=window)
+def run_attention() -> None:
+    for dim, window in ((128, 0), (256, 100)):
+        case = paged([(1, 5000), (1, 30), (200, 300)], heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, block_size=64, window=window)
         api.paged_attention(*case.arguments, **case.options, backend="triton")
+
+
+def run_others() -> None:
+    bf16 = torch.bfloat16
     x, weight = torch.randn(4, 4096).to(bf16), torch.randn(4096).to(bf16)
     api.rms_norm(x, weight, 1e-5, backend="triton")
     api.add_rms_norm(x, x.clone(), weight, 1e-5, backend="triton")
@@ -79,7 +82,9 @@ def run_all() -> None:
 
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]))
-    run_all()
+    run_attention()  # what takes much shared memory, and so differs between chips
+    if sys.argv[1] == "90":
+        run_others()
     for name, kernel in compiled:
         print(name, "registers", getattr(kernel, "n_regs", "?"), "shared", kernel.metadata.shared)
     print(len(compiled), "kernels")
