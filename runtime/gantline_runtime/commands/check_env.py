@@ -141,7 +141,7 @@ def _nvidia_smi() -> str:
 
 
 def _backends(torch: Any) -> Iterator[Finding]:
-    from gantline_kernels import api
+    from gantline_kernels import api, library
 
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
@@ -153,6 +153,10 @@ def _backends(torch: Any) -> Iterator[Finding]:
         problem = _try_backend(torch, backend, device)
         label = f"works on {device}" + ("; the one that is chosen" if backend == chosen else "")
         yield Finding("backends", backend, problem or label, "missing" if problem and backend == chosen else "note" if problem else "ok")
+    if has_gpu:
+        path = library.find()
+        missing = "not built, so Triton's kernels serve alone: run python -m gantline_kernels.build --fetch"
+        yield Finding("backends", "cuda library", missing if path is None else str(path), "note" if path is None else "ok")
 
 
 def _try_backend(torch: Any, backend: str, device: str) -> str:
