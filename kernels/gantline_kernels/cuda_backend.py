@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from gantline_kernels import library, torch_backend
+from gantline_kernels import library, triton_backend
 from gantline_kernels.triton_backend import (
     add_rms_norm,
     argmax,
@@ -34,8 +34,10 @@ __all__ = [
 ]
 
 _HOPPER = (9, 0)
-_FEW_ROWS = 8
-"""Up to so many rows our linear kernel reads the weights faster than cuBLAS (docs/perf-log.md)."""
+_FEW_ROWS = 16
+_EVEN_SHARE = 0.9
+"""From 2 to so many rows our linear kernel is faster than cuBLAS, if its blocks keep the average multiprocessor so busy as the busiest
+(docs/perf-log.md, "Linear layers, few rows"): bandwidth is shared evenly by multiprocessors, so the busiest ends last."""
 _OUTPUTS, _CHUNK, _MAX_PARTS = 64, 64, 8
 _ROWS = 128
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -121,7 +123,7 @@ def _prefill_hopper(
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
     if not _has_hopper_linear(x, weight):
-        return torch_backend.linear(x, weight, bias, out_dtype)
+        return triton_backend.linear(x, weight, bias, out_dtype)
     rows, inputs = x.shape
     outputs = weight.shape[0]
     out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
@@ -134,11 +136,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
 
 
 def _has_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if not 0 < x.shape[0] <= _FEW_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype:
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+    if not 2 <= rows <= _FEW_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype:
         return False
-    fits = weight.shape[0] % _OUTPUTS == 0 and weight.shape[1] % _CHUNK == 0 and weight.is_contiguous()
+    fits = outputs % _OUTPUTS == 0 and inputs % _CHUNK == 0 and weight.is_contiguous()
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return fits and aligned and _capability(x.device.index) == _HOPPER and library.load() is not None
+    if not (fits and aligned and _capability(x.device.index) == _HOPPER and library.load() is not None):
+        return False
+    return spreads_evenly(rows, inputs, outputs, _num_sms(x.device.index))
+
+
+@cache
+def spreads_evenly(rows: int, inputs: int, outputs: int, num_sms: int) -> bool:
+    """Whether the multiprocessors have about equally many blocks of the linear kernel."""
+    blocks = outputs // _OUTPUTS * linear_parts(rows, inputs, outputs, num_sms)
+    return blocks >= _EVEN_SHARE * num_sms * -(-blocks // num_sms)
 
 
 @cache

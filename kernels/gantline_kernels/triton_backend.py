@@ -1,13 +1,14 @@
-"""The operations by Triton's kernels; matrix products by the vendor's library, through torch. Checks are in `api.py`."""
+"""The operations by Triton's kernels; matrix products of several rows by the vendor's library, through torch. Checks are in `api.py`."""
 
 from __future__ import annotations
 
 import torch
 
-from gantline_kernels.torch_backend import linear
+from gantline_kernels import torch_backend
 from gantline_kernels.triton_kernels.awq import awq_dequantize, awq_linear
 from gantline_kernels.triton_kernels.decode import decode_attention
 from gantline_kernels.triton_kernels.elementwise import add_rms_norm, rms_norm, silu_and_mul
+from gantline_kernels.triton_kernels.linear import has_one_row_linear, one_row_linear
 from gantline_kernels.triton_kernels.prefill import prefill_attention
 from gantline_kernels.triton_kernels.rope import rope_and_cache_write
 from gantline_kernels.triton_kernels.sampling import argmax, sample
@@ -53,3 +54,9 @@ def paged_attention(
             q, key_cache, value_cache, block_tables, query_starts, context_lens, out, scale, num_decodes, sliding_window, logit_softcap
         )
     return out
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
+    if has_one_row_linear(x, weight):
+        return one_row_linear(x, weight, bias, out_dtype)
+    return torch_backend.linear(x, weight, bias, out_dtype)

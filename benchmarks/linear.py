@@ -1,0 +1,149 @@
+"""Linear layers for few rows: every way we have, checked, and timed against the floor: `python -m benchmarks.linear [--rows 1 16]`.
+
+Needs a GPU. A time is the median of replays of a CUDA graph over eight layers of Llama 3.1 8B (3.5 GB of weights: nothing is found in the
+second-level cache), all shapes in a chain, and each shape alone; the floor is the weights' bytes over 4.4 TB/s. Results are compared with
+float32 first, and two runs with each other. The last lines are the table: percent of that floor in the chain, by rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gantline_kernels import api, cuda_backend, library, reference
+from gantline_kernels.triton_kernels.linear import one_row_linear
+
+from benchmarks import ceilings
+
+SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+HEAD = (128256, 4096)
+LAYERS = 8
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+_READ = 4.4e12
+_LARGEST_ERROR = 0.06
+"""Of results of size 4 at most, in bfloat16: twice its rounding and the sums' order."""
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Layers = list[list[torch.Tensor]]
+
+ONE_ROW: list[dict[str, Any]] = [
+    {},
+    {"early": True},
+    {"early": False},
+    {"outputs_each": 8, "warps": 8},
+    {"outputs_each": 2, "depth": 4096},
+    {"outputs_each": 16, "depth": 512},
+]
+
+
+def one_row(options: dict[str, Any]) -> Linear:
+    return lambda x, w, b: one_row_linear(x, w, b, **options)
+
+
+def hopper(per_sm: int) -> Linear:
+    """The CUDA kernel wherever it can run, with inputs split until about so many blocks run on each multiprocessor; 0: as it chooses."""
+
+    def run(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        rows, (outputs, inputs) = x.shape[0], w.shape
+        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+        parts = cuda_backend.linear_parts(rows, inputs, outputs, sms) if not per_sm else max(1, min(8, sms * per_sm * 64 // outputs))
+        out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+        library.call(
+            "gantline_linear_hopper", 0, x.data_ptr(), x.stride(0), w.data_ptr(), None if b is None else b.data_ptr(), out.data_ptr(), 0,
+            rows, inputs, outputs, parts, torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+def variants(rows: int) -> Iterator[tuple[str, Linear]]:
+    yield "cuBLAS", F.linear
+    for backend in ("triton", "cuda"):
+        yield f"api, {backend}", lambda x, w, b, backend=backend: api.linear(x, w, b, backend=backend)
+    if library.load() is not None:
+        for per_sm in (0, 2, 3, 8, 16):
+            yield f"cuda, {per_sm or 'own'} blocks", hopper(per_sm)
+    if rows == 1:
+        for options in ONE_ROW:
+            yield f"one row {options or ''}".strip(), one_row(options)
+
+
+def error_of(run: Linear, rows: int, weights: list[torch.Tensor]) -> float:
+    """Largest error against float32 over a layer's shapes; infinity for what is not finite, or differs from run to run."""
+    worst = 0.0
+    for w in weights:
+        wide = torch.randn(rows, w.shape[1] + 64, device="cuda", dtype=torch.bfloat16)
+        x, bias = wide[:, : w.shape[1]], torch.randn(w.shape[0], device="cuda", dtype=torch.bfloat16)
+        got, again = run(x, w, bias), run(x, w, bias)
+        if not bool(torch.isfinite(got).all()) or not torch.equal(got, again):
+            return float("inf")
+        worst = max(worst, float((got.float() - reference.linear(x, w, bias)).abs().max()))
+    return worst
+
+
+def measure(run: Linear, rows: int, layers: Layers, head: torch.Tensor) -> dict[str, Any]:
+    """Microseconds of a layer in the chain, of each shape alone and of the head, and the largest error."""
+    xs = {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _, k in SHAPES}
+
+    def chain(picked: Layers) -> None:
+        for layer in picked:
+            for w in layer:
+                run(xs[w.shape[1]], w, None)
+
+    alone = [[[layer[i]] for layer in layers] for i in range(len(SHAPES))]
+    return {
+        "error": round(error_of(run, rows, layers[0]), 4),
+        "us": round(_graph_us(partial(chain, layers)) / LAYERS, 2),
+        "shapes_us": [round(_graph_us(partial(chain, picked)) / LAYERS, 2) for picked in alone],
+        "head_us": round(_graph_us(lambda: run(xs[HEAD[1]], head, None)), 1),
+    }
+
+
+def _graph_us(call: Callable[[], object]) -> float:
+    return 1e3 * ceilings.graph_median_ms(call)
+
+
+def _floor_us(outputs: int, inputs: int) -> float:
+    return 2e6 * outputs * inputs / _READ
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=100.0, help="stop measuring after so long, and print the table")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    torch.manual_seed(0)
+    layers = [[torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for n, k in SHAPES] for _ in range(LAYERS)]
+    head = torch.randn(*HEAD, device="cuda", dtype=torch.bfloat16) * HEAD[1] ** -0.5
+    floor_us = sum(_floor_us(*shape) for shape in SHAPES)
+    table: dict[str, dict[int, str]] = {}
+    ok = True
+    for rows in args.rows:
+        for name, run in variants(rows):
+            if time.monotonic() > deadline:
+                break
+            try:
+                line = measure(run, rows, layers, head)
+            except RuntimeError as error:  # one failure must not hide the other figures
+                line = {"error": float("inf"), "failed": str(error)[:200]}
+            right = line["error"] <= _LARGEST_ERROR
+            ok = ok and right
+            table.setdefault(name, {})[rows] = f"{100 * floor_us / line['us']:.1f}" if right else "wrong"
+            print(json.dumps({"rows": rows, "variant": name, **line}), flush=True)
+    print("floors, us:", round(floor_us, 2), [round(_floor_us(*shape), 2) for shape in [*SHAPES, HEAD]])
+    print("| variant | " + " | ".join(map(str, args.rows)) + " |")
+    for name, cells in table.items():
+        print(f"| {name} | " + " | ".join(cells.get(rows, "") for rows in args.rows) + " |")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Linear layers for few rows: the one-row kernel under the interpreter, its compilation, and which shapes our kernels take."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gantline_kernels import api, cuda_backend, reference
+from gantline_kernels.triton_kernels.linear import has_one_row_linear
+
+from tests.kernels.cases import largest_error
+
+ROOT = Path(__file__).parents[2]
+H200_SMS = 132
+
+_COMPILE = """
+import sys, torch
+from gantline_kernels.triton_kernels.linear import one_row_linear
+from tests.kernels import compile_checks
+compile_checks.compile_only(int(sys.argv[1]))
+x, weight = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(64, 4096, dtype=torch.bfloat16)
+for early in {False, sys.argv[1] == "90"}:
+    one_row_linear(x, weight, weight[0, :64], early=early)
+    print(early, compile_checks.compiled[-1][1].asm["ptx"].count("griddepcontrol"))
+"""
+
+
+def _run(*arguments: str, **variables: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_the_one_row_kernel_equals_its_reference_under_the_interpreter() -> None:
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-n0"]
+    _run("-m", "pytest", *options, "tests/kernels/linear_checks.py", TRITON_INTERPRET="1", GANTLINE_KERNEL_BACKEND="triton")
+
+
+def test_the_one_row_kernel_compiles_and_waits_for_earlier_kernels_only_if_it_starts_early(tmp_path: Path) -> None:
+    assert set(_run("-c", _COMPILE, "80", TRITON_CACHE_DIR=str(tmp_path)).splitlines()) == {"False 0"}
+    assert set(_run("-c", _COMPILE, "90", TRITON_CACHE_DIR=str(tmp_path)).splitlines()) == {"False 0", "True 2"}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "ours"),
+    [(6144, 4096, True), (4096, 4096, True), (28672, 4096, False), (4096, 14336, True), (128256, 4096, True)],
+)
+@pytest.mark.parametrize("rows", [2, 8, 16])
+def test_the_cuda_kernel_takes_the_shapes_that_it_was_measured_to_be_faster_at(rows: int, outputs: int, inputs: int, ours: bool) -> None:
+    assert cuda_backend.spreads_evenly(rows, inputs, outputs, H200_SMS) is ours
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("rows", [0, 1, 2, 16, 17])
+def test_rows_without_a_gpu_go_to_the_vendors_library(backend: str, rows: int) -> None:
+    x, weight = torch.randn(rows, 64), torch.randn(40, 64) / 8
+    assert not has_one_row_linear(x, weight)
+    assert largest_error(api.linear(x, weight, backend=backend), reference.linear(x, weight)) < 2e-5
