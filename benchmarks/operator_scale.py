@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--services", type=int, default=200, help="services in all (default: 200)")
     parser.add_argument("--nodes", type=int, default=100, help="simulated nodes, of mixed GPUs (default: 100)")
     parser.add_argument("--latency-services", type=int, default=50, help="services timed, each way (default: 50)")
-    parser.add_argument("--pace", type=float, default=0.25, help="seconds between two; the other way is all at once (default: 0.25)")
+    parser.add_argument("--pace", type=float, default=1.0, help="seconds between two; the other way is all at once (default: 1)")
     parser.add_argument("--rest", type=float, default=60, help="seconds at rest (default: 60)")
     options = parser.parse_args()
     with ApiCluster(kwok=True) as cluster:

@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 _SETTLE_S, _SETTLE_EVERY_S = 0.5, 5.0
 """After a change of the cluster's facts, before waiting services are planned again (changes come in crowds), and how often at most."""
+_CALM_S = 0.25
+"""Least time between two reconciles of one service that events ask for."""
 _GRACE_S = 30.0
 """How long a cancelled reconcile may take to end before its worker counts as stuck."""
 _LISTING_RETRY_S = 5.0
@@ -64,12 +66,23 @@ class Controller:
         self._memories: dict[str, Memory] = {}
         self._conditions: dict[Key, list[Any]] = {}
         self._unsettled: set[Key] = set()
+        self._looked_at: dict[Key, float] = {}
         self._busy_since: dict[int, float] = {}
         self._settling: asyncio.TimerHandle | None = None
         self._settled_at = -_SETTLE_EVERY_S
 
     def enqueue(self, namespace: str, name: str) -> None:
-        self.queue.add((namespace, name))
+        """At once for a service that was left alone for a while; else a moment later, since one write brings several events. One that
+        was never seen before goes first: its owner is watching."""
+        key = (namespace, name)
+        if key not in self._looked_at:
+            self.queue.add(key, urgent=True)
+            return
+        since_s = time.monotonic() - self._looked_at[key]
+        if since_s >= _CALM_S:
+            self.queue.add(key)
+        else:
+            self.queue.add_after(key, _CALM_S - since_s)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -95,7 +108,7 @@ class Controller:
     async def _work(self, number: int) -> None:
         while True:
             key = await self.queue.get()
-            self._busy_since[number] = time.monotonic()
+            self._busy_since[number] = self._looked_at[key] = time.monotonic()
             try:
                 await self._handle(key)
             finally:
@@ -156,6 +169,7 @@ class Controller:
 
     def _forget(self, key: Key) -> None:
         self._memories.pop(_text(key), None)
+        self._looked_at.pop(key, None)
         self._conditions.pop(key, None)
         self._unsettled.discard(key)
         self._reservations.pop(_text(key), None)
@@ -191,7 +205,7 @@ class Controller:
                     found.add(key)
                     self._restore(key, parent)
         for memory in self._memories.values():
-            memory.pruned = (0, "")
+            memory.forget_checks()
         for key in found | set(self._conditions):
             self.queue.add_after(key, random.uniform(0.0, spread_s))
 

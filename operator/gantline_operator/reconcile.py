@@ -33,7 +33,7 @@ from gantline_operator.client import ApiError, Client, NotFound, Object, Resourc
 from gantline_operator.conditions import Reason
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.observe import PODS
-from gantline_operator.plan import Plan, Rejected, StagePlan, cache_size, plan, plan_stage
+from gantline_operator.plan import Plan, Rejected, StagePlan, cache_size, plan, plan_inputs, plan_stage
 from gantline_operator.plan_status import from_status, rejected_status, to_status
 from gantline_operator.pod_state import PodState, Trouble, read_pod
 from gantline_operator.resource import InferenceServiceSpec
@@ -67,6 +67,12 @@ class Memory:
     """Of its children."""
     pruned: tuple[int, str] = (0, "")
     """Generation and revision that were pruned last."""
+    planned: tuple[int, str] = (0, "")
+    """Generation and inputs of the plan whose pods have their nodes."""
+
+    def forget_checks(self) -> None:
+        """The next reconcile looks at everything again."""
+        self.pruned = self.planned = (0, "")
 
 
 @dataclass(frozen=True)
@@ -206,17 +212,28 @@ class Reconcile:
     # ---- plan ----------------------------------------------------------------------------------------------------------------------
 
     def _plan(self, model: ModelFacts) -> Plan | None:
-        """No await between looking at what others reserved and reserving: two services never count on the same device."""
-        facts = self.cluster.facts(self.key, [pod.uid for pod in self.pods])
+        """No await between looking at what others reserved and reserving: two services never count on the same device.
+
+        A plan whose pods have their nodes stands until the spec changes or the resync asks again whether it still fits.
+        """
+        previous = self._previous_plan()
         started = any(pod.node for pod in self.pods if pod.role == "server")
-        with self.cluster.time_plan():
-            decision = plan(self.spec, model, facts, self.cluster.rendering.images, self._previous_plan(), started=started)
+        generation = self.parent["metadata"].get("generation", 0)
+        inputs = plan_inputs(self.spec, model)
+        decision: Plan | Rejected
+        if previous is not None and started and previous.inputs == inputs and self.memory.planned == (generation, inputs):
+            decision = previous
+        else:
+            facts = self.cluster.facts(self.key, [pod.uid for pod in self.pods])
+            with self.cluster.time_plan():
+                decision = plan(self.spec, model, facts, self.cluster.rendering.images, previous, started=started)
         if isinstance(decision, Rejected):
             self._found["plan"] = rejected_status(decision)
             self._found["plan_trouble"] = Trouble(decision.reason, _sentence(decision.message), decision.cure)
             return None
         # As the status will give it back, so that the next pass renders the same.
         decision = from_status(to_status(decision), self.spec) or decision
+        self.memory.planned = (generation, decision.inputs) if started else (0, "")
         self.cluster.reserve(self.key, self.spec, decision)
         self._found |= {"plan": to_status(decision), "plan_summary": summarize(decision), "quantize": decision.quantize}
         return decision
@@ -307,7 +324,7 @@ class Reconcile:
         return location
 
     def _plan_stage(self, stage: StageName, model: ModelFacts | None = None, planned: Plan | None = None) -> StagePlan:
-        facts = self.cluster.facts(self.key, [])
+        facts = self.cluster.facts(self.key, []) if stage == "quantize" else ClusterFacts()  # the others take no device
         decision = plan_stage(stage, self.spec, facts, self.cluster.rendering.images, facts=model, serving=planned)
         if isinstance(decision, Rejected):
             raise _StageRejected(decision)

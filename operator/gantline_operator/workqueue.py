@@ -39,24 +39,27 @@ class Schedule(Generic[K]):
     """Which key is due when. Times are seconds of any one monotonic clock, passed in."""
 
     def __init__(self) -> None:
-        self._ready: OrderedDict[K, float] = OrderedDict()  # key -> since when
+        self._urgent: OrderedDict[K, float] = OrderedDict()  # key -> since when
+        self._ready: OrderedDict[K, float] = OrderedDict()
         self._due: dict[K, float] = {}
         self._heap: list[tuple[float, int, K]] = []  # may hold entries that _due has since moved; they are dropped when popped
         self._sequence = 0
         self._working: set[K] = set()
         self._again: dict[K, float] = {}
 
-    def add(self, key: K, now: float) -> None:
-        """Due now; where it is being worked on, once more afterwards."""
+    def add(self, key: K, now: float, *, urgent: bool = False) -> None:
+        """Due now; where it is being worked on, once more afterwards. Urgent ones go before all others."""
         self._due.pop(key, None)
         if key in self._working:
             self._again.setdefault(key, now)
-        else:
+        elif urgent:
+            self._urgent.setdefault(key, self._ready.pop(key, now))
+        elif key not in self._urgent:
             self._ready.setdefault(key, now)
 
     def add_at(self, key: K, when: float) -> None:
         """Due at `when`, unless it is due earlier already."""
-        if key in self._ready or key in self._again or self._due.get(key, float("inf")) <= when:
+        if key in self._ready or key in self._urgent or key in self._again or self._due.get(key, float("inf")) <= when:
             return
         self._due[key] = when
         self._sequence += 1
@@ -65,9 +68,10 @@ class Schedule(Generic[K]):
     def pop(self, now: float) -> K | None:
         """The key that has been ready longest, now being worked on until `done`; None where none is ready."""
         self._promote(now)
-        if not self._ready:
+        waiting = self._urgent or self._ready
+        if not waiting:
             return None
-        key, _ = self._ready.popitem(last=False)
+        key, _ = waiting.popitem(last=False)
         self._working.add(key)
         return key
 
@@ -86,11 +90,12 @@ class Schedule(Generic[K]):
     @property
     def depth(self) -> int:
         """Keys that are ready, or wait for their worker to finish."""
-        return len(self._ready) + len(self._again)
+        return len(self._urgent) + len(self._ready) + len(self._again)
 
     def oldest_age(self, now: float) -> float:
         """Seconds that the longest-waiting ready key has waited."""
-        return max(0.0, now - next(iter(self._ready.values()))) if self._ready else 0.0
+        firsts = [next(iter(keys.values())) for keys in (self._urgent, self._ready) if keys]
+        return max(0.0, now - min(firsts)) if firsts else 0.0
 
     def _promote(self, now: float) -> None:
         while (due := self.next_due()) is not None and due <= now:
@@ -116,8 +121,8 @@ class WorkQueue(Generic[K]):
         self._failures: dict[K, int] = {}
         self._waiters: deque[asyncio.Future[None]] = deque()
 
-    def add(self, key: K) -> None:
-        self._schedule.add(key, self._clock())
+    def add(self, key: K, *, urgent: bool = False) -> None:
+        self._schedule.add(key, self._clock(), urgent=urgent)
         self._wake()
 
     def add_after(self, key: K, delay_s: float) -> None:

@@ -60,6 +60,17 @@ def test_an_event_overtakes_a_delay() -> None:
     assert schedule.next_due() is None
 
 
+def test_urgent_keys_go_first_and_come_once() -> None:
+    schedule: Schedule[str] = Schedule()
+    schedule.add("a", 0)
+    schedule.add("b", 0)
+    schedule.add("c", 1, urgent=True)
+    schedule.add("b", 2, urgent=True)
+    schedule.add("b", 3)
+    assert schedule.oldest_age(10) == 10
+    assert [schedule.pop(4) for _ in range(4)] == ["c", "b", "a", None]
+
+
 def test_a_delay_asked_for_while_working_survives_the_end_of_the_work() -> None:
     schedule: Schedule[str] = Schedule()
     schedule.add("a", 0)
