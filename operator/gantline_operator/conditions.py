@@ -58,7 +58,6 @@ class Reason(StrEnum):
     FETCHING = "Fetching"
     QUANTIZING = "Quantizing"
     WAITING_FOR_MODEL = "WaitingForModel"
-    WAITING_FOR_PLAN = "WaitingForPlan"
     WAITING_FOR_CAPACITY = "WaitingForCapacity"
     WAITING_FOR_VOLUME = "WaitingForVolume"
     RETRYING = "Retrying"

@@ -22,7 +22,8 @@ from gantline_operator.metrics import Metrics
 from gantline_operator.observe import ClusterView
 from gantline_operator.plan import Plan, reservation
 from gantline_operator.plan_status import from_status
-from gantline_operator.reconcile import SERVICES, Cluster, Memory, Reconcile
+from gantline_operator.reconcile import Reconcile
+from gantline_operator.reconcile_pass import SERVICES, Cluster, Memory
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service

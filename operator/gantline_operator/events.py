@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _QUIET = {
     # What is under way, or waits for what is: no news, and no warning.
-    Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.WAITING_FOR_MODEL, Reason.WAITING_FOR_PLAN, Reason.ROLLING_OUT,
+    Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.WAITING_FOR_MODEL, Reason.ROLLING_OUT,
     Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
 }  # fmt: skip
 _TELLING = ("ModelReady", "PlanResolved", "QuantizationReady", "Scheduled", "Degraded")

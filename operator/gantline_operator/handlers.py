@@ -12,7 +12,7 @@ from typing import Any
 import kopf
 
 from gantline_operator.observe import PODS
-from gantline_operator.reconcile import CHILD_KINDS, SERVICES
+from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES
 
 __all__ = ["WATCHED", "Enqueue", "child_key", "register"]
 

@@ -21,7 +21,7 @@ from gantline_operator import stages
 from gantline_operator.client import connect
 from gantline_operator.conditions import Reason
 from gantline_operator.controller import Controller
-from gantline_operator.reconcile import SERVICES
+from gantline_operator.reconcile_pass import SERVICES
 
 from tests.operator.harness import (
     FACTS,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster
-from gantline_operator import reconcile
+from gantline_operator import preparation
 
 from tests.operator.harness import (
     FACTS,
@@ -254,7 +254,7 @@ def test_kubectl_scale_reaches_the_deployment_and_what_is_not_needed_goes(cluste
 def test_a_source_claim_that_is_missing_is_named_and_waited_for(
     cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconcile, "_MISSING_POLL_S", 0.5)
+    monkeypatch.setattr(preparation, "_MISSING_POLL_S", 0.5)
     apply(cluster, service("tiny", namespace, model={"uri": "pvc://models/tiny"}))
     found = wait_reason(cluster, "tiny", namespace, "ModelNotFound")
     assert "PersistentVolumeClaim models does not exist" in found["message"]

@@ -1,0 +1,238 @@
+"""From a source to files that can be served: inspect, plan, fetch, quantize. What is in the status is done and never done again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gantline_runtime.errors import CheckpointError
+from gantline_runtime.model_facts import ModelFacts
+from gantline_runtime.termination import TerminationMessage
+
+from gantline_operator import resources
+from gantline_operator.client import NotFound, Object
+from gantline_operator.conditions import Reason
+from gantline_operator.plan import Plan, Rejected, cache_size, plan, plan_inputs
+from gantline_operator.plan_status import from_status, rejected_status, to_status
+from gantline_operator.pod_state import Trouble
+from gantline_operator.reconcile_pass import CHILD_KINDS, sentence
+from gantline_operator.resources import ModelLocation
+from gantline_operator.stage_runner import StageRunner
+from gantline_operator.stages import Running, StageName
+
+__all__ = ["Preparation", "judge", "summarize"]
+
+_CLAIMS = next(kind for kind in CHILD_KINDS if kind.kind == "PersistentVolumeClaim")
+_MISSING_POLL_S = 30.0
+
+
+class Preparation(StageRunner):
+    """The part of a reconcile that gets a model ready."""
+
+    async def _inspect(self) -> ModelFacts | None:
+        digest = resources.inspect_hash(self.spec)
+        known = self.recorded.get("model") or {}
+        if known.get("inputs") != digest:
+            if await self._source_missing():
+                return None
+
+            def build(attempt: int) -> Object:
+                placement = self._plan_stage("inspect")
+                return resources.inspect_job(self.owner, placement, self.cluster.rendering, attempt=attempt)
+
+            answer = await self._stage("inspect", digest, build)
+            if answer is None:
+                return None
+            known = {"inputs": digest, **answer.facts}
+        try:
+            model = ModelFacts.from_json({key: value for key, value in known.items() if key != "inputs"})
+        except CheckpointError as error:
+            self._refuse_stage("inspect", digest, Trouble(Reason.INTERNAL_ERROR, sentence(str(error)), error.cure))
+            return None
+        self._found["model"] = known
+        return model
+
+    async def _source_missing(self) -> bool:
+        """Whether a pvc:// source names a claim that is not there: its Job would hang, and say so only to the scheduler."""
+        location = resources.source_location(self.spec.model.uri)
+        for mount in location.mounts if location else ():
+            if not await self._claim_exists(mount.claim):
+                cure = "Create it, or correct spec.model.uri."
+                trouble = Trouble(Reason.MODEL_NOT_FOUND, f"PersistentVolumeClaim {mount.claim} does not exist.", cure)
+                self._found["stage"] = ("inspect", Running("", 0, trouble))
+                self._look_again(_MISSING_POLL_S)
+                return True
+        return False
+
+    async def _claim_exists(self, name: str) -> bool:
+        try:
+            await self.cluster.client.get(_CLAIMS, self.namespace, name)
+        except NotFound:
+            return False
+        return True
+
+    def _plan(self, model: ModelFacts) -> Plan | None:
+        """No await between looking at what others reserved and reserving: two services never count on the same device.
+
+        A plan whose pods have their nodes stands until the spec changes or the resync asks again whether it still fits.
+        """
+        previous = self._previous_plan()
+        started = any(pod.node for pod in self.pods if pod.role == "server")
+        generation = self.parent["metadata"].get("generation", 0)
+        inputs = plan_inputs(self.spec, model)
+        decision: Plan | Rejected
+        if previous is not None and started and previous.inputs == inputs and self.memory.planned == (generation, inputs):
+            decision = previous
+        else:
+            facts = self.cluster.facts(self.key, [pod.uid for pod in self.pods])
+            with self.cluster.time_plan():
+                decision = plan(self.spec, model, facts, self.cluster.rendering.images, previous, started=started)
+        if isinstance(decision, Rejected):
+            self._found["plan"] = rejected_status(decision)
+            self._found["plan_trouble"] = Trouble(decision.reason, sentence(decision.message), decision.cure)
+            return None
+        # As the status will give it back, so that the next pass renders the same.
+        decision = from_status(to_status(decision), self.spec) or decision
+        self.memory.planned = (generation, decision.inputs) if started else (0, "")
+        self.cluster.reserve(self.key, self.spec, decision)
+        self._found |= {"plan": to_status(decision), "plan_summary": summarize(decision), "quantize": decision.quantize}
+        return decision
+
+    def _previous_plan(self) -> Plan | None:
+        """What stands in the status; after a rejection, what still serves."""
+        stored = from_status(self.recorded.get("plan") or {}, self.spec)
+        if stored is not None:
+            return stored
+        revision = self._revision(self.recorded.get("revision", ""))
+        return from_status(revision["data"].get("plan") or {}, self.spec) if revision else None
+
+    async def _prepare(self, model: ModelFacts, planned: Plan) -> ModelLocation | None:
+        """Where the files to be served lie, once they are there."""
+        await self._checkpoint()
+        location = resources.source_location(self.spec.model.uri)
+        if location is not None and not planned.quantize:
+            return location
+        if not await self._cache_ready(model, planned):
+            return None
+        if location is None:
+            location = await self._fetch(model, planned)
+        if location is None or not planned.quantize:
+            return location
+        return await self._quantize(model, planned, location)
+
+    async def _cache_ready(self, model: ModelFacts, planned: Plan) -> bool:
+        stage: StageName = "quantize" if resources.source_location(self.spec.model.uri) else "fetch"
+        claim = self.spec.cache.claim_name
+        if claim is None:
+            size = cache_size(self.spec, model, planned.quantize)
+            return await self._ensure(resources.cache_claim(self.owner, self.cluster.rendering, size), stage)
+        if await self._claim_exists(claim):
+            return True
+        cure = "Create it, or leave spec.cache.claimName out to have one made."
+        trouble = Trouble(Reason.CACHE_MISSING, f"PersistentVolumeClaim {claim} does not exist.", cure)
+        self._found["stage"] = (stage, Running("", 0, trouble))
+        self._look_again(_MISSING_POLL_S)
+        return False
+
+    async def _ensure(self, desired: Object, stage: StageName) -> bool:
+        if await self.children.ensure(desired) is not None:
+            return True
+        self._found["stage"] = (stage, None)
+        return False
+
+    async def _fetch(self, model: ModelFacts, planned: Plan) -> ModelLocation | None:
+        revision = model.revision or None
+        digest = resources.fetch_hash(self.spec, revision)
+        location = resources.cache_location(self.owner, "fetch", digest)
+        if self._has_artefact("fetch", digest):
+            return location
+
+        def build(attempt: int) -> Object:
+            placement = self._plan_stage("fetch", model, planned)
+            return resources.fetch_job(self.owner, placement, self.cluster.rendering, revision=revision, attempt=attempt)
+
+        answer = await self._stage("fetch", digest, build)
+        if answer is None:
+            return None
+        self._record_artefact("fetch", digest, answer)
+        await self._checkpoint()
+        return location
+
+    async def _quantize(self, model: ModelFacts, planned: Plan, source: ModelLocation) -> ModelLocation | None:
+        method = self.spec.quantization.method
+        digest = resources.quantize_hash(self.spec, model.fingerprint)
+        location = resources.cache_location(self.owner, method, digest)
+        if not self._has_artefact(method, digest):
+
+            def build(attempt: int) -> Object:
+                placement = self._plan_stage("quantize", model, planned)
+                return resources.quantize_job(
+                    self.owner, placement, self.cluster.rendering, source=source, fingerprint=model.fingerprint, attempt=attempt
+                )
+
+            answer = await self._stage("quantize", resources.quantize_job_hash(self.spec, model.fingerprint), build)
+            if answer is None:
+                return None
+            self._record_artefact(method, digest, answer)
+            await self._checkpoint()
+        trouble, self._found["quality_summary"] = judge(self.artefacts[method], self.spec.quantization.max_perplexity_increase)
+        if trouble is not None:
+            self._found["quality_trouble"] = trouble
+            return None
+        return location
+
+    def _has_artefact(self, kind: str, digest: str) -> bool:
+        item = self.artefacts.get(kind, {})
+        return bool(item.get("hash") == digest and item.get("claim", self.owner.cache_claim) == self.owner.cache_claim)
+
+    def _record_artefact(self, kind: str, digest: str, answer: TerminationMessage) -> None:
+        facts = answer.artefact.get("facts")
+        perplexity = answer.artefact.get("perplexity")
+        location = resources.cache_location(self.owner, kind, digest)
+        item: Object = {"kind": kind, "hash": digest, "path": location.path, "claim": self.owner.cache_claim}
+        size = answer.artefact.get("weight_bytes", answer.artefact.get("bytes"))
+        if isinstance(size, int):
+            item["bytes"] = size
+        if isinstance(perplexity, dict):
+            item["perplexity"] = {key: f"{perplexity[key]:.6g}" for key in ("before", "after") if _is_number(perplexity.get(key))}
+        if isinstance(facts, dict):
+            item["facts"] = facts
+        self.artefacts[kind] = item
+
+    def _revision(self, mark: str) -> Object | None:
+        return self.children.live.get(("ControllerRevision", f"{self.name}-{mark}")) if mark else None
+
+
+def judge(artefact: Mapping[str, Any], limit: float | None) -> tuple[Trouble | None, str]:
+    """Whether a quantized copy is good enough, and a sentence about it. Checked again here: the limit may be newer than the copy."""
+    perplexity = artefact.get("perplexity") or {}
+    before, after = _number(perplexity.get("before")), _number(perplexity.get("after"))
+    if before is None or after is None:
+        if limit is None:
+            return None, "Quantized."
+        cure = "Quantize again, or take spec.quantization.maxPerplexityIncrease away."
+        return Trouble(Reason.QUALITY_GATE_FAILED, "The quantized copy came without a measured perplexity.", cure), ""
+    text = f"Perplexity {before:.3f} before, {after:.3f} after."
+    # Written so that a NaN fails.
+    if limit is not None and not after <= before * (1 + limit):
+        cure = "Raise spec.quantization.maxPerplexityIncrease, use a smaller groupSize, or serve the original."
+        return Trouble(Reason.QUALITY_GATE_FAILED, f"The quantized copy is worse than the {limit:.1%} allowed. {text}", cure), text
+    return None, text
+
+
+def summarize(planned: Plan) -> str:
+    """One sentence for PlanResolved."""
+    status = to_status(planned)
+    where = f"{status.get('count')} x {status.get('product') or status.get('resource')}" if status.get("resource") else "a CPU"
+    return f"{status.get('precision')} on {where}, backend {status.get('backend')}, sessions of {status.get('sessionLen')} tokens."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(text: object) -> float | None:
+    try:
+        return float(str(text))
+    except ValueError:
+        return None

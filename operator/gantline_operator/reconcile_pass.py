@@ -1,0 +1,148 @@
+"""What every step of a reconcile shares: the service, its children as seen, what was found, and the status that is written from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from gantline_operator import resources
+from gantline_operator.apply import Children, Problem
+from gantline_operator.apply import Parent as ApplyParent
+from gantline_operator.client import Client, Object, Resource
+from gantline_operator.facts import ClusterFacts
+from gantline_operator.observe import PODS
+from gantline_operator.plan import Plan
+from gantline_operator.pod_state import PodState, read_pod
+from gantline_operator.resource import InferenceServiceSpec
+from gantline_operator.settings import OperatorSettings
+from gantline_operator.stages import Record
+from gantline_operator.status import Findings, build_status, read_rollout
+
+__all__ = ["CHILD_KINDS", "SERVICES", "Cluster", "Memory", "Pass", "sentence"]
+
+SERVICES = Resource("gantline.io/v1alpha1", "InferenceService", "inferenceservices")
+CHILD_KINDS = tuple(Resource(kind.api_version, kind.kind, kind.plural) for kind in resources.MANAGED_KINDS)
+
+
+@dataclass
+class Memory:
+    """What one operator remembers of a service between reconciles. Losing it costs a few requests, nothing else."""
+
+    uid: str
+    uids: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Of its children."""
+    pruned: tuple[int, str] = (0, "")
+    """Generation and revision that were pruned last."""
+    planned: tuple[int, str] = (0, "")
+    """Generation and inputs of the plan whose pods have their nodes."""
+
+    def forget_checks(self) -> None:
+        """The next reconcile looks at everything again."""
+        self.pruned = self.planned = (0, "")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a reconcile needs of the rest of the operator."""
+
+    client: Client
+    settings: OperatorSettings
+    rendering: resources.Settings
+    facts: Callable[[str, Collection[str]], ClusterFacts]
+    """(service `namespace/name`, uids of its own pods) -> the cluster, less what others have planned."""
+    reserve: Callable[[str, InferenceServiceSpec, Plan | None], None]
+    """Records what the service's pods will take; None: nothing."""
+    count: Callable[[str, str], None]
+    """(kind, verb) of each write."""
+    memory: Callable[[str, str], Memory]
+    """(service, uid) -> what is remembered of it."""
+    time_plan: Callable[[], AbstractContextManager[Any]] = nullcontext
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+
+@dataclass
+class Pass:
+    """One reconcile of one service."""
+
+    cluster: Cluster
+    parent: Object
+    status: Object = field(default_factory=dict)
+    """The status as it stands after the pass."""
+    spec: InferenceServiceSpec = field(init=False)
+    owner: resources.Parent = field(init=False)
+    children: Children = field(init=False)
+    pods: list[PodState] = field(default_factory=list)
+    artefacts: dict[str, Object] = field(default_factory=dict)
+    again_s: float | None = None
+    _found: dict[str, Any] = field(default_factory=dict)
+    _wanted_jobs: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        metadata = self.parent["metadata"]
+        self.namespace, self.name, self.uid = metadata["namespace"], metadata["name"], metadata["uid"]
+        self.key = f"{self.namespace}/{self.name}"
+        self.status = dict(self.parent.get("status") or {})
+        self.recorded = dict(self.status)
+        """The status as this pass found it: what is in it survived whatever happened before."""
+        self.restarted_at = str((metadata.get("annotations") or {}).get(resources.RESTARTED_AT, ""))[:256]
+        owner = ApplyParent(self.namespace, self.name, self.uid, resources.child_selector(self.name))
+        self.memory = self.cluster.memory(self.key, self.uid)
+        self.children = Children(self.cluster.client, owner, CHILD_KINDS, self.memory.uids, count=self.cluster.count)
+        self.artefacts = {item["kind"]: item for item in self.recorded.get("artefacts") or []}
+
+    async def _look(self) -> None:
+        """What decisions need. A service without a status is new: what a killed operator may have made for it is found by name."""
+        if not self.recorded:
+            return
+        selector = resources.child_selector(self.name)
+        listing = self.cluster.client.list(PODS, self.namespace, labelSelector=selector)
+        _, pods = await asyncio.gather(self.children.observe("Job", "ControllerRevision"), listing)
+        self.pods = [read_pod(pod) for pod in pods]
+
+    async def _checkpoint(self) -> None:
+        """Writes down what later steps build on, if it is new: a restart in between must come to the same decision."""
+        built = self._build_status()
+        if any(built.get(part) != self.status.get(part) for part in ("model", "plan", "artefacts")):
+            await self._write_status()
+
+    async def _write_status(self) -> None:
+        built = self._build_status()
+        if built == self.status:
+            return
+        metadata = {"name": self.name, "namespace": self.namespace, "uid": self.uid}
+        body = {"apiVersion": SERVICES.api_version, "kind": SERVICES.kind, "metadata": metadata, "status": built}
+        self.cluster.count(SERVICES.kind, "apply")
+        await self.cluster.client.apply(SERVICES, body, subresource="status")
+        self.status = built
+
+    def _build_status(self) -> Object:
+        problems: list[Problem] = list(self.children.problems)
+        deployment = self.children.live.get(("Deployment", self.name))
+        values = {"revision": self.recorded.get("revision", ""), "model": self.recorded.get("model"), **self._found}
+        if "current" not in self._found:
+            values.setdefault("record", Record.from_status(self.recorded.get("stages")))
+        if "spec_trouble" in self._found:
+            values.setdefault("plan", self.recorded.get("plan"))
+        findings = Findings(
+            namespace=self.namespace,
+            name=self.name,
+            generation=self.parent["metadata"].get("generation", 0),
+            selector=",".join(f"{key}={value}" for key, value in resources.pod_selector(self.name, "server").items()),
+            artefacts=[self.artefacts[kind] for kind in sorted(self.artefacts)],
+            problems=problems,
+            rollout=read_rollout(deployment),
+            pods=self.pods,
+            **values,
+        )
+        return build_status(findings, self.status, self.cluster.now())
+
+    def _look_again(self, seconds: float) -> None:
+        self.again_s = seconds if self.again_s is None else min(self.again_s, seconds)
+
+
+def sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
