@@ -98,9 +98,9 @@ SHIPPED = pytest.mark.skipif(not (TINY_MODEL / "config.json").exists(), reason="
 @SHIPPED
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_shipped_models_greedy_tokens_equal_those_of_transformers(setting: str, references: dict[str, tuple[Path, Reference]]) -> None:
-    """All prompts with one setting, a sixth of them with the others, unless the full matrix is asked for."""
+    """All prompts with one setting, a tenth of them with the others, unless the full matrix is asked for."""
     folder, reference = references["shipped"]
-    prompts = make_prompts(PROMPTS, LONGEST, 4000)[:: 1 if FULL or setting == "prefix-unlimited" else 6]
+    prompts = make_prompts(PROMPTS, LONGEST, 4000)[:: 1 if FULL or setting == "prefix-unlimited" else 10]
     blocks = {"num_cache_blocks": 44} if setting.startswith("preempted") and not FULL else {}
     answers, engine = run(folder, prompts, **{**SETTINGS[setting], **blocks})
     reference.verify(prompts, answers)
