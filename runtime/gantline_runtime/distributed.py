@@ -12,6 +12,7 @@ import datetime
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -96,6 +97,7 @@ class WorkerGroup:
         self._pipes: list[multiprocessing.connection.Connection] = []
         self._processes: list[Any] = []
         self._closing = False
+        self._rendezvous = plan.rendezvous
         self.failure: str | None = None
         for rank in range(1, plan.size):
             ours, theirs = context.Pipe()
@@ -142,6 +144,7 @@ class WorkerGroup:
             if process.is_alive():
                 process.kill()
                 process.join()
+        shutil.rmtree(Path(self._rendezvous).parent, ignore_errors=True)
 
     def _watch(self) -> None:
         ready = multiprocessing.connection.wait([process.sentinel for process in self._processes])
@@ -253,5 +256,5 @@ def _end_with_parent() -> None:
 
 
 def make_rendezvous() -> str:
-    """A fresh file name for the group's first meeting."""
+    """A fresh file name for the group's first meeting, in a folder of its own that `WorkerGroup.close` removes."""
     return str(Path(tempfile.mkdtemp(prefix="gantline-ranks-")) / "store")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,10 @@ def _children() -> set[int]:
     return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
 
 
-def test_a_rank_that_dies_ends_the_engine_with_its_reason_and_leaves_nothing(model: Path) -> None:
+def test_a_rank_that_dies_ends_the_engine_with_its_reason_and_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = _children()
     engine = LLMEngine(model, config(tp=2))
     engine.add_request(request("a", [5, 6, 7], count=200))
@@ -222,6 +226,7 @@ def test_a_rank_that_dies_ends_the_engine_with_its_reason_and_leaves_nothing(mod
     assert engine.has_work(), "an idle engine must report it, too"
     engine.close()
     assert _children() == before
+    assert not list(tmp_path.iterdir()), "where the ranks met is removed"
 
 
 def test_an_idle_engine_notices_a_dead_rank(model: Path) -> None:
