@@ -11,6 +11,11 @@ from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
 from gantline_devcluster.node.cluster import NodeCluster
 from gantline_devcluster.node.requirements import why_no_node
+from hypothesis import HealthCheck, settings
+
+# Machines that run the suite are slow and shared: a slow draw is no finding.
+settings.register_profile("gantline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gantline")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
