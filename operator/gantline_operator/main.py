@@ -79,6 +79,8 @@ def kopf_settings(*, retry_cap_s: float = 20.0) -> kopf.OperatorSettings:
         settings.watching.label_selectors[(group, number, kind.plural)] = resources.SELECTOR
     # Needs no right to read definitions and namespaces. A definition that comes late is noticed by the controller's own listing.
     settings.scanning.disabled = True
+    settings.queueing.idle_timeout = 1.0
+    settings.queueing.exit_timeout = 0.5  # handlers only enqueue: nothing is worth waiting for
     settings.posting.enabled = False
     settings.peering.standalone = True
     settings.persistence.finalizer = "gantline.io/operator"
@@ -96,7 +98,11 @@ async def operate(settings: OperatorSettings, client: Client, stop: asyncio.Even
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return await client.connection_info()
 
+    async def cleanup(**_: Any) -> None:
+        work.cancel()  # kopf would wait for our workers, which never end by themselves
+
     kopf.on.login(id="login", registry=registry)(login)
+    kopf.on.cleanup(id="workers", registry=registry)(cleanup)
     server = None
     if settings.metrics_port:
         server, _ = prometheus_client.start_http_server(settings.metrics_port, settings.listen_address, controller.metrics.registry)
