@@ -225,10 +225,10 @@ def bar(line: str) -> str:
     """A log line of ours with its progress as a bar; "" for a line that tells of none."""
     try:
         entry = json.loads(line)
-        share = float(entry["progress"])
+        share = min(1.0, max(0.0, float(entry["progress"])))
     except (ValueError, KeyError, TypeError):
         return ""
-    filled = round(24 * min(1.0, max(0.0, share)))
+    filled = round(24 * share)
     left = f", {entry['eta_s']} s left" if "eta_s" in entry else ""
     return f"[{'#' * filled}{'.' * (24 - filled)}] {share:4.0%} {entry.get('phase', entry.get('message', ''))}{left}"
 
