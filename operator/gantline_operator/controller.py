@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from gantline_operator import resources
-from gantline_operator.client import ApiError, Client, Conflict, NotFound, Object
+from gantline_operator.client import ApiError, Client, Conflict, KindMissing, NotFound, Object
 from gantline_operator.events import send, transitions
 from gantline_operator.facts import ClusterFacts, Reservation
 from gantline_operator.metrics import Metrics
@@ -29,7 +29,7 @@ from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service
 from gantline_operator.workqueue import WorkQueue
 
-__all__ = ["Controller", "Key"]
+__all__ = ["Controller", "DefinitionAppeared", "Key"]
 
 Key = tuple[str, str]
 """Namespace and name of a service."""
@@ -43,6 +43,10 @@ _CALM_S = 0.25
 _GRACE_S = 30.0
 """How long a cancelled reconcile may take to end before its worker counts as stuck."""
 _LISTING_RETRY_S = 5.0
+
+
+class DefinitionAppeared(Exception):
+    """The operator was started before its CustomResourceDefinition, and has to start anew to watch it."""
 
 
 class Controller:
@@ -179,11 +183,16 @@ class Controller:
     # ---- all services ----------------------------------------------------------------------------------------------------------------
 
     async def _list_until_done(self) -> None:
+        """Raises DefinitionAppeared where the InferenceService's definition came only now: kopf looks for kinds once, when it starts."""
+        missing = False
         while True:
             try:
                 await self._enqueue_all(spread_s=0.0)
+                if missing:
+                    raise DefinitionAppeared
                 return
             except ApiError as error:
+                missing = missing or isinstance(error, KindMissing)
                 wait_s = max(error.retry_after_s, _LISTING_RETRY_S) * random.uniform(0.8, 1.2)
                 _log.warning("InferenceServices cannot be listed, trying again in %.0f s: %s", wait_s, error)
                 await asyncio.sleep(wait_s)

@@ -23,7 +23,7 @@ from gantline_runtime.errors import ConfigurationError
 
 from gantline_operator import resources
 from gantline_operator.client import Client, connect
-from gantline_operator.controller import Controller
+from gantline_operator.controller import Controller, DefinitionAppeared
 from gantline_operator.handlers import WATCHED, register
 from gantline_operator.settings import OperatorSettings, from_environment
 
@@ -146,6 +146,8 @@ async def _run(settings: OperatorSettings) -> int:
     _log.info("gantline-operator %s serves %s", version(), scope)
     try:
         await operate(settings, client, asyncio.Event())
+    except* DefinitionAppeared:
+        _log.info("The definition of InferenceService has appeared: ending, to be started anew and watch it")
     finally:
         await client.close()
     return 0

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from gantline_devcluster.api_only import ApiCluster
 from gantline_operator import apply as apply_module
+from gantline_operator import controller as controller_module
 from gantline_operator import stages
 from gantline_operator.client import connect
 from gantline_operator.conditions import Reason
@@ -173,15 +174,21 @@ def test_a_real_process_that_is_killed_is_continued_by_the_next(cluster: ApiClus
         assert_whole(cluster, namespace)
 
 
-def test_an_outage_of_the_api_server_is_waited_out(tmp_path: Path) -> None:
+def test_a_late_definition_and_an_outage_of_the_api_server_are_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a cluster of its own, since others' watches would be cut too; without controllers, so nothing but the operator acts."""
 
     def seen(name: str) -> bool:
         parent = get(cluster, "gisvc", name, "default")
         return bool(parent.get("status", {}).get("observedGeneration") == parent["metadata"]["generation"])
 
+    monkeypatch.setattr(controller_module, "_LISTING_RETRY_S", 0.2)
     with ApiCluster(controllers=False) as cluster:
+        early = Operator(cluster).__enter__()
+        assert not early.dead.wait(1.0), "without its definition an operator waits"
         install_crd(cluster)
+        assert early.dead.wait(30), "and ends when it appears: kopf looks for kinds once"
+        assert isinstance(early.error, ExceptionGroup)
+        assert early.error.subgroup(controller_module.DefinitionAppeared)
         with Operator(cluster) as operator:
             apply(cluster, service("tiny", "default"))
             wait(lambda: seen("tiny"))
