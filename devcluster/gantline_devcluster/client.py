@@ -50,6 +50,7 @@ class Client:
         """One request; returns the decoded answer. Raises ApiError, or OSError where there is no connection."""
         data = None if body is None else json.dumps(body)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": content_type, "Accept": "application/json"}
+        reused = self._connection is not None
         if self._connection is None:
             self._connection = http.client.HTTPSConnection(
                 self._address.hostname or "", self._address.port, timeout=self._timeout_s, context=self._context
@@ -60,6 +61,8 @@ class Client:
             text = answer.read().decode()
         except (OSError, http.client.HTTPException) as error:
             self.close()
+            if reused:  # the server had closed the kept connection, or was restarted: a new one decides
+                return self.call(method, path, body, content_type=content_type)
             raise OSError(f"no answer from {self._address.netloc}: {error}") from error
         if answer.status >= 400:
             raise ApiError(answer.status, _message(text))

@@ -84,6 +84,7 @@ def cluster(world: ApiCluster, namespace: str) -> Iterator[ApiCluster]:
 def test_a_manifest_becomes_a_served_model_and_then_nothing_moves(cluster: ApiCluster, namespace: str) -> None:
     apply(cluster, service("tiny", namespace))
     cluster.kubectl("wait", "--for=condition=Ready", "gisvc/tiny", "-n", namespace, "--timeout=60s")
+    cluster.kubectl("wait", "--for=jsonpath={.status.startup.revision}", "gisvc/tiny", "-n", namespace, "--timeout=30s")
     found = status(cluster, "tiny", namespace)
     revision, source = found["revision"], found["model"]["inputs"]
     expected = [

@@ -144,7 +144,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
 def test_sigterm_under_load_loses_no_stream(tmp_path: Path) -> None:
     """Streams run when the signal comes, and new ones still come for the time of `drain_delay`."""
     model = write_model(tmp_path / "m", step_seconds=0.01)
-    server = ServerProcess(model, "--drain-delay=1", "--drain-timeout=30").wait_ready()
+    server = ServerProcess(model, "--drain-delay=4", "--drain-timeout=30").wait_ready()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         before = [pool.submit(_stream, server, 150) for _ in range(8)]
         _wait_for_first_tokens(server, 8)
