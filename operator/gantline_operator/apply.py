@@ -8,6 +8,8 @@ reported, one of a deleted parent of the same name is waited for.
 
 Jobs and claims are immutable: they are created and never applied again. Pruning comes last and only if every apply succeeded, so a
 failure half-way never removes what still serves.
+
+The children of a paused service are only looked at: every write goes through here, and here it is left out.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ class Children:
     """Of what was ours in earlier reconciles: saves a look, and is no more than a guard. Outlives this object."""
     live: dict[Child, Object] = field(default_factory=dict)
     """Ours, newest known state."""
+    paused: bool = False
+    """Whether they are to be left as they are: then no method writes."""
     problems: list[Problem] = field(default_factory=list)
     count: Callable[[str, str], None] = lambda kind, verb: None
     """Told of each write."""
@@ -108,10 +112,13 @@ class Children:
         return [item for (of, _), item in sorted(self.live.items()) if of == kind]
 
     async def ensure(self, desired: Object) -> Object | None:
-        """The live object after creating or applying `desired`; None where a problem was noted. Raises ApiError for what will pass."""
+        """The live object after creating or applying `desired`; None where a problem was noted. Raises ApiError for what will pass.
+
+        Of a paused parent the live object as it is; None where it is not there.
+        """
         child = (desired["kind"], desired["metadata"]["name"])
         try:
-            live = await self._create_or_keep(desired) if desired["kind"] in _IMMUTABLE else await self._apply(desired)
+            live = await self._bring(desired)
         except ApiError as error:
             problem = problem_of(error, f"{child[0]} {child[1]}")
             if problem is None:
@@ -129,6 +136,8 @@ class Children:
 
     async def prune(self, keep: Iterable[Child]) -> None:
         """Deletes what is ours and not kept. Only after everything that is desired was applied."""
+        if self.paused:
+            return
         kept = set(keep)
         await self.observe()
         for child in sorted(set(self.live) - kept):
@@ -136,6 +145,8 @@ class Children:
 
     async def delete(self, child: Child) -> None:
         """Deletes one of ours, exactly as seen: where somebody changed it since, Conflict, and it is looked at again."""
+        if self.paused:
+            return
         item = self.live[child]
         metadata = item["metadata"]
         if "deletionTimestamp" not in metadata:
@@ -147,6 +158,8 @@ class Children:
 
     async def patch(self, child: Child, changes: Mapping[str, object]) -> None:
         """Merge patch of one of ours, with its uid as precondition."""
+        if self.paused:
+            return
         metadata = self.live[child]["metadata"]
         self.count(child[0], "patch")
         body = {**changes, "metadata": {"uid": metadata["uid"]}}
@@ -160,6 +173,11 @@ class Children:
             assert problem is not None
             self.problems.append(problem)
             return []
+
+    async def _bring(self, desired: Object) -> Object | None:
+        if self.paused:
+            return await self.look(desired["kind"], desired["metadata"]["name"])
+        return await self._create_or_keep(desired) if desired["kind"] in _IMMUTABLE else await self._apply(desired)
 
     async def _apply(self, desired: Object) -> Object | None:
         child = (desired["kind"], desired["metadata"]["name"])

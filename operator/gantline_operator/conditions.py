@@ -51,6 +51,7 @@ class Reason(StrEnum):
     SCHEDULED = "Scheduled"
     COMPLETE = "Complete"
     SUSPENDED = "Suspended"
+    PAUSED = "Paused"
     SCALED_TO_ZERO = "ScaledToZero"
 
     # what is under way
@@ -128,6 +129,7 @@ class EventReason(StrEnum):
     ROLLOUT_STARTED = "RolloutStarted"
     ROLLOUT_COMPLETED = "RolloutCompleted"
     SUSPENDED = "Suspended"
+    PAUSED = "Paused"
     RESUMED = "Resumed"
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _QUIET = {
     # What is under way, or waits for what is: no news, and no warning.
     Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.WAITING_FOR_MODEL, Reason.ROLLING_OUT,
-    Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
+    Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.PAUSED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
 }  # fmt: skip
 _TELLING = ("ModelReady", "PlanResolved", "QuantizationReady", "Scheduled", "Degraded")
 _SUCCEEDED = {
@@ -51,7 +51,16 @@ def transitions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Eve
     new = {item["type"]: item for item in after.get("conditions") or []}
     prepared = [event for kind in _TELLING if kind in new for event in _of_condition(kind, old.get(kind, {}), new[kind])]
     summary = _of_condition("Ready", old.get("Ready", {}), new["Ready"]) if "Ready" in new else ()
-    return list(dict.fromkeys([*prepared, *_started(before, after), *summary]))
+    paused = _paused(old.get("Progressing", {}), new.get("Progressing", {}))
+    return list(dict.fromkeys([*paused, *prepared, *_started(before, after), *summary]))
+
+
+def _paused(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Event]:
+    was, is_now = (item.get("reason") == Reason.PAUSED for item in (old, new))
+    if is_now and not was:
+        yield Event("Normal", EventReason.PAUSED, new.get("message", ""))
+    if was and not is_now:
+        yield Event("Normal", EventReason.RESUMED, "Resumed.")
 
 
 def _started(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:

@@ -30,7 +30,7 @@ class Preparation(StageRunner):
     """The part of a reconcile that gets a model ready."""
 
     async def _inspect(self) -> ModelFacts | None:
-        digest = resources.inspect_hash(self.spec)
+        digest = resources.inspect_hash(self.owner)
         known = self.recorded.get("model") or {}
         if known.get("inputs") != digest:
             if await self._source_missing():

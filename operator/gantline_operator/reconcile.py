@@ -10,6 +10,8 @@
 
 Everything is decided by what is there, never by what happened; a reconcile that is killed anywhere is finished by the next. What later
 steps rely on (facts, a plan, an artefact) is written into the status before they act on it.
+
+A paused service (gantline.io/paused) goes the same way, but none of its children is written: `apply.py` only looks at them.
 """
 
 from __future__ import annotations
@@ -74,6 +76,9 @@ class Reconcile(Preparation):
 
     async def _roll_out(self, planned: Plan, location: ModelLocation) -> None:
         mark = resources.revision(self.owner, planned, location)
+        if self.paused:
+            self._found |= {"one_node": location.one_node, "current": await self._serves(mark)}
+            return
         stored = self._revision(mark)
         template = stored["data"].get("template") if stored else None
         objects = resources.serving(self.owner, planned, location, self.cluster.rendering, template=template)
@@ -103,6 +108,14 @@ class Reconcile(Preparation):
             if item["kind"] == "Deployment":
                 item["spec"] = {**item["spec"], "replicas": resources.replicas(self.owner)}
         await self.children.apply(objects)
+
+    async def _serves(self, mark: str) -> bool:
+        """Whether what is there is already what the spec asks for."""
+        deployment = await self.children.look("Deployment", self.name)
+        if deployment is None:
+            return False
+        marks = deployment["spec"]["template"]["metadata"].get("labels") or {}
+        return marks.get("gantline.io/revision") == mark and deployment["spec"]["replicas"] == resources.replicas(self.owner)
 
     def _build_revision(self, mark: str, data: Mapping[str, Any]) -> Object:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from gantline_operator.settings import OperatorSettings
 from gantline_operator.stages import Record
 from gantline_operator.status import Findings, build_status, read_rollout
 
-__all__ = ["CHILD_KINDS", "SERVICES", "Cluster", "Memory", "Pass", "sentence"]
+__all__ = ["CHILD_KINDS", "SERVICES", "Cluster", "Memory", "Pass", "is_paused", "sentence"]
 
 SERVICES = Resource("gantline.io/v1alpha1", "InferenceService", "inferenceservices")
 CHILD_KINDS = tuple(Resource(kind.api_version, kind.kind, kind.plural) for kind in resources.MANAGED_KINDS)
@@ -88,10 +88,12 @@ class Pass:
         self.status = dict(self.parent.get("status") or {})
         self.recorded = dict(self.status)
         """The status as this pass found it: what is in it survived whatever happened before."""
-        self.restarted_at = str((metadata.get("annotations") or {}).get(resources.RESTARTED_AT, ""))[:256]
+        annotations = metadata.get("annotations") or {}
+        self.restarted_at = str(annotations.get(resources.RESTARTED_AT, ""))[:256]
+        self.paused = is_paused(annotations)
         owner = ApplyParent(self.namespace, self.name, self.uid, resources.child_selector(self.name))
         self.memory = self.cluster.memory(self.key, self.uid)
-        self.children = Children(self.cluster.client, owner, CHILD_KINDS, self.memory.uids, count=self.cluster.count)
+        self.children = Children(self.cluster.client, owner, CHILD_KINDS, self.memory.uids, paused=self.paused, count=self.cluster.count)
         self.artefacts = {item["kind"]: item for item in self.recorded.get("artefacts") or []}
 
     async def _look(self) -> None:
@@ -134,6 +136,7 @@ class Pass:
             selector=",".join(f"{key}={value}" for key, value in resources.pod_selector(self.name, "server").items()),
             artefacts=[self.artefacts[kind] for kind in sorted(self.artefacts)],
             problems=problems,
+            paused=self.paused,
             rollout=read_rollout(deployment),
             pods=self.pods,
             **values,
@@ -142,6 +145,11 @@ class Pass:
 
     def _look_again(self, seconds: float) -> None:
         self.again_s = seconds if self.again_s is None else min(self.again_s, seconds)
+
+
+def is_paused(annotations: Mapping[str, str]) -> bool:
+    """Whether gantline.io/paused says so. Whoever sets it wants it: any value pauses but the one that says no, and none."""
+    return annotations.get(resources.PAUSED, "").strip().lower() not in ("", "false")
 
 
 def sentence(text: str) -> str:

@@ -116,7 +116,7 @@ class StageRunner(Pass):
 
     def _digests_of_spec(self) -> set[str]:
         """Of every stage that the spec may need, whatever this pass got to: a passing refusal must not stop a Job half-way."""
-        digests = {resources.inspect_hash(self.spec), *self._wanted_jobs}
+        digests = {resources.inspect_hash(self.owner), *self._wanted_jobs}
         model = self._found.get("model") or {}
         if model:
             digests.add(resources.fetch_hash(self.spec, model.get("revision") or None))

@@ -28,6 +28,8 @@ _DOING = {
     "quantize": "The model is being quantized.",
 }
 
+_PAUSED = "Paused: nothing is changed until the annotation gantline.io/paused is taken away."
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -56,9 +58,11 @@ class Findings:
     generation: int
     selector: str
     suspended: bool = False
+    paused: bool = False
+    """Nothing of the service is changed for now, whatever its spec asks for."""
     spec_trouble: Trouble | None = None
     stage: tuple[StageName, Step | None] | None = None
-    """The stage that is not done, and its step; None where all are. A step of None: it has not been looked at (suspended, or refused)."""
+    """The stage that is not done, and its step; None where all are. A step of None: not looked at (suspended, paused, refused)."""
     record: Record | None = None
     model: Mapping[str, Any] | None = None
     artefacts: Sequence[Mapping[str, Any]] = ()
@@ -202,6 +206,8 @@ def _of_stage(kind: ConditionType, found: Findings, name: StageName, step: Step 
         if step.retry_at is not None:
             text = f"{text} Trying again at {write_time(step.retry_at)}."
         return Condition(kind, "False", step.trouble.reason, text)
+    if step is None and found.paused:
+        return Condition(kind, "False", Reason.PAUSED, "Paused before this was done.")
     if step is None and found.suspended:
         return Condition(kind, "False", Reason.SUSPENDED, "Suspended before this was done.")
     if isinstance(step, Running) and step.trouble is not None:
@@ -264,6 +270,8 @@ def _obstacles(found: Findings, blocking: Sequence[Condition], scheduled: Condit
         yield Reason.INVALID_SPEC, found.spec_trouble.text
     for problem in found.problems:
         yield problem.reason, problem.message
+    if found.paused and not found.current:
+        yield Reason.PAUSED, f"What the spec asks for waits. {_PAUSED}"
     if found.suspended:
         yield Reason.SUSPENDED, "Suspended: set spec.suspend to false to serve again."
     # The model comes before the plan: without the one there is no other.
@@ -303,6 +311,8 @@ def _serving_trouble(found: Findings) -> Trouble | None:
 
 def _progressing(found: Findings, ready: Condition) -> Condition:
     kind = ConditionType.PROGRESSING
+    if found.paused:
+        return Condition(kind, "False", Reason.PAUSED, _PAUSED)
     if ready.status == "True" or ready.reason is Reason.SCALED_TO_ZERO:
         return Condition(kind, "False", Reason.COMPLETE, "Nothing is left to do.")
     if found.suspended or found.spec_trouble or found.problems or found.plan_trouble or found.quality_trouble:

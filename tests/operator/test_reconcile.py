@@ -177,11 +177,22 @@ def test_a_bad_model_is_told_with_cause_and_cure(cluster: ApiCluster, namespace:
 
 def test_a_stage_that_failed_for_good_starts_again_with_restarted_at(cluster: ApiCluster, namespace: str) -> None:
     name = "bad-invalidcheckpoint"
-    apply(cluster, service(name, namespace))
+    apply(cluster, service(name, namespace, model={"uri": "hf://org/name"}))
     wait_reason(cluster, name, namespace, "InvalidCheckpoint")
     cluster.kubectl("annotate", f"gisvc/{name}", "-n", namespace, "gantline.io/restartedAt=now")
     wait(lambda: [item["metadata"]["name"][-2:] == "-1" for item in items(cluster, "jobs", namespace)] == [False, True])
     wait_reason(cluster, name, namespace, "InvalidCheckpoint")
+
+
+def test_a_source_that_changed_in_place_is_looked_at_again_by_a_restart(cluster: ApiCluster, namespace: str) -> None:
+    fates(cluster, inspected(edited=TINY))
+    apply(cluster, service("edited", namespace))
+    wait_reason(cluster, "edited", namespace, "Ready")
+    fates(cluster, inspected(edited={**TINY, "fingerprint": "sha256:0c"}))
+    cluster.kubectl("annotate", "gisvc/edited", "-n", namespace, "gantline.io/restartedAt=now")
+    wait(lambda: status(cluster, "edited", namespace)["model"]["fingerprint"] == "sha256:0c")
+    wait_reason(cluster, "edited", namespace, "Ready")
+    assert len(items(cluster, "jobs", namespace)) == 2
 
 
 def test_a_service_that_fits_nowhere_is_planned_again_when_nodes_come(cluster: ApiCluster, namespace: str) -> None:
@@ -238,6 +249,40 @@ def test_suspend_runs_nothing_and_keeps_everything(cluster: ApiCluster, namespac
     patch(cluster, "slow", namespace, {"suspend": False})
     wait_reason(cluster, "slow", namespace, "Ready")
     assert len(items(cluster, "jobs", namespace)) == 1, "what was inspected is known"
+
+
+def test_a_paused_service_is_left_alone_and_its_status_still_told(cluster: ApiCluster, namespace: str) -> None:
+    apply(cluster, service("tiny", namespace))
+    wait_reason(cluster, "tiny", namespace, "Ready")
+    cluster.kubectl("annotate", "gisvc/tiny", "-n", namespace, "gantline.io/paused=true")
+    assert wait_reason(cluster, "tiny", namespace, "Paused", "Progressing")["status"] == "False"
+    assert wait_reason(cluster, "tiny", namespace, "Ready")["status"] == "True", "pausing changes nothing of what serves"
+    cluster.kubectl("scale", "deployment/tiny", "--replicas=2", "-n", namespace)
+    cluster.kubectl("delete", "service", "tiny", "-n", namespace)
+    patch(cluster, "tiny", namespace, {"replicas": 3, "quantization": {"method": "awq"}})
+    wait(lambda: status(cluster, "tiny", namespace)["observedGeneration"] == 2)
+    wait(lambda: status(cluster, "tiny", namespace)["readyReplicas"] == 2)
+    found = wait_reason(cluster, "tiny", namespace, "Paused")
+    assert "gantline.io/paused" in found["message"]
+    assert not [item for item in items(cluster, "services", namespace) if item["metadata"]["name"] == "tiny"]
+    assert len(items(cluster, "jobs", namespace)) == 1 and not items(cluster, "persistentvolumeclaims", namespace)
+    patch(cluster, "tiny", namespace, {"quantization": None})
+    cluster.kubectl("annotate", "gisvc/tiny", "-n", namespace, "gantline.io/paused-")
+    wait(lambda: status(cluster, "tiny", namespace)["readyReplicas"] == 3)
+    wait_reason(cluster, "tiny", namespace, "Ready")
+    assert get(cluster, "service", "tiny", namespace)
+    assert [reason for reason in event_reasons(cluster, "tiny", namespace) if reason in ("Paused", "Resumed")] == ["Paused", "Resumed"]
+
+
+def test_a_service_that_is_paused_from_the_start_gets_no_child(cluster: ApiCluster, namespace: str) -> None:
+    manifest = service("tiny", namespace)
+    manifest["metadata"]["annotations"] = {"gantline.io/paused": "true"}
+    apply(cluster, manifest)
+    wait_reason(cluster, "tiny", namespace, "Paused")
+    assert wait_reason(cluster, "tiny", namespace, "Paused", "ModelReady")["status"] == "False"
+    assert not children(cluster, namespace)
+    cluster.kubectl("annotate", "--overwrite", "gisvc/tiny", "-n", namespace, "gantline.io/paused=false")
+    wait_reason(cluster, "tiny", namespace, "Ready")
 
 
 def test_kubectl_scale_reaches_the_deployment_and_what_is_not_needed_goes(cluster: ApiCluster, namespace: str) -> None:

@@ -20,7 +20,20 @@ from gantline_operator.spec import parse_spec
 from gantline_runtime.cli import COMMANDS
 from gantline_runtime.config import EngineConfig, ServerConfig, from_arguments
 
-from tests.operator.render_cases import CASES, CPU_PLAN, CPU_STAGE, FINGERPRINT, FULL_SPEC, GPU_PLAN, GPU_STAGE, LONGEST, SETTINGS, Case
+from tests.operator.render_cases import (
+    CASES,
+    CPU_PLAN,
+    CPU_STAGE,
+    FINGERPRINT,
+    FULL_SPEC,
+    GPU_PLAN,
+    GPU_STAGE,
+    LONGEST,
+    SETTINGS,
+    Case,
+    parent_of,
+    service,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -399,7 +412,9 @@ def test_a_template_that_was_kept_is_used_as_it_is() -> None:
 
 def test_hashes_are_of_inputs_alone_and_differ_where_the_result_would() -> None:
     spec = CASES["every-field"].parent.spec
-    assert resources.inspect_hash(spec) != resources.inspect_hash(replace(spec, model=replace(spec.model, revision="v2")))
+    remote = parent_of(service(FULL_SPEC))
+    later = replace(remote, spec=replace(spec, model=replace(spec.model, revision="v2")))
+    assert resources.inspect_hash(remote) != resources.inspect_hash(later)
     assert resources.fetch_hash(spec, "c0ffee") == resources.fetch_hash(replace(spec, replicas=9), "c0ffee")
     assert resources.fetch_hash(spec, "c0ffee") != resources.fetch_hash(spec, "decaf")
     stricter = replace(spec, quantization=replace(spec.quantization, max_perplexity_increase=0.01))
@@ -407,6 +422,12 @@ def test_hashes_are_of_inputs_alone_and_differ_where_the_result_would() -> None:
     assert resources.quantize_job_hash(spec, FINGERPRINT) != resources.quantize_job_hash(stricter, FINGERPRINT), "judged anew"
     finer = replace(spec, quantization=replace(spec.quantization, group_size=32))
     assert resources.quantize_hash(spec, FINGERPRINT) != resources.quantize_hash(finer, FINGERPRINT)
+
+
+def test_a_restart_looks_again_at_files_that_are_read_in_place_and_keeps_what_was_fetched() -> None:
+    for uri, again in (("pvc://models/llama", True), ("file:///models/llama", True), ("hf://org/llama", False)):
+        parent = parent_of(service({"model": {"uri": uri}}))
+        assert (resources.inspect_hash(parent) != resources.inspect_hash(replace(parent, restarted_at="monday"))) is again
 
 
 def test_the_longest_names_fit() -> None:

@@ -118,6 +118,9 @@ NEW = replace(SERVING, pods=[], rollout=None, revision="", current=False, model=
             replace(SERVING, suspended=True, rollout=Rollout(True, 0, 0, 0, 0), pods=[]),
             {"Ready": "Suspended", "Servable": "Suspended", "Progressing": "Suspended"},
         ),
+        (replace(SERVING, paused=True), {"Ready": "Ready", "Servable": "Available", "Progressing": "Paused"}),
+        (replace(SERVING, paused=True, current=False), {"Ready": "Paused", "Servable": "Available", "Progressing": "Paused"}),
+        (replace(NEW, paused=True, stage=("inspect", None)), {"Ready": "Paused", "ModelReady": "Paused", "Progressing": "Paused"}),
         (
             replace(SERVING, rollout=Rollout(True, 0, 0, 0, 0), pods=[]),
             {"Ready": "ScaledToZero", "Servable": "ScaledToZero", "Progressing": "Complete"},

@@ -36,6 +36,7 @@ from gantline_operator.resources.naming import (
 )  # fmt: skip
 from gantline_operator.resources.pod import Mount
 from gantline_operator.resources.serving import (
+    PAUSED,
     RESTARTED_AT,
     build_template,
     replicas,
@@ -49,6 +50,7 @@ __all__ = [
     "ALGORITHM_VERSIONS",
     "ATTEMPT",
     "MANAGED_KINDS",
+    "PAUSED",
     "RESTARTED_AT",
     "SELECTOR",
     "ManagedKind",

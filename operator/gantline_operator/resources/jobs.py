@@ -36,9 +36,12 @@ _DEADLINE_S: Mapping[Stage, int] = {"inspect": 3600, "fetch": 2 * 86400, "quanti
 """Seconds until a Job is given up, pulling its image and waiting for a node included: a bound for what hangs, not a prediction."""
 
 
-def inspect_hash(spec: InferenceServiceSpec) -> str:
-    """Of what is inspected: the source and its revision."""
-    return content_hash({"stage": "inspect", "version": ALGORITHM_VERSIONS["inspect"], **_source(spec)})
+def inspect_hash(parent: Parent) -> str:
+    """Of what is inspected: the source and its revision. Files that pods read in place are looked at again when the pods are replaced:
+    the new ones read what is there by then."""
+    in_place = source_location(parent.spec.model.uri) is not None
+    again = {"restartedAt": parent.restarted_at} if in_place and parent.restarted_at else {}
+    return content_hash({"stage": "inspect", "version": ALGORITHM_VERSIONS["inspect"], **_source(parent.spec), **again})
 
 
 def fetch_hash(spec: InferenceServiceSpec, revision: str | None = None) -> str:
@@ -65,7 +68,7 @@ def inspect_job(parent: Parent, placement: Placement, settings: Settings, *, att
     arguments = ["inspect", _inside(parent.spec.model.uri, source), *_revision(parent.spec.model.revision)]
     mounts = source.mounts if source else ()
     base = build_base(parent, placement, settings)
-    return _job(parent, settings, "inspect", inspect_hash(parent.spec), attempt, base, arguments, mounts, env=_hub(parent, settings))
+    return _job(parent, settings, "inspect", inspect_hash(parent), attempt, base, arguments, mounts, env=_hub(parent, settings))
 
 
 def fetch_job(parent: Parent, placement: Placement, settings: Settings, *, revision: str | None = None, attempt: int = 0) -> Object:

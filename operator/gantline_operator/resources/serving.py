@@ -15,10 +15,12 @@ from gantline_operator.resources.naming import GROUP, Object, content_hash, labe
 from gantline_operator.resources.placement import build_base, cpu_threads, same_node, volume_labels
 from gantline_operator.resources.pod import PodBase, build_container, build_pod
 
-__all__ = ["RESTARTED_AT", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s"]
+__all__ = ["PAUSED", "RESTARTED_AT", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s"]
 
 RESTARTED_AT = f"{GROUP}/restartedAt"
 """Annotation of a service; another value replaces its pods."""
+PAUSED = f"{GROUP}/paused"
+"""Annotation of a service whose children are to be left as they are."""
 
 _PORT = 8000
 _STARTUP_PERIOD_S = 2
