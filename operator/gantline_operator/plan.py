@@ -57,7 +57,7 @@ _CURES: Mapping[Reason, str] = {
     Reason.INVALID_QUANTIZATION: "Use another groupSize, quantization.method: none, or a checkpoint that is not quantized yet.",
     Reason.ILLEGAL_TENSOR_PARALLEL: "Leave engine.tensorParallel at auto, or choose a number that divides the model's heads and groups.",
     Reason.MODEL_TOO_LARGE: "Lower engine.sessionLen or engine.maxBatchSize, allow quantization (method: awq), or use larger or more GPUs.",
-    Reason.UNSUPPORTED_ARCHITECTURE: "Use a model of a supported family: Llama, Mistral, Qwen2 or Qwen3.",
+    Reason.UNSUPPORTED_ARCHITECTURE: "Use a decoder-only language model with standard attention.",
     Reason.INVALID_CONFIGURATION: "Lower engine.sessionLen, or leave it at auto.",
 }
 
@@ -94,6 +94,8 @@ def plan(
     variants, turned = _variants(spec, facts)
     if not variants:
         return _reject(turned)
+    if facts.family == "transformers":
+        turned = [*turned, _no_own_implementation(facts)]
     shapes, screened = ([], []) if _on_cpu(spec) else find_shapes(spec, cluster, images)
     fresh: Plan | Rejected
     if not shapes and not screened and not _on_cpu(spec):
@@ -168,6 +170,11 @@ def _variants(spec: InferenceServiceSpec, facts: ModelFacts) -> tuple[list[Varia
     if illegal is not None:
         return as_it_is, [Turned("awq", Reason.INVALID_QUANTIZATION, illegal)]
     return [*as_it_is, Variant(copy, True)], []
+
+
+def _no_own_implementation(facts: ModelFacts) -> Turned:
+    message = f"there is none of {facts.architecture}: transformers' own runs it over the paged cache, on one device, without CUDA graphs"
+    return Turned("Gantline's implementation", Reason.UNSUPPORTED_ARCHITECTURE, message)
 
 
 def _decide(

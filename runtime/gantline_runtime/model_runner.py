@@ -20,7 +20,7 @@ from gantline_runtime.checkpoint import Checkpoint
 from gantline_runtime.graphs import DecodeGraphs
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
-from gantline_runtime.loader import Progress, load_weights
+from gantline_runtime.loader import Progress
 from gantline_runtime.messages import TokenLogprobs
 from gantline_runtime.models import build_model
 from gantline_runtime.parallel import Parallel
@@ -118,7 +118,7 @@ class ModelRunner:
         self._backend = build.backend
         self._shape = checkpoint.shape
         self._model = build_model(checkpoint, session_len=session_len, parallel=parallel, build=build)
-        self.weight_bytes = load_weights(checkpoint, self._model.targets(), on_progress)
+        self.weight_bytes = self._model.load(checkpoint, on_progress)
         self._graphs: DecodeGraphs | None = None
         self.capture_seconds: list[float] = []
         """How long each CUDA graph took to capture."""
@@ -143,7 +143,7 @@ class ModelRunner:
             self._inputs = torch.zeros(words, dtype=torch.int32, device=self.device)
             self._hidden = torch.zeros((limits.max_slots, self._shape.hidden_size), dtype=self._dtype, device=self.device)
         self._graphs = None
-        if graphs:
+        if graphs and self._model.capturable:
             session_len = limits.max_blocks * block_size
             self._graphs = DecodeGraphs(self._forward_decodes, max_size=limits.max_slots - 1, session_len=session_len)
             self.capture_seconds = self._graphs.capture_seconds

@@ -179,6 +179,8 @@ def max_concurrency(capacity_tokens: int, session_len: int) -> int:
 def legal_tensor_parallel(facts: ModelFacts, tp: int) -> str | None:
     """None where `tp` ranks can share the model, else one clause that says why not."""
     heads, kv_heads = facts.num_heads, facts.num_kv_heads
+    if tp > 1 and facts.family == "transformers":
+        return f"transformers' own implementation runs {facts.architecture}, on one device"
     if heads % tp:
         return f"{heads} attention heads cannot be divided by {tp}"
     if kv_heads % tp and tp % kv_heads:

@@ -419,6 +419,15 @@ def test_an_unsupported_architecture_is_refused_before_all_else() -> None:
     assert answer.reason is Reason.UNSUPPORTED_ARCHITECTURE and "FooForCausalLM" in answer.message
 
 
+def test_a_model_without_our_implementation_takes_one_gpu_and_the_plan_says_why() -> None:
+    facts = replace(MODELS["8b"], family="transformers", architecture="OlmoForCausalLM")
+    answer = accepted(facts, cluster_of("h100"))
+    assert answer.engine.tp == 1
+    assert any(row.reason is Reason.UNSUPPORTED_ARCHITECTURE and "OlmoForCausalLM" in row.message for row in answer.rejected)
+    refused = rejected(facts, cluster_of("h100"), engine={"tensorParallel": 2})
+    assert refused.reason is Reason.ILLEGAL_TENSOR_PARALLEL and "on one device" in refused.message
+
+
 # -- CPU -------------------------------------------------------------------------------------------------------------------------------
 
 

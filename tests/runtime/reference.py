@@ -36,10 +36,13 @@ def make_prompts(count: int, longest: int, vocab_size: int, seed: int = 0) -> li
 class Reference:
     """transformers' model of one checkpoint, and what it has verified."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, *, is_ordinary: bool = True) -> None:
+        """`is_ordinary`: logits are the head's product with hidden states, and attention is torch's; else the class does all it does."""
         from transformers import AutoModelForCausalLM
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa").eval()
+        attention = "sdpa" if is_ordinary else "eager"
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention).eval()
+        self._is_ordinary = is_ordinary
         self._verified: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         self.num_ties = 0
 
@@ -63,8 +66,13 @@ class Reference:
         for row, (prompt, answer) in enumerate(batch):
             ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         # padding lies to the right, where causal attention never looks from a real token
-        hidden = self._model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
-        wanted = [hidden[row, len(p) - 1 : len(p) + len(a) - 1] for row, (p, a) in enumerate(batch)]
+        spans = [slice(len(p) - 1, len(p) + len(a) - 1) for p, a in batch]
+        mask = torch.ones_like(ids)
+        if not self._is_ordinary:
+            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return [logits[row, span] for row, span in enumerate(spans)]
+        hidden = self._model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        wanted = [hidden[row, span] for row, span in enumerate(spans)]
         return list(self._model.lm_head(torch.cat(wanted)).split([len(w) for w in wanted]))
 
     def _compare(self, prompt: list[int], answer: list[int], logits: torch.Tensor) -> None:

@@ -52,7 +52,7 @@ def test_a_repositorys_facts_carry_its_name_and_commit(last_word: Path, monkeypa
     [
         (None, Reason.MODEL_NOT_FOUND, 66),
         ({}, Reason.NOT_A_MODEL, 65),
-        ({"config.json": b'{"architectures": ["GPT2LMHeadModel"]}'}, Reason.UNSUPPORTED_ARCHITECTURE, 65),
+        ({"config.json": b'{"architectures": ["BertModel"]}'}, Reason.UNSUPPORTED_ARCHITECTURE, 65),
         ({"config.json": json.dumps(CONFIG).encode(), "pytorch_model.bin": b"\x80"}, Reason.UNSAFE_WEIGHTS, 65),
         (model_files() | {"model.safetensors": model_files()["model.safetensors"][:-9]}, Reason.INVALID_CHECKPOINT, 65),
         (model_files() | {"config.json": json.dumps(CONFIG | {"quantization_config": {}}).encode()}, Reason.INVALID_QUANTIZATION, 65),

@@ -68,7 +68,7 @@ def read_checkpoint(files: FileSource, *, name: str = "", revision: str = "") ->
     placed, shards = _find_shards(files, digest)
     tensors = _read_shards(files, shards, digest)
     _check_index(placed, tensors)
-    unused = check_tensors(shape, tensors)
+    unused = check_tensors(shape, tensors) if shape.family != "transformers" else ()  # that code knows its tensors when it loads them
     _sample_data(files, tensors, digest)
     label = _printable(name or Path(files.label).name)
     facts = _build_facts(shape, tensors, name=label, revision=revision, fingerprint=f"sha256:{digest.hexdigest()}")
@@ -200,7 +200,15 @@ def _build_facts(shape: ModelShape, tensors: Mapping[str, TensorInfo], *, name: 
         max_position_embeddings=shape.max_position_embeddings,
         sliding_window=shape.sliding_window,
         tie_word_embeddings=shape.tie_word_embeddings,
-        dtype=shape.dtype or _DTYPE_NAMES[tensors["model.embed_tokens.weight"].dtype],
+        dtype=shape.dtype or _main_dtype(tensors),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         quantization=None if awq is None else Quantization(method="awq", bits=awq.bits, group_size=awq.group_size, version="gemm"),
     )
+
+
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The type of the largest tensor of floating point, where config.json names none."""
+    floats = [tensor for tensor in tensors.values() if tensor.dtype in _DTYPE_NAMES]
+    if not floats:
+        raise CheckpointError("the checkpoint has no tensor of floating point", cure="Give the weights of a language model.")
+    return _DTYPE_NAMES[max(floats, key=lambda tensor: tensor.nbytes).dtype]

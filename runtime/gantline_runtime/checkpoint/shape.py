@@ -10,7 +10,7 @@ from gantline_runtime.checkpoint.files import quote
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason
 
-__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "ROPE_TYPES", "SUPPORTED_ARCHITECTURES", "AwqFormat", "ModelShape", "parse_shape"]
+__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "ROPE_TYPES", "AwqFormat", "ModelShape", "parse_shape"]
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -18,7 +18,6 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 AWQ_GROUP_SIZES = (32, 64, 128)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _MODEL_TYPES = {family: architecture for architecture, family in FAMILIES.items()}
@@ -41,7 +40,11 @@ class AwqFormat:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Dimensions of a dense decoder, as config.json gives them (transformers' defaults filled in)."""
+    """Dimensions of a decoder, as config.json gives them (transformers' defaults filled in).
+
+    `family` "transformers": an architecture that transformers' own implementation runs; what its matrices look like is the business of that
+    code, so biases, norms and quantization below say no.
+    """
 
     architecture: str
     family: str
@@ -70,6 +73,8 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     Raises CheckpointError: NotAModel, UnsupportedArchitecture, InvalidCheckpoint (a field missing or out of range), InvalidQuantization.
     """
     architecture = _parse_architecture(config)
+    if architecture not in FAMILIES or not _is_ordinary(config):
+        return _describe_by_transformers(config, architecture)
     family = FAMILIES[architecture]
     heads = _count(config, "num_attention_heads", 1 << 14)
     hidden = _count(config, "hidden_size", 1 << 20)
@@ -78,10 +83,6 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
         raise CheckpointError(
             f"config.json: num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_heads})", cure=_CONFIG_CURE
         )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise _unsupported(f"config.json: the activation {quote(activation)} is not implemented for {architecture}, only 'silu' is")
-    _check_rope(config)
     return ModelShape(
         architecture=architecture,
         family=family,
@@ -104,6 +105,18 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
+def _describe_by_transformers(config: Mapping[str, Any], architecture: str) -> ModelShape:
+    try:
+        from gantline_runtime.models import transformers_trace  # seconds of torch and transformers, which most models need not wait for
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"the architecture {quote(architecture)} can only be judged with {error.name}, which is not installed",
+            reason=Reason.UNSUPPORTED_ARCHITECTURE,
+            cure="Install gantline[runtime].",
+        ) from None
+    return transformers_trace.describe(config)
+
+
 def _parse_architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if names is None and isinstance(config.get("model_type"), str):
@@ -114,15 +127,7 @@ def _parse_architecture(config: Mapping[str, Any]) -> str:
             reason=Reason.NOT_A_MODEL,
             cure="Give the folder of a language model as Hugging Face transformers saves it.",
         )
-    if names[0] not in FAMILIES:
-        raise _unsupported(f"the architecture {quote(names[0])} is not implemented")
     return names[0]
-
-
-def _unsupported(message: str) -> CheckpointError:
-    return CheckpointError(
-        message, reason=Reason.UNSUPPORTED_ARCHITECTURE, cure=f"Supported architectures: {', '.join(SUPPORTED_ARCHITECTURES)}."
-    )
 
 
 def _count(config: Mapping[str, Any], key: str, most: int, default: int | None = None) -> int:
@@ -143,18 +148,13 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _check_rope(config: Mapping[str, Any]) -> None:
-    """Only the kind, so that a model that cannot be served is turned down when it is inspected; the numbers are the engine's matter."""
+def _is_ordinary(config: Mapping[str, Any]) -> bool:
+    """Whether our implementation of the family has the activation and the rotary embedding; their numbers are the engine's matter."""
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(section, Mapping):
         raise CheckpointError("config.json: rope_parameters is no object", cure=_CONFIG_CURE)
     kind = section.get("rope_type", section.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise CheckpointError(
-            f"config.json: the rotary embedding {quote(kind)} is not implemented",
-            reason=Reason.UNSUPPORTED_ARCHITECTURE,
-            cure=f"Supported: {', '.join(ROPE_TYPES)}.",
-        )
+    return config.get("hidden_act", "silu") == "silu" and isinstance(kind, str) and kind in ROPE_TYPES
 
 
 def _parse_head_dim(config: Mapping[str, Any], family: str, hidden: int, heads: int) -> int:

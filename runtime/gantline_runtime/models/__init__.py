@@ -1,14 +1,24 @@
-"""Model families over one decoder: each says in its own file how its config.json differs, `build_model` picks by architecture."""
+"""Model families over one decoder: each says in its own file how its config.json differs, `build_model` picks by architecture.
+
+What has no family runs by transformers' own implementation over our cache (`transformers_decoder.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
 from gantline_runtime.checkpoint import Checkpoint
+from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
+from gantline_runtime.loader import Progress
 from gantline_runtime.models import llama, mistral, qwen2, qwen3
 from gantline_runtime.models.decoder import Decoder, DecoderConfig
 from gantline_runtime.parallel import Parallel
 
-__all__ = ["Decoder", "DecoderConfig", "build_model", "decoder_config"]
+__all__ = ["Decoder", "DecoderConfig", "Model", "build_model", "decoder_config"]
 
 _FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
 
@@ -18,6 +28,27 @@ def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
     return _FAMILIES[checkpoint.shape.family].decoder_config(checkpoint)
 
 
-def build_model(checkpoint: Checkpoint, *, session_len: int, parallel: Parallel, build: BuildContext) -> Decoder:
-    """The model with uninitialised weights of this rank; `loader.load_weights` fills them."""
+class Model(Protocol):
+    """What runs a step between token numbers and logits."""
+
+    kv_heads: int
+    """Key/value heads of this rank, in every layer."""
+    capturable: bool
+    """Whether decode steps may run as CUDA graphs."""
+
+    def load(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> int: ...
+
+    def forward(
+        self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None: ...
+
+
+def build_model(checkpoint: Checkpoint, *, session_len: int, parallel: Parallel, build: BuildContext) -> Model:
+    """The model of this rank without its weights; `load` reads them."""
+    if checkpoint.shape.family == "transformers":
+        from gantline_runtime.models.transformers_decoder import TransformersDecoder  # transformers takes seconds to import
+
+        return TransformersDecoder(checkpoint, build)
     return Decoder(decoder_config(checkpoint), session_len=session_len, parallel=parallel, build=build)

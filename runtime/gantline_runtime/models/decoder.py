@@ -6,7 +6,7 @@ norming are one operation. In the last layer, only rows whose logits are wanted 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from gantline_runtime.layers.embedding import VocabularyMatrix
 from gantline_runtime.layers.linear import ColumnLinear, Part, RowLinear
 from gantline_runtime.layers.rope import RopeConfig, cos_sin_table, parse_rope
 from gantline_runtime.layers.weights import BuildContext, Target, vector_target
+from gantline_runtime.loader import Progress, load_weights
 from gantline_runtime.parallel import Parallel
 
 __all__ = ["Decoder", "DecoderConfig"]
@@ -149,6 +150,9 @@ class _Layer:
 
 
 class Decoder:
+    capturable = True
+    """Decode steps may run as CUDA graphs: nothing here waits for the device."""
+
     def __init__(self, config: DecoderConfig, *, session_len: int, parallel: Parallel, build: BuildContext) -> None:
         shape = config.shape
         self._config = config
@@ -162,6 +166,10 @@ class Decoder:
         cos_sin = cos_sin_table(config.rope, session_len, build.device)
         self.layers = [_Layer(index, cos_sin, config, parallel, build) for index in range(shape.num_layers)]
         self.norm = build.empty(shape.hidden_size)
+
+    def load(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> int:
+        """Read this rank's part of the weights; returns their bytes in memory. Raises CheckpointError."""
+        return load_weights(checkpoint, self.targets(), on_progress)
 
     def forward(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> torch.Tensor:
         """Token numbers [T] -> final hidden states of `rows` (None: all), normed."""
