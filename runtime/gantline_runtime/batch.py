@@ -1,11 +1,11 @@
 """One step's inputs, packed into one array of int32, so that they travel as one copy: to the device, and to other ranks.
 
     slots (int64, 2 T words) | ids T | positions T | query_starts B+1 | context_lens B | rows B
-    | sample_rows S | sample_slots S | update_places (int64, 2 U words) | update_blocks U
+    | sample_rows S | read_rows R | sample_slots S | update_places (int64, 2 U words) | update_blocks U
 
-T tokens, B sequences, S of them sampled, U changed entries of the block tables. A `row` is a sequence's place in the device's per-request
-state: its block table and its last token. The segments follow from a `BatchShape` alone, so sender and receiver need exchange nothing
-else, and batches that differ in their updates only have the rest at equal addresses (which CUDA graphs ask for).
+T tokens, B sequences, S of them sampled, R rows read beside that, U changed entries of the block tables. A `row` is a sequence's place in
+the device's per-request state: its block table and its last token. The segments follow from a `BatchShape` alone, so sender and receiver
+need exchange nothing else, and batches that differ in their updates only have the rest at equal addresses (which CUDA graphs ask for).
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class BatchShape(NamedTuple):
     num_updates: int
     max_query_len: int
     max_context_len: int
+    num_reads: int = 0
+    """Rows that are read beside sampling."""
+    num_scored: int = 0
+    """The first so many of them are read for their logits."""
 
     @property
     def num_words(self) -> int:
@@ -43,7 +47,7 @@ class BatchShape(NamedTuple):
     @property
     def samples_all(self) -> bool:
         """Whether every token's logits are wanted, in order (a batch of decodes)."""
-        return self.num_samples == self.num_tokens
+        return self.num_samples == self.num_tokens and not self.num_reads
 
 
 class Segments(NamedTuple):
@@ -56,15 +60,16 @@ class Segments(NamedTuple):
     context_lens: slice
     rows: slice
     sample_rows: slice
+    read_rows: slice
     sample_slots: slice
     update_places: slice
     update_blocks: slice
 
 
 def segments(shape: BatchShape) -> Segments:
-    t, b, s, u = shape.num_tokens, shape.num_sequences, shape.num_samples, shape.num_updates
-    padding = (1 + b) % 2  # 64-bit words begin at even places
-    sizes = (2 * t, t, t, b + 1, b, b, s, s, padding, 2 * u, u)
+    t, b, s, u, r = shape.num_tokens, shape.num_sequences, shape.num_samples, shape.num_updates, shape.num_reads
+    padding = (1 + b + r) % 2  # 64-bit words begin at even places
+    sizes = (2 * t, t, t, b + 1, b, b, s, r, s, padding, 2 * u, u)
     parts = [slice(stop - size, stop) for stop, size in zip(accumulate(sizes), sizes, strict=True)]
     del parts[-3]
     return Segments._make(parts)
@@ -72,7 +77,7 @@ def segments(shape: BatchShape) -> Segments:
 
 def batch_words(*, max_tokens: int, max_sequences: int, max_updates: int) -> int:
     """Words of the largest batch."""
-    return 4 * max_tokens + 5 * max_sequences + 2 + 3 * max_updates
+    return 5 * max_tokens + 5 * max_sequences + 2 + 3 * max_updates
 
 
 def pack_batch(
@@ -113,6 +118,8 @@ def pack_batch(
         num_updates=len(updates) // 2,
         max_query_len=int(lens.max()),
         max_context_len=max(int(contexts.max()), padded_context),
+        num_reads=sum(read.count for read in step.reads),
+        num_scored=sum(read.count for read in step.reads if read.sequence.pooling is None),
     )
     at = segments(shape)
     out[at.slots] = slots.view(np.int32)
@@ -122,6 +129,8 @@ def pack_batch(
     out[at.context_lens] = contexts
     out[at.rows] = rows
     out[at.sample_rows] = sample_rows
+    if shape.num_reads:
+        out[at.read_rows] = np.concatenate([np.arange(read.row, read.row + read.count, dtype=np.int32) for read in step.reads])
     out[at.sample_slots] = sample_slots
     if updates:
         out[at.update_places].view(np.int64)[:] = updates[::2]

@@ -23,8 +23,8 @@ from gantline_runtime.executor import Executor, MemoryReport
 from gantline_runtime.generation import read_eos_token_ids
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
-from gantline_runtime.messages import EngineRequest, TokenLogprobs, TokenOutput
-from gantline_runtime.model_runner import BatchLimits, PendingTokens
+from gantline_runtime.messages import EngineRequest, TokenOutput
+from gantline_runtime.model_runner import BatchLimits, PendingTokens, StepResult
 from gantline_runtime.request import QueueFull, RequestRejected, Sequence
 from gantline_runtime.scheduler import Scheduler, Step
 
@@ -96,7 +96,7 @@ class StepExecutor(Protocol):
 
     def launch(self, step: Step, cache: CacheManager) -> PendingTokens: ...
 
-    def read(self, pending: PendingTokens) -> tuple[list[int], list[TokenLogprobs | None] | None]: ...
+    def read(self, pending: PendingTokens) -> StepResult: ...
 
     def check(self) -> None: ...
 
@@ -149,14 +149,17 @@ class EngineLoop:
         prompt, vocab_size = request.prompt_ids, self._vocab_size
         if not prompt:
             raise RequestRejected("the prompt is empty")
-        if len(prompt) >= self.session_len:
-            raise RequestRejected(f"the prompt has {len(prompt)} tokens; with one to generate, {self.session_len} are the limit")
+        if len(prompt) + min(1, request.sampling.max_new_tokens) > self.session_len:
+            raise RequestRejected(f"the prompt has {len(prompt)} tokens; with what is to be generated, {self.session_len} are the limit")
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise RequestRejected(f"the prompt has a token outside of 0 to {vocab_size - 1}")
         if any(not 0 <= token < vocab_size for token in request.sampling.logit_bias):
             raise RequestRejected(f"logit_bias names a token outside of 0 to {vocab_size - 1}")
-        if request.sampling.max_new_tokens < 1:
-            raise RequestRejected("max_new_tokens must be 1 or more")
+        reads = request.num_prompt_logprobs is not None or request.pooling is not None
+        if request.sampling.max_new_tokens < (0 if reads else 1):
+            raise RequestRejected("max_new_tokens must be 1 or more, or 0 to read the prompt only")
+        if request.pooling is not None and (request.sampling.max_new_tokens or request.num_prompt_logprobs is not None):
+            raise RequestRejected("a request with pooling has no other output")
 
     def abort(self, request_id: str) -> bool:
         """End a request early; no output follows. False if there is none of that name. Its blocks are free after at most one more step."""
@@ -190,10 +193,10 @@ class EngineLoop:
     def _take_results(self, step: Step, pending: PendingTokens) -> list[TokenOutput]:
         clock, counters = time.perf_counter, self._counters
         t0 = clock()
-        tokens, logprobs = self._executor.read(pending)
+        result = self._executor.read(pending)
         t1 = clock()
-        outputs = self._scheduler.postprocess(step, tokens, logprobs)
-        counters.generated_tokens += len(outputs)
+        outputs = self._scheduler.postprocess(step, *result)
+        counters.generated_tokens += sum(len(output.token_ids) for output in outputs)
         counters.finished += sum(output.finish_reason is not None for output in outputs)
         counters.times.wait_s += t1 - t0
         counters.times.postprocess_s += clock() - t1

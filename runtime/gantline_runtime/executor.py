@@ -23,9 +23,9 @@ from gantline_runtime.errors import CapacityError, ConfigurationError
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
 from gantline_runtime.memory import available_cpus, free_bytes
-from gantline_runtime.messages import TokenLogprobs
-from gantline_runtime.model_runner import BatchLimits, ModelRunner, PendingTokens
+from gantline_runtime.model_runner import BatchLimits, ModelRunner, PendingTokens, StepResult
 from gantline_runtime.parallel import Parallel
+from gantline_runtime.prompt_reads import build_read_batch
 from gantline_runtime.sampling import SamplingTable
 from gantline_runtime.scheduler import Step
 
@@ -148,12 +148,12 @@ class Executor:
             self._workers.send_step(shape, array[:num_words])
         sampling = self._table.batch(step, num_rows=shape.num_samples)
         try:
-            return self._runner.execute(buffer[:num_words], shape, sampling, len(step.samples))
+            return self._runner.execute(buffer[:num_words], shape, sampling, len(step.samples), build_read_batch(step))
         except RuntimeError:
             self._blame_dead_rank()
             raise
 
-    def read(self, pending: PendingTokens) -> tuple[list[int], list[TokenLogprobs | None] | None]:
+    def read(self, pending: PendingTokens) -> StepResult:
         try:
             while self._workers is not None and not pending.ready:  # a dead rank would leave us waiting in a collective for ever
                 self._workers.check()

@@ -10,16 +10,26 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["AbortRequest", "EngineRequest", "FinishReason", "SamplingParams", "TokenLogprobs", "TokenOutput"]
+__all__ = [
+    "AbortRequest",
+    "EngineRequest",
+    "FinishReason",
+    "Pooling",
+    "PromptLogprobs",
+    "SamplingParams",
+    "TokenLogprobs",
+    "TokenOutput",
+]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["last", "mean"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen. Ranges are checked where they enter (the server, the command line); the engine trusts them."""
 
     max_new_tokens: int = 512
-    """Most tokens to generate; the engine cuts it to what `session_len` leaves."""
+    """Most tokens to generate; the engine cuts it to what `session_len` leaves. 0: the request only reads its prompt."""
     temperature: float = 1.0
     """0 means greedy."""
     top_p: float = 1.0
@@ -45,6 +55,10 @@ class EngineRequest(msgspec.Struct, tag="request", frozen=True, kw_only=True):
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams = SamplingParams()
+    num_prompt_logprobs: int | None = None
+    """None: none. n >= 0: the log-probability of each prompt token after the first, and those of the n likeliest tokens at its place."""
+    pooling: Pooling | None = None
+    """The final hidden state of the prompt's last token, or the mean over its tokens, is wanted. Not together with other output."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
@@ -59,8 +73,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural) of consecutive prompt tokens, the first of which stands at position `start` (never 0)."""
+
+    start: int
+    chosen: list[float]
+    top_ids: list[list[int]]
+    """For each token the likeliest at its place; as many as the request asked for."""
+    top_logprobs: list[list[float]]
+
+
 class TokenOutput(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
-    """New tokens of one request since its last output."""
+    """New tokens of one request since its last output, or what was read of its prompt."""
 
     request_id: str
     token_ids: list[int]
@@ -70,5 +94,9 @@ class TokenOutput(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     """Prompt tokens whose keys and values came from the prefix cache."""
     queue_seconds: float | None = None
     """In a request's first output: how long it waited for its first step."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Of one chunk of the prompt; chunks come in order, before the first token."""
+    embedding: bytes = b""
+    """In the only output of a request with `pooling`: float32, little-endian."""
     error: str = ""
     """Cause, with finish_reason `error`."""

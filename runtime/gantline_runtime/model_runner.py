@@ -8,8 +8,9 @@ by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +22,13 @@ from gantline_runtime.graphs import DecodeGraphs
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.loader import Progress
-from gantline_runtime.messages import TokenLogprobs
+from gantline_runtime.messages import PromptLogprobs, TokenLogprobs
 from gantline_runtime.models import build_model
 from gantline_runtime.parallel import Parallel
+from gantline_runtime.prompt_reads import SCORE_ROWS, ReadBatch, ReadTensors, read_rows, split_reads
 from gantline_runtime.sampling import SampledTokens, Sampler, SamplingBatch
 
-__all__ = ["BatchLimits", "ModelRunner", "PendingTokens"]
+__all__ = ["BatchLimits", "ModelRunner", "PendingTokens", "StepResult"]
 
 
 _GRAPH_BYTES = 512 << 20
@@ -47,22 +49,38 @@ class BatchLimits:
         return self.max_slots * (self.max_blocks + 1)
 
 
+class StepResult(NamedTuple):
+    """Of each sample its token and, where asked for, its log-probabilities; of each of the step's reads what was read."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+    reads: Sequence[PromptLogprobs | NDArray[np.float32]] = ()
+
+
 class PendingTokens:
     """Tokens of a step on their way to the host; `read` is the one place where the host waits for the device."""
 
-    def __init__(self, device: torch.device, sampled: SampledTokens | None, sampling: SamplingBatch | None, num_samples: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        sampled: SampledTokens | None,
+        sampling: SamplingBatch | None,
+        num_samples: int,
+        reads: tuple[ReadBatch, ReadTensors] | None = None,
+    ) -> None:
         """`sampled` None: the step samples nothing, but is waited for all the same."""
         self._sampling = sampling
         self._num_samples = num_samples
-        self._host = None if sampled is None else SampledTokens(*(None if t is None else self._copy_out(t) for t in _tensors(sampled)))
+        self._reads = None if reads is None else (reads[0], ReadTensors(**{n: self._copy_out(t) for n, t in vars(reads[1]).items()}))
+        self._host = None if sampled is None else SampledTokens(**{n: self._copy_out(t) for n, t in vars(sampled).items()})
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record()
 
     @staticmethod
-    def _copy_out(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_cuda:
+    def _copy_out(tensor: torch.Tensor | None) -> Any:
+        if tensor is None or not tensor.is_cuda:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
@@ -70,13 +88,13 @@ class PendingTokens:
     def ready(self) -> bool:
         return self._event is None or self._event.query()
 
-    def read(self) -> tuple[list[int], list[TokenLogprobs | None] | None]:
-        """(token of each sample, log-probabilities where asked for)."""
+    def read(self) -> StepResult:
         if self._event is not None:
             self._event.synchronize()
+        reads = split_reads(*self._reads) if self._reads is not None else ()
         if self._host is None:
-            return [], None
-        return self._host.tokens[: self._num_samples].tolist(), self._read_logprobs(self._host)
+            return StepResult([], None, reads)
+        return StepResult(self._host.tokens[: self._num_samples].tolist(), self._read_logprobs(self._host), reads)
 
     def _read_logprobs(self, host: SampledTokens) -> list[TokenLogprobs | None] | None:
         sampling = self._sampling
@@ -95,10 +113,6 @@ class PendingTokens:
         for row, count, chosen, ids, logprobs in columns:
             entries[row] = TokenLogprobs(chosen, ids[:count], logprobs[:count])
         return entries
-
-
-def _tensors(sampled: SampledTokens) -> tuple[torch.Tensor | None, ...]:
-    return sampled.tokens, sampled.chosen_logprobs, sampled.top_ids, sampled.top_logprobs
 
 
 class ModelRunner:
@@ -153,7 +167,9 @@ class ModelRunner:
         return self._graphs.padded(num_sequences, max_context) if self._graphs is not None else (0, 0)
 
     @torch.inference_mode()
-    def execute(self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, num_samples: int) -> PendingTokens:
+    def execute(
+        self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, num_samples: int, reads: ReadBatch | None = None
+    ) -> PendingTokens:
         """Run one step; `words` int32 on the host holds the packed batch, `num_samples` of whose samples are no padding.
 
         Ranks other than 0 have nothing to read.
@@ -165,8 +181,10 @@ class ModelRunner:
             hidden = self._hidden[: shape.num_sequences]
         else:
             hidden = self._forward(inputs, shape)
-        sampled = self._sample(hidden, inputs[at.sample_slots].long(), sampling) if shape.num_samples else None
-        return PendingTokens(self.device, sampled, sampling, num_samples)
+        slots = inputs[at.sample_slots].long()
+        sampled = self._sample(hidden[: shape.num_samples], slots, sampling) if shape.num_samples else None
+        read = read_rows(hidden[shape.num_samples :], shape.num_scored, reads, self._model.logits) if shape.num_reads or reads else None
+        return PendingTokens(self.device, sampled, sampling, num_samples, (reads, read) if reads is not None and read is not None else None)
 
     def _upload(self, words: torch.Tensor, shape: BatchShape) -> torch.Tensor:
         """The batch on the device (at the same place each time), changes of block tables applied."""
@@ -182,13 +200,14 @@ class ModelRunner:
         self._hidden[: shape.num_sequences] = self._forward(self._inputs, shape)
 
     def _forward(self, inputs: torch.Tensor, shape: BatchShape) -> torch.Tensor:
-        """Final hidden states of the rows that are sampled."""
+        """Final hidden states of the rows that are sampled, then of those that are read."""
         at = segments(shape)
         rows = inputs[at.rows]
         ids = inputs[at.ids].long()
         if shape.num_decodes:
             ids[: shape.num_decodes] = self._last_tokens[rows[: shape.num_decodes]]
         width = -(-shape.max_context_len // self._block_size)
+        kept = slice(at.sample_rows.start, at.read_rows.stop)
         context = AttentionContext(
             positions=inputs[at.positions],
             slots=inputs[at.slots].view(torch.int64),
@@ -199,7 +218,7 @@ class ModelRunner:
             max_context_len=shape.max_context_len,
             num_decodes=shape.num_decodes,
         )
-        return self._model.forward(ids, self._caches, context, None if shape.samples_all else inputs[at.sample_rows])
+        return self._model.forward(ids, self._caches, context, None if shape.samples_all else inputs[kept])
 
     def _sample(self, hidden: torch.Tensor, slots: torch.Tensor, sampling: SamplingBatch | None) -> SampledTokens | None:
         logits = self._model.logits(hidden)
@@ -233,7 +252,7 @@ class ModelRunner:
 
 def _unmeasured_bytes(limits: BatchLimits, vocab_size: int) -> int:
     """What comes later: token counts for penalties, copies of the logits that filters and log-probabilities make, captured graphs."""
-    logits = limits.max_slots * vocab_size * 4
+    logits = max(limits.max_slots, SCORE_ROWS) * vocab_size * 4
     return Sampler.state_bytes(limits.max_slots, vocab_size) + 3 * logits + _GRAPH_BYTES
 
 

@@ -16,6 +16,9 @@ from array import array
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gantline_runtime.messages import EngineRequest, FinishReason, SamplingParams
 
 __all__ = ["QueueFull", "RequestRejected", "Sequence"]
@@ -44,10 +47,15 @@ class Sequence:
         "min_new_tokens",
         "num_cached_tokens",
         "num_computed",
+        "num_prompt_logprobs",
         "num_published",
+        "num_read",
         "num_sampled",
+        "pooled",
+        "pooling",
         "preempted",
         "prompt_len",
+        "read_end",
         "request_id",
         "sampling",
         "seed",
@@ -85,10 +93,29 @@ class Sequence:
         self.num_sampled = 0
         """Tokens sampled so far, with the one in flight."""
         self.num_cached_tokens = 0
+        self.num_prompt_logprobs = request.num_prompt_logprobs
+        self.pooling = request.pooling
+        self.num_read, self.read_end = self._rows_to_read()
+        """The prompt's rows that are read beside sampling end before `read_end`; those before `num_read` are read (or will be once the step
+        in flight has run) or are not wanted. Reading goes on where it was when a sequence is preempted."""
+        self.pooled: NDArray[np.float64] | None = None
+        """Sum of the hidden states that were read."""
         self.in_flight = 0
         """Steps in flight that write to `blocks`."""
         self.preempted = False
         self.finish_reason: FinishReason | None = None
+
+    def _rows_to_read(self) -> tuple[int, int]:
+        """A token's log-probability is read from the row before it."""
+        if self.pooling is not None:
+            return (self.prompt_len - 1 if self.pooling == "last" else 0), self.prompt_len
+        return (0, self.prompt_len - 1) if self.num_prompt_logprobs is not None else (0, 0)
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens that need not be computed if the cache knows them: one must be, and all whose rows are still to be read."""
+        limit = len(self.tokens) - 1
+        return min(limit, self.num_read) if self.num_read < self.read_end else limit
 
     @property
     def length(self) -> int:

@@ -17,17 +17,33 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gantline_runtime.kv_cache import CacheManager
-from gantline_runtime.messages import TokenLogprobs, TokenOutput
+from gantline_runtime.messages import PromptLogprobs, TokenLogprobs, TokenOutput
 from gantline_runtime.request import QueueFull, RequestRejected, Sequence
 
-__all__ = ["Scheduler", "Step"]
+__all__ = ["PromptRead", "Scheduler", "Step"]
+
+
+@dataclass(slots=True)
+class PromptRead:
+    """Rows of a chunk that are read beside sampling: those of `count` tokens of `sequence` from position `start`, which are rows
+    `row` and following of the step. `ends`: the request wants nothing after that."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    row: int
+    ends: bool
 
 
 @dataclass(slots=True)
 class Step:
     """Work of one forward pass: `query_lens[i]` tokens of `sequences[i]` from position `starts[i]`; the first `num_decodes` sequences
-    have one token, which an earlier step sampled. `samples` are the sequences whose next token is sampled, `sample_rows` their rows."""
+    have one token, which an earlier step sampled. `samples` are the sequences whose next token is sampled, `sample_rows` their rows.
+    `reads`: first those whose log-probabilities are wanted, then those that are pooled."""
 
     sequences: list[Sequence] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -35,6 +51,7 @@ class Step:
     num_decodes: int = 0
     samples: list[Sequence] = field(default_factory=list)
     sample_rows: list[int] = field(default_factory=list)
+    reads: list[PromptRead] = field(default_factory=list)
     num_tokens: int = 0
 
 
@@ -98,6 +115,8 @@ class Scheduler:
             self._schedule_chunk(step, sequence)
         while step.num_tokens < self.max_tokens and (admitted := self._admit_next()):
             self._schedule_chunk(step, admitted)
+        if step.reads:
+            step.reads.sort(key=lambda read: read.sequence.pooling is not None)
         return step if step.num_tokens else None
 
     def _schedule_decodes(self, step: Step) -> None:
@@ -128,12 +147,24 @@ class Scheduler:
         sequence.num_computed = start + count
         sequence.in_flight += 1
         self.cache.publish(sequence, sequence.num_computed)
+        if sequence.num_read < sequence.read_end or not sequence.max_new_tokens:
+            self._schedule_read(step, sequence, start, count)
         if sequence.num_computed == length:
             self.prefilling.remove(sequence)
             insort(self.decoding, sequence, key=_arrival)
-            sequence.num_sampled += 1
-            step.samples.append(sequence)
-            step.sample_rows.append(step.num_tokens - 1)
+            if sequence.max_new_tokens:
+                sequence.num_sampled += 1
+                step.samples.append(sequence)
+                step.sample_rows.append(step.num_tokens - 1)
+
+    def _schedule_read(self, step: Step, sequence: Sequence, start: int, count: int) -> None:
+        """Read what is wanted of the chunk that was just added. A request for nothing but its prompt ends with the prompt's last chunk."""
+        first, stop = max(start, sequence.num_read), min(start + count, sequence.read_end)
+        ends = not sequence.max_new_tokens and start + count == sequence.length
+        if stop > first or ends:
+            row = step.num_tokens - count + first - start
+            step.reads.append(PromptRead(sequence, first, max(0, stop - first), row, ends))
+            sequence.num_read = max(sequence.num_read, stop)
 
     def _admit_next(self) -> Sequence | None:
         """Take the first waiting sequence into the running ones, if there is room."""
@@ -194,11 +225,18 @@ class Scheduler:
 
     # ---- results
 
-    def postprocess(self, step: Step, tokens: Seq[int], logprobs: Seq[TokenLogprobs | None] | None = None) -> list[TokenOutput]:
-        """Account for a step that is over; `tokens[i]` was sampled for `step.samples[i]`, and is dropped if that sequence is no more."""
+    def postprocess(
+        self,
+        step: Step,
+        tokens: Seq[int],
+        logprobs: Seq[TokenLogprobs | None] | None = None,
+        reads: Seq[PromptLogprobs | NDArray[np.float32]] = (),
+    ) -> list[TokenOutput]:
+        """Account for a step that is over; `tokens[i]` was sampled for `step.samples[i]`, and is dropped if that sequence is no more.
+        `reads[i]` is of `step.reads[i]`: log-probabilities, or the sum of hidden states [hidden]."""
         for sequence in step.sequences:
             sequence.in_flight -= 1
-        outputs: list[TokenOutput] = []
+        outputs = [output for read, value in zip(step.reads, reads, strict=True) if (output := self._take_read(read, value))]
         block_size = self.cache.block_size
         for i, (sequence, token) in enumerate(zip(step.samples, tokens, strict=True)):
             if sequence.finish_reason is not None:
@@ -230,6 +268,29 @@ class Scheduler:
             self.leaving.discard(sequence)
             self._release(sequence)
         return outputs
+
+    def _take_read(self, read: PromptRead, value: PromptLogprobs | NDArray[np.float32]) -> TokenOutput | None:
+        sequence = read.sequence
+        if sequence.finish_reason is not None:
+            return None
+        embedding = b""
+        if not isinstance(value, PromptLogprobs):
+            sequence.pooled = value.astype(np.float64) if sequence.pooled is None else sequence.pooled + value
+            if not read.ends:
+                return None
+            count = 1 if sequence.pooling == "last" else sequence.prompt_len
+            embedding = (sequence.pooled / count).astype("<f4").tobytes()
+        if read.ends:
+            sequence.finish_reason = "length"
+            self._finish(sequence)
+        return TokenOutput(
+            request_id=sequence.request_id,
+            token_ids=[],
+            finish_reason=sequence.finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens,
+            prompt_logprobs=value if isinstance(value, PromptLogprobs) and read.count else None,
+            embedding=embedding,
+        )
 
     def _publish_known(self, sequence: Sequence) -> None:
         """Publish blocks whose tokens have reached the host and whose keys and values are computed."""

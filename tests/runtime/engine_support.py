@@ -13,8 +13,9 @@ from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop
 from gantline_runtime.executor import MemoryReport
 from gantline_runtime.kv_cache import CacheManager
-from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
-from gantline_runtime.model_runner import BatchLimits
+from gantline_runtime.messages import EngineRequest, PromptLogprobs, SamplingParams, TokenOutput
+from gantline_runtime.model_runner import BatchLimits, StepResult
+from gantline_runtime.prompt_reads import ReadBatch, build_read_batch
 from gantline_runtime.scheduler import Step
 
 VOCAB = 997
@@ -24,6 +25,16 @@ EOS = 7
 def next_token(context: Iterable[int]) -> int:
     """The fake model: depends on every token of the context and on its place."""
     return zlib.crc32(array("q", context).tobytes()) % VOCAB
+
+
+def fake_logprob(context: Iterable[int], token: int) -> float:
+    """The fake model's log-probability of `token` after `context`."""
+    return -float((next_token(context) + token) % 101)
+
+
+def fake_hidden(context: Iterable[int]) -> float:
+    """The fake model's hidden state, of one number."""
+    return float(next_token(context) % 10)
 
 
 def expected_tokens(prompt: list[int], count: int, *, stop: frozenset[int] = frozenset(), min_tokens: int = 0) -> list[int]:
@@ -58,7 +69,7 @@ class FakeExecutor:
         self._tables = np.zeros((self.limits.max_slots, max_blocks), dtype=np.int32)
         self._last = np.zeros(self.limits.max_slots, dtype=np.int64)
         self._cache = np.full(self.num_blocks * config.block_size, -1, dtype=np.int64)
-        self._launched: list[tuple[BatchShape, np.ndarray[Any, np.dtype[np.int32]], list[int]]] = []
+        self._launched: list[tuple[BatchShape, np.ndarray[Any, np.dtype[np.int32]], StepResult, ReadBatch | None]] = []
         self.steps: list[Step] = []
 
     def launch(self, step: Step, cache: CacheManager) -> Any:
@@ -71,19 +82,41 @@ class FakeExecutor:
             padded_size=-(-len(step.sequences) // self.padding) * self.padding,
             padded_context=cache.block_size,
         )
-        result: list[int] = []
-        self._launched.append((shape, self._buffer[: shape.num_words].copy(), result))
+        result = StepResult([], None, [])
+        self._launched.append((shape, self._buffer[: shape.num_words].copy(), result, build_read_batch(step)))
         self.steps.append(step)
         assert len(self._launched) <= self.depth + 1, "more steps in flight than the depth allows"
         return result
 
-    def read(self, pending: list[int]) -> tuple[list[int], None]:
+    def read(self, pending: StepResult) -> StepResult:
         while self._launched:
-            shape, words, result = self._launched.pop(0)
-            self._run(shape, words, result)
+            shape, words, result, reads = self._launched.pop(0)
+            self._run(shape, words, result.tokens)
+            if reads is not None:
+                self._read_prompts(shape, words, reads, result.reads)
             if result is pending:
                 break
-        return pending, None
+        return pending
+
+    def _read_prompts(self, shape: BatchShape, words: np.ndarray[Any, np.dtype[np.int32]], batch: ReadBatch, out: Any) -> None:
+        """As the device would: from the rows that the packed batch names, and the targets that travel beside it."""
+        at, size = segments(shape), self.config.block_size
+        contexts = []
+        for row in words[at.read_rows].tolist():
+            owner = int(np.searchsorted(words[at.query_starts], row, side="right")) - 1
+            blocks = self._tables[words[at.rows][owner]]
+            contexts.append(self._cache.reshape(-1, size)[blocks].reshape(-1)[: words[at.positions][row] + 1].tolist())
+        scores = [fake_logprob(context, int(token)) for context, token in zip(contexts, batch.targets, strict=False)]
+        assert len(batch.targets) == shape.num_scored
+        first = 0
+        for read in batch.reads:
+            rows = contexts[first : first + read.count]
+            if read.sequence.pooling is None:
+                out.append(PromptLogprobs(read.start + 1, scores[first : first + read.count], [[]] * read.count, [[]] * read.count))
+            else:
+                out.append(np.array([sum(map(fake_hidden, rows))], dtype=np.float32))
+            first += read.count
+        assert first == shape.num_reads
 
     def _run(self, shape: BatchShape, words: np.ndarray[Any, np.dtype[np.int32]], result: list[int]) -> None:
         at, size = segments(shape), self.config.block_size

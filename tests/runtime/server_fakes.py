@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.kv_cache import CacheManager
-from gantline_runtime.messages import EngineRequest, TokenLogprobs, TokenOutput
+from gantline_runtime.messages import EngineRequest, PromptLogprobs, TokenLogprobs, TokenOutput
 from gantline_runtime.request import RequestRejected, Sequence
-from gantline_runtime.scheduler import Scheduler
+from gantline_runtime.scheduler import PromptRead, Scheduler
 from gantline_runtime.termination import Reason
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -176,7 +177,7 @@ class EchoEngine:
             wants = any(s.sampling.num_logprobs is not None for s in step.samples)
             tokens = [self._next_token(s) for s in step.samples]
             logprobs = [_logprobs(t, s.sampling.num_logprobs) for t, s in zip(tokens, step.samples, strict=True)] if wants else None
-            for output in self._scheduler.postprocess(step, tokens, logprobs):
+            for output in self._scheduler.postprocess(step, tokens, logprobs, [_read(read) for read in step.reads]):
                 outputs.setdefault(output.request_id, []).append(output)
         merged = [_merge(parts) for parts in outputs.values()]
         self._counts["generated"] += sum(len(output.token_ids) for output in merged)
@@ -222,6 +223,8 @@ def _merge(parts: list[TokenOutput]) -> TokenOutput:
         finish_reason=last.finish_reason,
         num_cached_tokens=last.num_cached_tokens,
         queue_seconds=parts[0].queue_seconds,
+        prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs is not None), None),
+        embedding=last.embedding,
     )
 
 
@@ -229,6 +232,16 @@ def _logprobs(token: int, count: int | None) -> TokenLogprobs | None:
     if count is None:
         return None
     return TokenLogprobs(-0.25, [token + i for i in range(count)], [-0.25 - i for i in range(count)])
+
+
+def _read(read: PromptRead) -> PromptLogprobs | np.ndarray[Any, np.dtype[np.float32]]:
+    """Log-probability -0.5 of every token, the token after it in the vocabulary the likeliest; hidden states of four numbers."""
+    if read.sequence.pooling is not None:
+        return np.array([3.0, 0.0, 4.0, 0.0], dtype=np.float32) * read.count
+    tokens = read.sequence.tokens[read.start + 1 : read.start + 1 + read.count]
+    count = read.sequence.num_prompt_logprobs or 0
+    ids = [[token + 1 + i for i in range(count)] for token in tokens]
+    return PromptLogprobs(read.start + 1, [-0.5] * read.count, ids, [[-0.25 - i for i in range(count)] for _ in tokens])
 
 
 def _byte_of(char: str) -> int:

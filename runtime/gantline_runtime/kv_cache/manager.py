@@ -48,7 +48,7 @@ class CacheManager:
     def admit(self, sequence: Sequence, slot: int, *, reserve: int) -> bool:
         """Give the sequence blocks for all its tokens, known ones first, and put it in `slot`.
 
-        At least one token is left to compute, since its logits are needed. False, and nothing changed, unless `reserve` blocks
+        Tokens whose rows are needed are left to compute (`Sequence.num_reusable`). False, and nothing changed, unless `reserve` blocks
         would stay free. Sets `num_computed`, and counts the hit the first time.
         """
         known = self._match(sequence)
@@ -130,7 +130,7 @@ class CacheManager:
         if not self.prefix_caching:
             return []
         extend_digests(sequence.digests, sequence.tokens, self.block_size)
-        usable = (len(sequence.tokens) - 1) // self.block_size
+        usable = sequence.num_reusable // self.block_size
         return self.prefix.match(sequence.digests[:usable], sequence.tokens)
 
     def _append(self, sequence: Sequence, blocks: list[int]) -> None:
