@@ -39,7 +39,7 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class ReadTensors:
-    """`chosen` float32 [P], `top_ids` int64 and `top_logprobs` float32 [P, n], `sums` float32 [pooled reads, hidden]; None: no row is read."""
+    """`chosen` float32 [P], `top_ids` int64 and `top_logprobs` float32 [P, n], `sums` float32 [pooled reads, hidden]."""
 
     chosen: torch.Tensor | None
     top_ids: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""What is read of prompts, log-probabilities of their tokens and pooled hidden states, is exact however they are cut, cached or preempted."""
+"""What is read of prompts (log-probabilities, pooled hidden states) is exact however they are cut, cached or preempted."""
 
 from __future__ import annotations
 
