@@ -155,6 +155,8 @@ class EngineLoop:
             raise RequestRejected(f"the prompt has a token outside of 0 to {vocab_size - 1}")
         if any(not 0 <= token < vocab_size for token in request.sampling.logit_bias):
             raise RequestRejected(f"logit_bias names a token outside of 0 to {vocab_size - 1}")
+        if any(not 0 <= token < vocab_size for word in request.sampling.bad_words for token in word):
+            raise RequestRejected(f"bad_words has a token outside of 0 to {vocab_size - 1}")
         reads = request.num_prompt_logprobs is not None or request.pooling is not None
         if request.sampling.max_new_tokens < (0 if reads else 1):
             raise RequestRejected("max_new_tokens must be 1 or more, or 0 to read the prompt only")

@@ -40,6 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Tokens that may not be generated one right after the other."""
     min_new_tokens: int = 0
     """End-of-sequence and stop tokens are masked until so many tokens were generated."""
     ignore_eos: bool = False

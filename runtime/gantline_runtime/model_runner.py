@@ -226,7 +226,7 @@ class ModelRunner:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
             self._last_tokens[slots] = self.parallel.broadcast(tokens)
             return None
-        sampled = self._sampler(logits, sampling, slots)
+        sampled = self._sampler(logits, sampling, slots, self._last_tokens)
         self._last_tokens[slots] = self.parallel.broadcast(sampled.tokens)
         return sampled
 

@@ -13,7 +13,7 @@ __all__ = ["StopStrings"]
 
 
 class StopStrings:
-    """State of one text. `stopped` is True once a stop string was found; nothing may be fed after that."""
+    """State of one text. `stopped` is True, and `matched` the stop string, once one was found; nothing may be fed after that."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """`stops` must not contain an empty string (ValueError)."""
@@ -24,6 +24,7 @@ class StopStrings:
         self._states = [0] * len(self._stops)
         self._held = ""
         self.stopped = False
+        self.matched = ""
 
     @property
     def num_held(self) -> int:
@@ -40,6 +41,7 @@ class StopStrings:
             matched = self._advance(text[i])
             if matched:
                 self.stopped, self._held = True, ""
+                self.matched = text[i + 1 - matched : i + 1]
                 return text[: i + 1 - matched]
         held = max(self._states)
         self._held = text[len(text) - held :]

@@ -219,7 +219,7 @@ def _merge(parts: list[TokenOutput]) -> TokenOutput:
     return TokenOutput(
         request_id=last.request_id,
         token_ids=[token for part in parts for token in part.token_ids],
-        logprobs=[entry for part in parts for entry in part.logprobs] if all(part.logprobs for part in parts) else None,  # type: ignore[union-attr]
+        logprobs=[entry for part in parts for entry in part.logprobs or ()] or None,
         finish_reason=last.finish_reason,
         num_cached_tokens=last.num_cached_tokens,
         queue_seconds=parts[0].queue_seconds,

@@ -124,6 +124,11 @@ class ServerProcess:
         return read_metric(self.get("/metrics").text, name, **labels)
 
 
+def events(text: str) -> list[dict[str, Any]]:
+    """The bodies of a stream's events, without the last word."""
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
+
+
 def read_metric(text: str, name: str, default: float | None = None, **labels: str) -> float:
     """The value of a series; `default` for one that is not there yet, as those with labels before they first happen."""
     wanted = [f'{key}="{value}"' for key, value in labels.items()]

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gantline_runtime.server.app import ROUTES
+from gantline_runtime.server.routes import ROUTES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.server_fakes import write_model
-from tests.runtime.server_process import ServerProcess, read_metric, running, wait_until
+from tests.runtime.server_process import ServerProcess, events, read_metric, running, wait_until
 
 MANY = "x" * 2000
 
@@ -178,16 +178,12 @@ def test_version_and_health_and_readiness_answer(server: ServerProcess) -> None:
 def test_streamed_text_equals_the_whole_text(server: ServerProcess, text: str, stop: list[str], limit: int) -> None:
     body = {"messages": _user(text), "stop": stop, "max_tokens": limit, "logprobs": True}
     whole = server.post("/v1/chat/completions", body).json()["choices"][0]
-    events = _events(server.post("/v1/chat/completions", {**body, "stream": True}).text)
-    choices = [event["choices"][0] for event in events]
+    found = events(server.post("/v1/chat/completions", {**body, "stream": True}).text)
+    choices = [event["choices"][0] for event in found]
     assert "".join(choice["delta"].get("content", "") for choice in choices) == whole["message"]["content"]
     assert choices[-1]["finish_reason"] == whole["finish_reason"]
     entries = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
     assert entries == whole["logprobs"]["content"]
-
-
-def _events(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
 
 
 # ---- what goes wrong
@@ -203,7 +199,7 @@ def _assert_error(response: httpx.Response, status: int, code: str, param: str |
     return error  # type: ignore[no-any-return]
 
 
-POSTS = [path for method, path, _ in ROUTES if method == "POST"]
+POSTS = [route.path for route in ROUTES if route.method == "POST"]
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -221,12 +217,16 @@ def _first_problem(path: str) -> tuple[str, str]:
     return {
         "/v1/chat/completions": ("missing_parameter", "messages"),
         "/v1/completions": ("missing_parameter", "prompt"),
+        "/v1/embeddings": ("missing_parameter", "input"),
+        "/v1/encode": ("missing_parameter", "input"),
+        "/get_ppl": ("missing_parameter", "input"),
         "/tokenize": ("unknown_parameter", "surprise"),
         "/detokenize": ("missing_parameter", "tokens"),
+        "/generate": ("unknown_parameter", "surprise"),
     }[path]
 
 
-@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path, _ in ROUTES])
+@pytest.mark.parametrize(("method", "path"), [(route.method, route.path) for route in ROUTES])
 def test_every_route_refuses_other_methods_in_one_shape(server: ServerProcess, method: str, path: str) -> None:
     response = server.send("PATCH", path.replace("{model:path}", "echo"))
     _assert_error(response, 405, "method_not_allowed")

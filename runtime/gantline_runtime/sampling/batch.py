@@ -5,6 +5,7 @@ Nothing of this is needed, and nothing is made, while every request of a step is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,13 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Edits:
-    """Sparse changes of logits: `logits[rows, tokens] += values`; a token is forbidden by -inf."""
+    """Sparse changes of logits: `logits[rows, tokens] += values`; a token is forbidden by -inf. With `after` (not -1), only where that was
+    the row's last token, which may be known on the device alone."""
 
     rows: Integers
     tokens: Integers
     values: Floats
+    after: Integers | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class SamplingTable:
             flags |= _RANDOM | (_FILTERED if filtered else 0)
         if penalized:
             flags |= _PENALIZED
-        if params.logit_bias or (params.min_new_tokens and sequence.stop_ids):
+        if params.logit_bias or params.bad_words or (params.min_new_tokens and sequence.stop_ids):
             flags |= _EDITED
         if params.num_logprobs is not None:
             flags |= _LOGPROBS
@@ -113,7 +116,7 @@ class SamplingTable:
         if present & _PENALIZED:
             parts |= self._penalty_part(step, slots, flags, num_rows)
         if present & _EDITED:
-            parts["edits"] = _edits([(int(i), step.samples[i]) for i in np.flatnonzero(flags & _EDITED)])
+            parts["edits"] = _edits([(int(i), step.samples[i]) for i in np.flatnonzero(flags & _EDITED)], step.num_decodes)
         if present & _LOGPROBS:
             rows = np.flatnonzero(flags & _LOGPROBS)
             parts["logprob_rows"] = rows
@@ -148,22 +151,41 @@ def _fresh(sequence: Sequence) -> FreshPenalties:
     return FreshPenalties(sequence.slot, np.unique(tokens[: sequence.prompt_len]), tokens[sequence.prompt_len :])
 
 
-def _edits(members: list[tuple[int, Sequence]]) -> Edits | None:
+def _edits(members: list[tuple[int, Sequence]], num_decodes: int) -> Edits | None:
     rows: list[int] = []
     tokens: list[int] = []
     values: list[float] = []
+    after: list[int] = []
     for row, sequence in members:
         bias = sequence.sampling.logit_bias
-        rows += [row] * len(bias)
         tokens += bias.keys()
         values += bias.values()
         if sequence.num_sampled <= sequence.min_new_tokens:  # this sample counts already
-            rows += [row] * len(sequence.stop_ids)
             tokens += sequence.stop_ids
             values += [-np.inf] * len(sequence.stop_ids)
+        after += [-1] * (len(tokens) - len(after))
+        for token, previous in _forbidden(sequence, on_device=row < num_decodes):
+            tokens.append(token)
+            values.append(-np.inf)
+            after.append(previous)
+        rows += [row] * (len(tokens) - len(rows))
     if not rows:
         return None
-    return Edits(np.array(rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32))
+    conditions = np.array(after, dtype=np.int64) if max(after) >= 0 else None
+    return Edits(np.array(rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32), conditions)
+
+
+def _forbidden(sequence: Sequence, *, on_device: bool) -> Iterator[tuple[int, int]]:
+    """Tokens that would complete a bad word, each with the token that must come before it, -1 where that is known to be so.
+
+    `on_device`: the last token may not have reached the host yet (all before it have, since steps run at most one ahead)."""
+    generated = sequence.num_sampled - 1  # this sample counts already
+    known = sequence.tokens[sequence.prompt_len :].tolist()[: generated - 1 if on_device else generated]
+    for word in sequence.sampling.bad_words:
+        begun = word[:-2] if on_device else word[:-1]
+        if len(word) > 1 and (len(word) > generated + 1 or (begun and tuple(known[-len(begun) :]) != begun)):
+            continue
+        yield word[-1], word[-2] if on_device and len(word) > 1 else -1
 
 
 def _pad(values: NDArray[Any], size: int, neutral: float) -> NDArray[Any]:

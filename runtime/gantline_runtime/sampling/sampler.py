@@ -14,7 +14,7 @@ import torch
 from gantline_kernels import api
 from numpy.typing import NDArray
 
-from gantline_runtime.sampling.batch import SamplingBatch
+from gantline_runtime.sampling.batch import Edits, SamplingBatch
 
 __all__ = ["SampledTokens", "Sampler"]
 
@@ -45,16 +45,18 @@ class Sampler:
         """What penalties take on the device once a request uses them."""
         return max_slots * vocab_size * (2 + 1)
 
-    def __call__(self, logits: torch.Tensor, batch: SamplingBatch | None, slots: torch.Tensor) -> SampledTokens:
-        """`logits` [S, vocabulary] in any floating type; `slots` int64 [S], each row's place in the per-request state."""
+    def __call__(
+        self, logits: torch.Tensor, batch: SamplingBatch | None, slots: torch.Tensor, last_tokens: torch.Tensor | None = None
+    ) -> SampledTokens:
+        """`logits` [S, vocabulary] in any floating type; `slots` int64 [S], each row's place in the per-request state; `last_tokens` int64
+        [slots], the token that each request got last, which conditional edits need."""
         if batch is None:
             return SampledTokens(api.argmax(logits, backend=self._backend))
         edited = logits
         if batch.repetition_penalty is not None:
             edited = self._penalize(logits.float(), batch, slots)
         if batch.edits is not None:
-            rows, tokens, values = (self._upload(x) for x in (batch.edits.rows, batch.edits.tokens, batch.edits.values))
-            edited = edited.float().index_put((rows, tokens), values, accumulate=True)
+            edited = self._edit(edited.float(), batch.edits, slots, last_tokens)
         tokens = self._choose(edited, batch)
         if batch.repetition_penalty is not None:
             self._count(slots, tokens)
@@ -84,6 +86,14 @@ class Sampler:
         repetition, presence, frequency = (column.unsqueeze(-1) for column in columns)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
         return logits - frequency * count - presence * (count > 0)
+
+    def _edit(self, logits: torch.Tensor, edits: Edits, slots: torch.Tensor, last_tokens: torch.Tensor | None) -> torch.Tensor:
+        rows, tokens, values = (self._upload(x) for x in (edits.rows, edits.tokens, edits.values))
+        if edits.after is not None:
+            assert last_tokens is not None
+            after = self._upload(edits.after)
+            values = torch.where((after < 0) | (after == last_tokens[slots[rows]]), values, 0.0)
+        return logits.index_put((rows, tokens), values, accumulate=True)
 
     def _count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         counts, _ = self._penalty_state()

@@ -5,7 +5,8 @@ Bodies are those of OpenAI's API reference. A stream and a whole answer are put 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.engine_client import RequestFailed
-from gantline_runtime.messages import FinishReason
+from gantline_runtime.messages import FinishReason, PromptLogprobs, TokenLogprobs
 from gantline_runtime.server.errors import json_response
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
@@ -21,7 +22,7 @@ from gantline_runtime.server.service import Service
 from gantline_runtime.server.sse import EventStream, encode_event, unless_client_leaves
 from gantline_runtime.tokenizer import Tokenizer
 
-__all__ = ["AnswerWriter", "WholeChoice", "answer", "finite_logprob", "token_logprobs"]
+__all__ = ["AnswerWriter", "WholeChoice", "answer", "chosen_logprob", "finite_logprob", "raise_queue_full", "token_logprobs"]
 
 _LOWEST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON cannot say."""
@@ -33,11 +34,15 @@ class WholeChoice:
 
     pieces: list[str] = field(default_factory=list)
     entries: list[TokenEntry] = field(default_factory=list)
+    tokens: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
         self.pieces.append(delta.text)
         self.entries.extend(delta.entries)
+        self.tokens.extend(delta.tokens)
+        self.prompt_logprobs.extend(delta.prompt_logprobs)
         self.finish_reason = delta.finish_reason or self.finish_reason
 
     @property
@@ -48,15 +53,26 @@ class WholeChoice:
 class AnswerWriter:
     """`frame` holds the members that every object of the answer repeats: id, object, created, model."""
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, frame: dict[str, Any], *, include_usage: bool) -> None:
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer, frame: dict[str, Any], *, include_usage: bool, return_token_ids: bool = False
+    ) -> None:
         self.generation = generation
         self.tokenizer = tokenizer
         self.frame = frame
         self.include_usage = include_usage
+        self.return_token_ids = return_token_ids
 
     def build_opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says of a choice before its first text."""
         return None
+
+    def build_chunks(self, index: int, delta: Delta) -> Iterable[dict[str, Any]]:
+        """What a stream says of a delta: usually one chunk, none of a delta that shows nothing."""
+        return [self.build_chunk(index, delta)] if self.shows(delta) else []
+
+    def shows(self, delta: Delta) -> bool:
+        """Whether `delta` has something for this client."""
+        return delta.is_visible or (self.return_token_ids and bool(delta.tokens))
 
     def build_chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
@@ -73,8 +89,8 @@ class AnswerWriter:
         deltas = first
         while True:
             for index, delta in deltas:
-                if delta.text or delta.entries or delta.finish_reason is not None:
-                    yield self._event([self.build_chunk(index, delta)])
+                for chunk in self.build_chunks(index, delta):
+                    yield self._event([chunk])
             if self.generation.finished:
                 break
             deltas = await self.generation.next()
@@ -82,6 +98,11 @@ class AnswerWriter:
             yield self._event([], self.generation.usage())
 
     async def whole(self, first: Sequence[tuple[int, Delta]]) -> dict[str, Any]:
+        built = [self.build_choice(index, choice) for index, choice in enumerate(await self.collect(first))]
+        return {**self.frame, "choices": built, "usage": self.generation.usage()}
+
+    async def collect(self, first: Sequence[tuple[int, Delta]]) -> list[WholeChoice]:
+        """All choices, from the deltas `first` to the last."""
         choices = [WholeChoice() for _ in range(self.generation.num_choices)]
         deltas = first
         while True:
@@ -90,8 +111,11 @@ class AnswerWriter:
             if self.generation.finished:
                 break
             deltas = await self.generation.next()
-        built = [self.build_choice(index, choice) for index, choice in enumerate(choices)]
-        return {**self.frame, "choices": built, "usage": self.generation.usage()}
+        return choices
+
+    def add_token_ids(self, choice: dict[str, Any], tokens: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
+        """`choice` with the numbers of its generated tokens, if the client wants them."""
+        return {**choice, "token_ids": [token for token, _ in tokens]} if self.return_token_ids else choice
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         body = {**self.frame, "choices": choices}
@@ -105,22 +129,38 @@ async def answer(request: Request, service: Service, writer: AnswerWriter, *, st
     generation = writer.generation
     request.state.generation = generation
     try:
-        first = await unless_client_leaves(request, generation.next())
-        if stream:
-            return EventStream(writer.events(first), generation.close)  # which closes it from here on
-        response = json_response(await unless_client_leaves(request, writer.whole(first)))
-    except BaseException as error:
+        with raise_queue_full(service):
+            first = await unless_client_leaves(request, generation.next())
+            if stream:
+                return EventStream(writer.events(first), generation.close)  # which closes it from here on
+            response = json_response(await unless_client_leaves(request, writer.whole(first)))
+    except BaseException:
         generation.close()
-        if isinstance(error, RequestFailed) and error.code == "queue_full":
-            raise service.queue_full() from None
         raise
     generation.close()
     return response
 
 
+@contextlib.contextmanager
+def raise_queue_full(service: Service) -> Iterator[None]:
+    """The engine's word that its queue is full becomes a 429 with the time to wait."""
+    try:
+        yield
+    except RequestFailed as error:
+        if error.code == "queue_full":
+            raise service.queue_full() from None
+        raise
+
+
 def token_logprobs(entry: TokenEntry) -> list[tuple[int, float]]:
     """The likeliest tokens at one position, with their log-probabilities."""
+    assert entry.logprobs is not None, "the first token of a prompt has no rivals"
     return [(id, finite_logprob(value)) for id, value in zip(entry.logprobs.top_ids, entry.logprobs.top_logprobs, strict=True)]
+
+
+def chosen_logprob(entry: TokenEntry) -> float:
+    assert entry.logprobs is not None, "the first token of a prompt has no log-probability"
+    return finite_logprob(entry.logprobs.chosen)
 
 
 def finite_logprob(value: float) -> float:

@@ -1,4 +1,4 @@
-"""Routes, the one error shape, and the access log."""
+"""The application: the routes, the one error shape, and the access log."""
 
 from __future__ import annotations
 
@@ -17,25 +17,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gantline_runtime import logs
-from gantline_runtime.server import chat, completions, system, text
 from gantline_runtime.server.errors import ApiError, not_found, respond, translate
+from gantline_runtime.server.routes import ROUTES
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.sse import ClientLeft
 
-__all__ = ["ROUTES", "create_app"]
-
-ROUTES = (
-    ("POST", "/v1/chat/completions", chat.create_chat_completion),
-    ("POST", "/v1/completions", completions.create_completion),
-    ("GET", "/v1/models", system.list_models),
-    ("GET", "/v1/models/{model:path}", system.show_model),
-    ("POST", "/tokenize", text.tokenize),
-    ("POST", "/detokenize", text.detokenize),
-    ("GET", "/health", system.health),
-    ("GET", "/ready", system.ready),
-    ("GET", "/metrics", system.metrics),
-    ("GET", "/version", system.version),
-)
+__all__ = ["create_app"]
 
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 """Asked every few seconds for months; logged only when they fail, or at level debug."""
@@ -48,13 +35,14 @@ log = logging.getLogger("gantline.access")
 
 def create_app(service: Service, version: str) -> Starlette:
     app = Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in ROUTES],
+        routes=[Route(route.path, route.handler, methods=[route.method]) for route in ROUTES],
         middleware=[Middleware(_Observer, service=service)],
         exception_handlers={HTTPException: _handle_http_exception},
     )
     app.router.redirect_slashes = False
     app.state.service = service
     app.state.version = version
+    app.state.routes = ROUTES
     return app
 
 
@@ -124,7 +112,7 @@ class _Observer:
 def _route(request: Request) -> str:
     """The route's pattern, or `other`: paths that clients make up must not become labels."""
     path = request.scope["path"]
-    if any(path == known for _, known, _ in ROUTES):
+    if any(path == known.path for known in ROUTES):
         return str(path)
     return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
 

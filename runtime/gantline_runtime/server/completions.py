@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, finite_logprob, token_logprobs
+from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
 from gantline_runtime.server.body import parse_body
+from gantline_runtime.server.echo import PromptEcho
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
 from gantline_runtime.server.protocol import CompletionRequest
-from gantline_runtime.server.sampling import build_sampling, num_new_tokens
+from gantline_runtime.server.sampling import num_new_tokens, require_token
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import unless_client_leaves
 
@@ -34,31 +35,35 @@ async def create_completion(request: Request) -> Response:
     ticket = service.admit(len(fields.prompt) * fields.n)
     request_id = new_request_id("cmpl")
     try:
-        generation, echoes = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket))
+        generation, prompts = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket))
     except BaseException:
         ticket.release()
         raise
     frame = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model.name}
-    return await answer(request, service, _CompletionWriter(generation, model, frame, fields, echoes), stream=fields.stream)
+    writer: AnswerWriter
+    if fields.echo and fields.logprobs is not None:
+        writer = _ScoredEchoWriter(generation, model, frame, fields, prompts)
+    else:
+        echoes = [await _echo(service, model, prompt) if fields.echo else "" for prompt in fields.prompt for _ in range(fields.n)]
+        writer = _CompletionWriter(generation, model, frame, fields, echoes)
+    return await answer(request, service, writer, stream=fields.stream)
 
 
 async def _start(
     service: Service, model: Model, request_id: str, fields: CompletionRequest, ticket: Ticket
-) -> tuple[Generation, list[str]]:
-    """The generation, and what `echo` puts before each choice."""
+) -> tuple[Generation, list[list[int]]]:
     prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt, param="prompt") for prompt in fields.prompt]
     sampling = []
     for prompt in prompts:
         if not prompt:
             raise ApiError(400, "prompt: an empty text gives this model nothing to continue.", code="invalid_value", param="prompt")
+        require_token(max(prompt), model.tokenizer.vocab_size, "prompt")
         limit = num_new_tokens(fields.max_tokens, len(prompt), service.session_len, default=_DEFAULT_MAX_TOKENS, param="prompt")
-        sampling.append(
-            build_sampling(
-                fields, model.defaults, max_new_tokens=limit, num_logprobs=fields.logprobs, vocab_size=model.tokenizer.vocab_size
-            )
-        )
-    echoes = [await _echo(service, model, prompt) if fields.echo else "" for prompt in fields.prompt for _ in range(fields.n)]
-    return service.start(request_id, prompts, sampling, fields, ticket), echoes
+        sampling.append(await service.build_sampling(fields, max_new_tokens=limit, num_logprobs=fields.logprobs))
+    wanted = fields.logprobs if fields.echo else None
+    if wanted is None and fields.max_tokens == 0:
+        wanted = 0
+    return service.start(request_id, prompts, sampling, fields, ticket, num_prompt_logprobs=wanted), prompts
 
 
 async def _echo(service: Service, model: Model, prompt: str | list[int]) -> str:
@@ -67,32 +72,91 @@ async def _echo(service: Service, model: Model, prompt: str | list[int]) -> str:
 
 class _CompletionWriter(AnswerWriter):
     def __init__(
-        self, generation: Generation, model: Model, frame: dict[str, Any], fields: CompletionRequest, echoes: Sequence[str]
+        self, generation: Generation, model: Model, frame: dict[str, Any], fields: CompletionRequest, echoes: Sequence[str] = ()
     ) -> None:
-        super().__init__(generation, model.tokenizer, frame, include_usage=fields.include_usage)
+        super().__init__(generation, model.tokenizer, frame, include_usage=fields.include_usage, return_token_ids=fields.return_token_ids)
         self._wants_logprobs = fields.logprobs is not None
         self._echoes = echoes
 
     def build_opening(self, index: int) -> dict[str, Any] | None:
         return self._choice(index, self._echoes[index], None, None) if self._echoes[index] else None
 
-    def build_chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        return self._choice(index, delta.text, self._logprobs(delta.entries) if delta.entries else None, delta.finish_reason)
+    def build_chunk(self, index: int, delta: Delta, offset: int = 0) -> dict[str, Any]:
+        logprobs = self._logprobs(delta.entries, offset) if delta.entries else None
+        return self.add_token_ids(self._choice(index, delta.text, logprobs, delta.finish_reason), delta.tokens)
 
     def build_choice(self, index: int, whole: WholeChoice) -> dict[str, Any]:
         logprobs = self._logprobs(whole.entries) if self._wants_logprobs else None
-        return self._choice(index, self._echoes[index] + whole.text, logprobs, whole.finish_reason)
+        return self.add_token_ids(self._choice(index, self._echoes[index] + whole.text, logprobs, whole.finish_reason), whole.tokens)
 
     @staticmethod
     def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:
-        """Offsets count characters of the choice's text; `echo` and logprobs exclude each other."""
+    def _logprobs(self, entries: Sequence[TokenEntry], offset: int = 0) -> dict[str, Any]:
+        """`text_offset` counts characters of the choice's text, `offset` of which are the echoed prompt's. A prompt's first token has no
+        log-probabilities: null."""
         text = self.tokenizer.token_text
         return {
             "tokens": [text(entry.token_id) for entry in entries],
-            "token_logprobs": [finite_logprob(entry.logprobs.chosen) for entry in entries],
-            "top_logprobs": [{text(id): value for id, value in token_logprobs(entry)} for entry in entries],
-            "text_offset": [entry.start for entry in entries],
+            "token_logprobs": [None if entry.logprobs is None else chosen_logprob(entry) for entry in entries],
+            "top_logprobs": [
+                None if entry.logprobs is None else {text(id): value for id, value in token_logprobs(entry)} for entry in entries
+            ],
+            "text_offset": [offset + entry.start for entry in entries],
         }
+
+
+class _ScoredEchoWriter(_CompletionWriter):
+    """`echo` with log-probabilities. The first choice of each prompt reads it; the others wait until it is read, and share what was."""
+
+    def __init__(
+        self, generation: Generation, model: Model, frame: dict[str, Any], fields: CompletionRequest, prompts: Sequence[list[int]]
+    ) -> None:
+        super().__init__(generation, model, frame, fields)
+        self._n = fields.n
+        self._echoed = [PromptEcho(model.tokenizer, prompt, skip_special_tokens=fields.skip_special_tokens) for prompt in prompts]
+        self._waiting: dict[int, list[Delta]] = {}
+
+    def build_opening(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def build_chunks(self, index: int, delta: Delta) -> Iterable[dict[str, Any]]:
+        prompt, choice = divmod(index, self._n)
+        echo = self._echoed[prompt]
+        if choice and not echo.complete:
+            self._waiting.setdefault(index, []).append(delta)
+            return
+        if not choice:
+            yield from self._echo_chunks(prompt, delta)
+        if self.shows(delta):
+            yield self.build_chunk(index, delta, echo.num_chars)
+
+    def _echo_chunks(self, prompt: int, delta: Delta) -> Iterable[dict[str, Any]]:
+        """What `delta` adds to the prompt, for each of its choices; then what the others have been waiting with."""
+        echo, indices = self._echoed[prompt], range(prompt * self._n, (prompt + 1) * self._n)
+        if echo.complete:
+            return
+        ends = bool(delta.tokens or delta.finish_reason is not None)
+        for chunk in (*delta.prompt_logprobs, *((None,) if ends else ())):
+            text, entries = echo.take(chunk) if not echo.complete else ("", [])
+            for index in indices if entries else ():
+                yield self._choice(index, text, self._logprobs(entries), None)
+        for index in indices if echo.complete else ():
+            for waiting in self._waiting.pop(index, ()):
+                yield from self.build_chunks(index, waiting)
+
+    def build_choice(self, index: int, whole: WholeChoice) -> dict[str, Any]:
+        text, entries = self._whole_echo(index // self._n, whole)
+        logprobs, own = self._logprobs(entries), self._logprobs(whole.entries, len(text))
+        joined = {name: logprobs[name] + own[name] for name in logprobs}
+        return self.add_token_ids(self._choice(index, text + whole.text, joined, whole.finish_reason), whole.tokens)
+
+    def _whole_echo(self, prompt: int, whole: WholeChoice) -> tuple[str, list[TokenEntry]]:
+        """The first choice of a prompt is built first, and has what was read of it."""
+        if not self._echoed[prompt].complete:
+            pieces = [self._echoed[prompt].take(chunk) for chunk in whole.prompt_logprobs]
+            if not self._echoed[prompt].complete:
+                pieces.append(self._echoed[prompt].take(None))
+            self._whole = "".join(text for text, _ in pieces), [entry for _, entries in pieces for entry in entries]
+        return self._whole

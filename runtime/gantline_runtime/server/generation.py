@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,10 @@ class Generation:
         self._by_id[request.request_id] = choice
         self._group.submit(request)
         self._metrics.prompt_tokens.inc(choice.prompt_len)
+
+    @property
+    def choices(self) -> Sequence[Choice]:
+        return self._choices
 
     @property
     def num_choices(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gantline_runtime.detokenizer import Detokenizer
-from gantline_runtime.messages import FinishReason, TokenLogprobs, TokenOutput
+from gantline_runtime.messages import FinishReason, PromptLogprobs, TokenLogprobs, TokenOutput
 from gantline_runtime.stop_strings import StopStrings
 from gantline_runtime.tokenizer import Tokenizer
 
@@ -22,26 +22,34 @@ __all__ = ["ChoiceOutput", "Delta", "TokenEntry"]
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """One generated token and its log-probabilities; its text begins at character `start` of the choice's text."""
+    """One token and its log-probabilities (None for the first of a prompt); its text begins at character `start` of the choice's text."""
 
     token_id: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
     start: int
 
 
 @dataclass(slots=True)
 class Delta:
-    """What was added. `finish_reason` is set in a choice's last one."""
+    """What was added. `entries` are of tokens whose text has been shown, `tokens` all that were generated, with their log-probabilities
+    where asked for. `finish_reason` is set in a choice's last one."""
 
     text: str = ""
     entries: list[TokenEntry] = field(default_factory=list)
+    tokens: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def is_visible(self) -> bool:
+        return bool(self.text or self.entries or self.finish_reason is not None)
 
 
 class ChoiceOutput:
     """State of one choice.
 
-    `stop_ids` end the text without being part of it. Before `min_tokens` tokens no stop string counts, as no end-of-sequence token does.
+    `stop_ids` end the text without being part of it, as stop strings do, unless `include_stop`. Before `min_tokens` tokens no stop string
+    counts, as no end-of-sequence token does.
     """
 
     def __init__(
@@ -53,11 +61,13 @@ class ChoiceOutput:
         stop_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_ids, tokenizer.special_ids if skip_special_tokens else ())
         self._stops = StopStrings(stop)
         self._stop_ids = stop_ids
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self._entries: deque[TokenEntry] = deque()
         self._decoded = 0
         """Characters decoded so far, held back or not."""
@@ -65,6 +75,8 @@ class ChoiceOutput:
         self.num_tokens = 0
         """Tokens generated, with the one that ended the choice."""
         self.num_cached_tokens = 0
+        self.embedding = b""
+        """The pooled hidden state, of a request that asked for it: float32, little-endian."""
         self.finish_reason: FinishReason | None = None
 
     def feed(self, outputs: Sequence[TokenOutput]) -> Delta:
@@ -72,6 +84,9 @@ class ChoiceOutput:
         delta = Delta()
         for output in outputs:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+            if output.prompt_logprobs is not None:
+                delta.prompt_logprobs.append(output.prompt_logprobs)
+            self.embedding = output.embedding or self.embedding
             last = len(output.token_ids) - 1
             for i, token in enumerate(output.token_ids):
                 ends = output.finish_reason == "stop" and i == last and token in self._stop_ids
@@ -85,7 +100,8 @@ class ChoiceOutput:
 
     def _take(self, token: int, logprobs: TokenLogprobs | None, delta: Delta, *, ends: bool) -> None:
         self.num_tokens += 1
-        if ends:
+        delta.tokens.append((token, logprobs))
+        if ends and not self._include_stop:
             return
         if logprobs is not None:
             self._entries.append(TokenEntry(token, logprobs, self._decoded))
@@ -110,5 +126,8 @@ class ChoiceOutput:
         delta.text += shown
         if self._stops.stopped:
             self.finish_reason = delta.finish_reason = "stop"
+            if self._include_stop:
+                self._shown += len(self._stops.matched)
+                delta.text += self._stops.matched
         while self._entries and self._entries[0].start < self._shown:
             delta.entries.append(self._entries.popleft())

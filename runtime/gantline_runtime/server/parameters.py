@@ -11,14 +11,24 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-__all__ = ["HARMLESS", "UNSUPPORTED_CHAT", "UNSUPPORTED_COMPLETION", "UNSUPPORTED_MESSAGE", "drop_harmless", "unsupported"]
+__all__ = [
+    "HARMLESS",
+    "UNSUPPORTED_CHAT",
+    "UNSUPPORTED_COMPLETION",
+    "UNSUPPORTED_EMBEDDING",
+    "UNSUPPORTED_EXTRAS",
+    "UNSUPPORTED_GENERATE",
+    "UNSUPPORTED_MESSAGE",
+    "drop_harmless",
+    "unsupported",
+]
 
 HARMLESS = ("metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user")
 """Bookkeeping of OpenAI's platform."""
 
 _TEXT_ONLY = ({"type": "text"},)
 
-UNSUPPORTED_CHAT: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
@@ -37,9 +47,42 @@ UNSUPPORTED_CHAT: Mapping[str, tuple[Any, ...]] = {
 }
 """Null asks for nothing, always."""
 
-UNSUPPORTED_COMPLETION: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
+UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 
-UNSUPPORTED_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_EXTRAS: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "do_preprocess": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "image_data": (),
+    "input_ids": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "prompt_logprobs": (),
+    "repetition_ngram_size": (0,),
+    "repetition_ngram_threshold": (0,),
+    "return_routed_experts": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "session_id": (-1,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+"""What vLLM's and LMDeploy's clients know beyond OpenAI's, and this server does not do. Their clients send some with every request."""
+
+UNSUPPORTED_GENERATE: dict[str, tuple[Any, ...]] = {"n": (1,), "stream_options": ()}
+
+UNSUPPORTED_EMBEDDING: dict[str, tuple[Any, ...]] = {"dimensions": (), "priority": (0,), "truncate_prompt_tokens": ()}
+
+UNSUPPORTED_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),

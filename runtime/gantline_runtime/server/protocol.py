@@ -11,9 +11,28 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gantline_runtime.server.parameters import UNSUPPORTED_CHAT, UNSUPPORTED_COMPLETION, UNSUPPORTED_MESSAGE, drop_harmless, unsupported
+from gantline_runtime.server.parameters import (
+    UNSUPPORTED_CHAT,
+    UNSUPPORTED_COMPLETION,
+    UNSUPPORTED_EXTRAS,
+    UNSUPPORTED_MESSAGE,
+    drop_harmless,
+    unsupported,
+)
 
-__all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "Message", "SamplingFields", "StreamOptions", "TokenizeRequest"]
+__all__ = [
+    "Body",
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "Message",
+    "Prompts",
+    "SamplingFields",
+    "StreamOptions",
+    "TokenId",
+    "TokenizeRequest",
+    "Tokens",
+]
 
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 256
@@ -21,9 +40,11 @@ MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_STOP_CHARS = 8192
 MAX_STOP_IDS = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
 MAX_BIASES = 4096
 MAX_TOP_LOGPROBS = 20
-_MAX_TOKENS = 1 << 24
+MAX_TOKENS = 1 << 24
 _INT64 = 1 << 63
 
 
@@ -31,7 +52,7 @@ def invalid(message: str, param: str) -> PydanticCustomError:
     return PydanticCustomError("invalid_value", "{message}", {"message": message, "param": param})
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_max_length=1 << 30)
 
     @model_validator(mode="before")
@@ -44,11 +65,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -59,7 +81,7 @@ class StreamOptions(_Body):
         return self
 
 
-class SamplingFields(_Body):
+class SamplingFields(Body):
     """What both endpoints share. Left out: the checkpoint's generation_config.json decides, then OpenAI's default."""
 
     model: str | None = Field(None, max_length=512)
@@ -73,12 +95,16 @@ class SamplingFields(_Body):
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field({}, max_length=MAX_BIASES)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    stop: Annotated[list[_Stop], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] = []
-    stop_token_ids: list[_TokenId] = Field([], max_length=MAX_STOP_IDS)
+    stop: Annotated[list[_Stop], BeforeValidator(_as_list, json_schema_input_type=_Stop | list[_Stop]), Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_STOP_IDS)
     ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0, le=_MAX_TOKENS)
+    min_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
+    min_new_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    bad_words: list[_BadWord] = Field([], max_length=MAX_BAD_WORDS)
     skip_special_tokens: bool = True
-    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -88,12 +114,20 @@ class SamplingFields(_Body):
             raise invalid("stream_options is only allowed together with stream: true.", "stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _one_least_number_of_tokens(self) -> Self:
+        if self.min_new_tokens is not None:
+            if self.min_tokens not in (0, self.min_new_tokens):
+                raise invalid("min_tokens and min_new_tokens mean the same here and differ; give one.", "min_new_tokens")
+            self.min_tokens = self.min_new_tokens
+        return self
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class _TextPart(_Body):
+class _TextPart(Body):
     type: Literal["text"]
     text: str
 
@@ -107,9 +141,11 @@ def _as_parts(value: Any) -> Any:
     return value
 
 
-class Message(_Body):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[_TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_MESSAGES)] = []
+    content: Annotated[
+        list[_TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[_TextPart]), Field(max_length=MAX_MESSAGES)
+    ] = []
     name: str | None = Field(None, max_length=256)
 
     @model_validator(mode="before")
@@ -125,7 +161,7 @@ class Message(_Body):
 
 class ChatRequest(SamplingFields):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: dict[Annotated[str, Field(max_length=128)], Any] = Field({}, max_length=64)
@@ -133,7 +169,7 @@ class ChatRequest(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        return drop_harmless(body, UNSUPPORTED_CHAT)
+        return drop_harmless(body, UNSUPPORTED_CHAT | UNSUPPORTED_EXTRAS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -151,29 +187,35 @@ def _as_prompts(value: Any) -> Any:
     return value
 
 
-_Tokens = Annotated[list[_TokenId], Field(min_length=1, max_length=_MAX_TOKENS)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+Prompts = Annotated[
+    list[str] | list[Tokens],
+    BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | Tokens | list[Tokens]),
+    Field(min_length=1, max_length=MAX_PROMPTS),
+]
 
 
 class CompletionRequest(SamplingFields):
-    prompt: Annotated[list[str] | list[_Tokens], BeforeValidator(_as_prompts), Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        return drop_harmless(body, UNSUPPORTED_COMPLETION)
+        return drop_harmless(body, UNSUPPORTED_COMPLETION | UNSUPPORTED_EXTRAS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise unsupported("echo", "Together with logprobs it would need log-probabilities of the prompt.")
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens may be 0 only together with echo: true.", "max_tokens")
         if len(self.prompt) * self.n > MAX_CHOICES * 2:
             raise invalid(f"prompts times n is {len(self.prompt) * self.n}; at most {MAX_CHOICES * 2} are answered at once.", "n")
         return self
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """A text, or messages that go through the chat template first."""
 
     model: str | None = Field(None, max_length=512)
@@ -189,6 +231,6 @@ class TokenizeRequest(_Body):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     model: str | None = Field(None, max_length=512)
-    tokens: list[_TokenId] = Field(max_length=_MAX_TOKENS)
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)

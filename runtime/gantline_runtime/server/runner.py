@@ -28,6 +28,7 @@ from gantline_runtime.engine_messages import EngineProgress, EngineReady
 from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, SamplingParams
+from gantline_runtime.pooling import load_pooling
 from gantline_runtime.server.app import create_app
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.server.metrics import Metrics
@@ -141,11 +142,11 @@ class Runner:
 
     async def _load_model(self) -> Model:
         began = time.monotonic()
-        tokenizer, defaults = await self._service.in_thread(
-            lambda: (Tokenizer.load(self._model_dir), GenerationDefaults.load(self._model_dir))
+        tokenizer, defaults, pooling = await self._service.in_thread(
+            lambda: (Tokenizer.load(self._model_dir), GenerationDefaults.load(self._model_dir), load_pooling(self._model_dir))
         )
         name = self._config.served_model_name or self._model_dir.resolve().name
-        model = Model(name=name, tokenizer=tokenizer, defaults=defaults, created=int(time.time()))
+        model = Model(name=name, tokenizer=tokenizer, defaults=defaults, pooling=pooling, created=int(time.time()))
         if tokenizer.chat_template is not None:
             model = await _with_template(model, tokenizer.chat_template)
         self._metrics.startup("tokenizer", time.monotonic() - began)

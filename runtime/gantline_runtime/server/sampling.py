@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import SamplingParams
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.protocol import SamplingFields
+from gantline_runtime.tokenizer import Tokenizer
 
-__all__ = ["build_sampling", "num_new_tokens", "require_token", "seeded"]
+__all__ = ["build_sampling", "num_new_tokens", "require_token", "seeded", "spell_bad_words"]
 
 _SMALLEST_TOP_P = 1e-6
 """top_p 0 means the likeliest token alone, as this does."""
@@ -52,8 +55,11 @@ def build_sampling(
 
 
 def num_new_tokens(requested: int | None, prompt_len: int, session_len: int, *, default: int | None, param: str) -> int:
-    """How many tokens may be generated; with neither a wish nor a default, what the context leaves. Raises ApiError if it is too little."""
+    """How many tokens may be generated; with neither a wish nor a default, what the context leaves. 0
+    reads the prompt only. Raises ApiError if it is too little."""
     room = session_len - prompt_len
+    if requested == 0 and room >= 0:
+        return 0
     wanted = requested if requested is not None else min(room, default or room)
     if room < 1:
         message = f"The prompt has {prompt_len} tokens; the model's context holds {session_len}, one of them to generate. Shorten it."
@@ -72,6 +78,12 @@ def seeded(sampling: SamplingParams, choice: int) -> SamplingParams:
     if sampling.seed is None or choice == 0:
         return sampling
     return msgspec.structs.replace(sampling, seed=(sampling.seed + choice + (1 << 63)) % (1 << 64) - (1 << 63))
+
+
+def spell_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, as it is spelled at a text's beginning and after a space."""
+    spelled = (tokenizer.encode(text, add_special_tokens=False) for word in words for text in (word, f" {word.lstrip()}"))
+    return tuple(dict.fromkeys(tuple(ids) for ids in spelled if ids))
 
 
 def _parse_token(text: str, vocab_size: int) -> int:

@@ -13,18 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
+
 from gantline_runtime.chat_template import RESERVED_NAMES, TemplateError
 from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient
 from gantline_runtime.generation_defaults import GenerationDefaults
-from gantline_runtime.messages import EngineRequest, SamplingParams
+from gantline_runtime.messages import EngineRequest, Pooling, SamplingParams
 from gantline_runtime.server.errors import ApiError, not_accepting
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.server.metrics import Metrics
 from gantline_runtime.server.output import ChoiceOutput
 from gantline_runtime.server.protocol import Message, SamplingFields
-from gantline_runtime.server.sampling import seeded
+from gantline_runtime.server.sampling import build_sampling, seeded, spell_bad_words
 from gantline_runtime.server.template_process import TemplateRenderer
 from gantline_runtime.tokenizer import Tokenizer
 
@@ -44,6 +46,7 @@ class Model:
     name: str
     tokenizer: Tokenizer
     defaults: GenerationDefaults
+    pooling: Pooling = "last"
     renderer: TemplateRenderer | None = None
     template_problem: str = "This model has no chat template; use /v1/completions."
     created: int = 0
@@ -146,23 +149,50 @@ class Service:
             raise ApiError(400, message, code="context_length_exceeded", param=param)
         return await self.in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
+    async def build_sampling(self, fields: SamplingFields, *, max_new_tokens: int, num_logprobs: int | None) -> SamplingParams:
+        """What the engine is told of `fields`. Raises ApiError for what this model cannot do."""
+        assert self.model is not None
+        tokenizer = self.model.tokenizer
+        params = build_sampling(
+            fields, self.model.defaults, max_new_tokens=max_new_tokens, num_logprobs=num_logprobs, vocab_size=tokenizer.vocab_size
+        )
+        if not fields.bad_words:
+            return params
+        words = await self.in_thread(lambda: spell_bad_words(fields.bad_words, tokenizer))
+        return msgspec.structs.replace(params, bad_words=words)
+
     async def in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     # ---- requests to the engine
 
     def start(
-        self, request_id: str, prompts: Sequence[list[int]], sampling: Sequence[SamplingParams], fields: SamplingFields, ticket: Ticket
+        self,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        sampling: Sequence[SamplingParams],
+        fields: SamplingFields,
+        ticket: Ticket,
+        *,
+        num_prompt_logprobs: int | None = None,
+        pooling: Pooling | None = None,
     ) -> Generation:
         """Send `fields.n` requests for each prompt, each with its prompt's `sampling`. Choice i of prompt p has the index p * n + i.
-        The generation releases `ticket` when it is closed."""
+        What is read of a prompt beside sampling is read by its first choice. The generation releases `ticket` when it is closed."""
         assert self.model is not None and self.engine is not None
         generation = Generation(self.engine.open_group(), self.metrics, ticket)
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
                 for choice in range(fields.n):
                     engine_id = f"{request_id}-{i * fields.n + choice}"
-                    request = EngineRequest(request_id=engine_id, prompt_ids=prompt, sampling=seeded(params, choice))
+                    reads = not choice or not params.max_new_tokens
+                    request = EngineRequest(
+                        request_id=engine_id,
+                        prompt_ids=prompt,
+                        sampling=seeded(params, choice),
+                        num_prompt_logprobs=num_prompt_logprobs if reads else None,
+                        pooling=pooling,
+                    )
                     generation.submit(i, request, self._build_output(request, fields))
         except BaseException:
             generation.close()
@@ -179,6 +209,7 @@ class Service:
             stop_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_token_ids),
             min_tokens=sampling.min_new_tokens,
             skip_special_tokens=fields.skip_special_tokens,
+            include_stop=fields.include_stop_str_in_output,
         )
 
     def queue_full(self) -> ApiError:
