@@ -70,9 +70,16 @@ def _bf16(*shape: int) -> torch.Tensor:
 
 
 def paged_inputs(
-    queries: list[int], contexts: list[int], *, heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM, block_size: int = BLOCK_SIZE
+    queries: list[int],
+    contexts: list[int],
+    *,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    dim: int = DIM,
+    block_size: int = BLOCK_SIZE,
+    shared_len: int = 0,
 ) -> tuple[torch.Tensor, ...]:
-    """q, caches, tables, query starts, context lengths; blocks in random order."""
+    """q, caches, tables, query starts, context lengths; blocks in random order, the first `shared_len` tokens of all the same."""
     counts = [-(-context // block_size) for context in contexts]
     order = torch.randperm(sum(counts), device="cuda").int()
     tables = torch.zeros((len(contexts), max(counts)), dtype=torch.int32, device="cuda")
@@ -80,6 +87,7 @@ def paged_inputs(
     for i, count in enumerate(counts):
         tables[i, :count] = order[at : at + count]
         at += count
+    tables[:, : shared_len // block_size] = tables[0, : shared_len // block_size].clone()
     keys, values = (_bf16(sum(counts), kv_heads, block_size, dim) for _ in range(2))
     starts = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
     return _bf16(sum(queries), heads, dim), keys, values, tables, starts, torch.tensor(contexts, device="cuda", dtype=torch.int32)
@@ -99,6 +107,39 @@ def attention_case(name: str, queries: list[int], contexts: list[int], backend: 
     return Case(name, make, read=cache_bytes, operations=0.0 if decodes else 4.0 * pairs * heads * dim)
 
 
+def shared_inputs(groups: list[tuple[int, int]], own: int, **shape: int) -> tuple[tuple[torch.Tensor, ...], api.SharedPrefixes]:
+    """As `paged_inputs`, of decodes: groups of (sequences, tokens that they share), and `own` tokens of each; prefix 0: no group."""
+    contexts = [prefix + own for count, prefix in groups for _ in range(count)]
+    inputs = paged_inputs([1] * len(contexts), contexts, **shape)
+    tables, block_size = inputs[3], inputs[1].shape[2]
+    lens, starts, at = [prefix for count, prefix in groups for _ in range(count)], [0], 0
+    members = [i for i, length in enumerate(lens) if length]
+    for count, prefix in groups:
+        tables[at : at + count, : prefix // block_size] = tables[at, : prefix // block_size].clone()
+        at += count
+        if prefix:
+            starts.append(starts[-1] + count)
+    members += [0] * (len(contexts) - len(members))
+    tensors = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (lens, members, starts))
+    return inputs, api.SharedPrefixes(*tensors, max_own_len=max(c - x for c, x in zip(contexts, lens, strict=True)))
+
+
+def shared_case(name: str, groups: list[tuple[int, int]], own: int, backend: str, *, plain: bool = False, **shape: int) -> Case:
+    """`plain`: without being told that anything is shared; the floor is that of reading it once all the same."""
+    heads, kv_heads, dim = shape.get("heads", HEADS), shape.get("kv_heads", KV_HEADS), shape.get("dim", DIM)
+    longest = max(prefix for _, prefix in groups) + own
+
+    def make(_: int) -> Run:
+        inputs, shared = shared_inputs(groups, own, **shape)
+        limits = {"max_query_len": 1, "max_context_len": longest, "num_decodes": len(inputs[0])}
+        chosen = None if plain else shared
+        return lambda: api.paged_attention(*inputs, dim**-0.5, **limits, shared=chosen, backend=backend)  # type: ignore[arg-type]
+
+    tokens = sum(prefix + count * own for count, prefix in groups)
+    pairs = sum(count * (prefix + own) for count, prefix in groups)
+    return Case(name, make, read=4.0 * tokens * kv_heads * dim, operations=4.0 * pairs * heads * dim)
+
+
 def mixed_contexts(count: int = 128, longest: int = 16384) -> list[int]:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1024, longest, (count,), generator=generator).tolist()
@@ -115,12 +156,29 @@ def decode_cases(backend: str) -> Iterator[Case]:
     yield attention_case("decode 256 x 1k, dim 64", [1] * 256, [1024] * 256, backend, dim=64)
 
 
+def shared_cases(backend: str) -> Iterator[Case]:
+    for plain in (True, False):
+        label = ", each by itself" if plain else ""
+        yield shared_case(f"shared 256 x (2048 + 256){label}", [(256, 2048)], 256, backend, plain=plain)
+        yield shared_case(f"shared 64 x (2048 + 256){label}", [(64, 2048)], 256, backend, plain=plain)
+        yield shared_case(f"shared 8 x (8192 + 256){label}", [(8, 8192)], 256, backend, plain=plain)
+        yield shared_case(f"shared 4 x 32 x (1024 + 512), 128 alone{label}", [(32, 1024)] * 4 + [(128, 0)], 512, backend, plain=plain)
+        yield shared_case(f"shared 256 x (2048 + 256), dim 64{label}", [(256, 2048)], 256, backend, plain=plain, dim=64)
+
+
 def prefill_cases(backend: str) -> Iterator[Case]:
     yield attention_case("prefill 8 x 4096", [4096] * 8, [4096] * 8, backend)
     yield attention_case("prefill 2 x 4096", [4096] * 2, [4096] * 2, backend)
     yield attention_case("prefill 1 x 32k", [32768], [32768], backend)
     yield attention_case("prefill 2k on 30k", [2048], [32768], backend)
     yield attention_case("prefill 16 x 512", [512] * 16, [512] * 16, backend)
+    yield attention_case("prefill 64 x 128", [128] * 64, [128] * 64, backend)
+    yield attention_case("prefill 16 x 128 on 2048", [128] * 16, [2176] * 16, backend)
+    yield attention_case("prefill 64 x 128 on 2048", [128] * 64, [2176] * 64, backend)
+    yield attention_case("prefill 64 x 128 on 2048 shared", [128] * 64, [2176] * 64, backend, shared_len=2048)
+    yield attention_case("prefill 1 x 128 on 2048", [128], [2176], backend)
+    yield attention_case("prefill 4 x 1024 on 4k", [1024] * 4, [5120] * 4, backend)
+    yield attention_case("prefill 32 x 16 on 2048", [16] * 32, [2064] * 32, backend)
     yield attention_case("prefill 8 x 4096, dim 64", [4096] * 8, [4096] * 8, backend, dim=64)
 
 
@@ -196,7 +254,8 @@ def linear_cases(backend: str) -> Iterator[Case]:
 
 
 GROUPS: dict[str, Callable[[str], Iterator[Case]]] = {
-    "decode": decode_cases, "prefill": prefill_cases, "elementwise": elementwise_cases, "sampling": sampling_cases, "linear": linear_cases,
+    "decode": decode_cases, "shared": shared_cases, "prefill": prefill_cases,
+    "elementwise": elementwise_cases, "sampling": sampling_cases, "linear": linear_cases,
 }  # fmt: skip
 
 

@@ -24,9 +24,12 @@ from typing import Any
 
 import torch
 
+from gantline_kernels.shared_prefix import SharedPrefixes
+
 __all__ = [
     "BACKENDS",
     "HEAD_DIMS",
+    "SharedPrefixes",
     "add_rms_norm",
     "argmax",
     "awq_dequantize",
@@ -147,15 +150,19 @@ def paged_attention(
     num_decodes: int = 0,
     sliding_window: int = 0,
     logit_softcap: float = 0.0,
+    shared: SharedPrefixes | None = None,
     backend: str,
 ) -> torch.Tensor:
     """Causal attention of new tokens over their sequences' cached keys and values, the new ones among them -> [T, Hq, D].
 
     q [T, Hq, D]; caches [blocks, Hkv, block_size, D]; block_tables int32 [B, M]; query_starts int32 [B + 1]; context_lens int32 [B]: tokens
     in the cache including the new ones, at least the sequence's query length. The last query of a sequence sees its whole context, earlier
-    ones correspondingly less. The first `num_decodes` sequences have one query each. `max_query_len` and `max_context_len` are upper
-    bounds. sliding_window W > 0: a query sees itself and the W - 1 tokens before. logit_softcap c > 0: scores become c * tanh(score / c).
+    ones correspondingly less. The first `num_decodes` sequences have one query each. Padding: the last of these, and the last of all, may
+    have no query, and then have a context of 0. `max_query_len` and `max_context_len` are upper bounds. sliding_window W > 0: a query sees
+    itself and the W - 1 tokens before. logit_softcap c > 0: scores become c * tanh(score / c).
     Entries of block_tables past a sequence's length are not read. Rows of q that no sequence covers (padding) give undefined results.
+    `shared` says which of the first `num_decodes` contexts begin alike, so that what they share is read once; results differ by rounding
+    only. Within a sliding window it is not used, since little of a prefix is seen there.
     """
     _, heads, dim = q.shape
     batch = context_lens.shape[0]
@@ -169,9 +176,11 @@ def paged_attention(
     capacity = block_tables.shape[1] * key_cache.shape[2]
     _require(max_context_len <= capacity, f"paged_attention: contexts of {max_context_len} tokens, tables for {capacity}")
     _require(sliding_window >= 0 and logit_softcap >= 0, "paged_attention: sliding_window and logit_softcap must not be negative")
+    if shared is not None:
+        _check_shared(shared, num_decodes, key_cache.shape[2])
     return _implementation(backend).paged_attention(
         q, key_cache, value_cache, block_tables, query_starts, context_lens, scale,
-        max_query_len, max_context_len, num_decodes, sliding_window, logit_softcap,
+        max_query_len, max_context_len, num_decodes, sliding_window, logit_softcap, None if sliding_window else shared,
     )  # fmt: skip
 
 
@@ -259,6 +268,16 @@ def _check_caches(name: str, keys: torch.Tensor, values: torch.Tensor, heads: in
     ok = keys.dim() == 4 and keys.shape == values.shape and keys.shape[1] == heads and keys.shape[3] == dim
     _require(ok, f"{name}: caches are {list(keys.shape)} and {list(values.shape)}, expected [blocks, {heads}, block_size, {dim}]")
     _require(keys.is_contiguous() and values.is_contiguous(), f"{name}: caches must be contiguous")
+
+
+def _check_shared(shared: SharedPrefixes, num_decodes: int, block_size: int) -> None:
+    for name, tensor in (("lens", shared.lens), ("members", shared.members), ("starts", shared.starts)):
+        _require(tensor.dtype == torch.int32 and tensor.is_contiguous(), f"paged_attention: shared.{name} must be contiguous and int32")
+    fits = shared.lens.shape == shared.members.shape == (num_decodes,)
+    _require(fits, f"paged_attention: shared.lens and shared.members must be [{num_decodes}]")
+    _require(num_decodes > 0 and shared.num_groups > 0, "paged_attention: shared prefixes without a sequence or a group")
+    _require(shared.max_own_len > 0, f"paged_attention: shared.max_own_len is {shared.max_own_len}, expected 1 or more")
+    _require(block_size % 16 == 0, f"paged_attention: blocks of {block_size} tokens cannot be shared, only multiples of 16")
 
 
 def _check_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group_size: int) -> None:

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from gantline_kernels import library, triton_backend
+from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_backend import (
     add_rms_norm,
     argmax,
@@ -56,6 +57,7 @@ def paged_attention(
     num_decodes: int,
     sliding_window: int,
     logit_softcap: float,
+    shared: SharedPrefixes | None,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
@@ -63,7 +65,7 @@ def paged_attention(
     if num_decodes:
         decode_attention(
             q[:num_decodes], key_cache, value_cache, block_tables, context_lens, out[:num_decodes],
-            scale, max_context_len, sliding_window, logit_softcap,
+            scale, max_context_len, sliding_window, logit_softcap, shared,
         )  # fmt: skip
     if num_decodes < len(context_lens):
         inputs = (q, key_cache, value_cache, block_tables, query_starts, context_lens, out)
@@ -111,7 +113,7 @@ def _prefill_hopper(
     tokens, heads, dim = q.shape
     blocks, kv_heads, block_size, _ = key_cache.shape
     sequences = len(context_lens) - first_sequence
-    tiles = kv_heads * ((tokens - first_sequence) * (heads // kv_heads) // _ROWS + sequences)
+    tiles = kv_heads * (tokens * (heads // kv_heads) // _ROWS + sequences)  # of the sequences before, not all need have a query
     stream = torch.cuda.current_stream(q.device).cuda_stream
     library.call(
         "gantline_prefill_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),

@@ -6,7 +6,11 @@ taken up to float32 first; results are float32, but for the caches, which keep t
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
+
+from gantline_kernels.shared_prefix import SharedPrefixes
 
 __all__ = [
     "add_rms_norm",
@@ -84,7 +88,11 @@ def paged_attention(
     num_decodes: int = 0,
     sliding_window: int = 0,
     logit_softcap: float = 0.0,
+    shared: SharedPrefixes | None = None,
 ) -> torch.Tensor:
+    """`shared` changes nothing; that it is true of the block tables is checked. Raises ValueError if not."""
+    if shared is not None:
+        _check_shared(shared, block_tables, context_lens, key_cache.shape[2])
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     starts = query_starts.tolist()
     for i, context in enumerate(context_lens.tolist()):
@@ -92,6 +100,21 @@ def paged_attention(
         keys, values = (_gather(cache, block_tables[i], context) for cache in (key_cache, value_cache))
         out[starts[i] : starts[i + 1]] = _attend(queries, keys, values, scale, sliding_window, logit_softcap)
     return out
+
+
+def _check_shared(shared: SharedPrefixes, block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int) -> None:
+    lens, members, starts = shared.lens.tolist(), shared.members.tolist(), shared.starts.tolist()
+    grouped = members[: starts[-1]]
+    if sorted(grouped) != [i for i, length in enumerate(lens) if length]:
+        raise ValueError(f"the groups have the members {grouped}, the lengths are {lens}")
+    for start, end in pairwise(starts):
+        group = members[start:end]
+        length = lens[group[0]] if group else 0
+        tables = block_tables[group, : length // block_size]
+        if length % block_size or any(lens[i] != length or context_lens[i] <= length for i in group) or bool((tables != tables[:1]).any()):
+            raise ValueError(f"the sequences {group} do not share {length} tokens: {tables.tolist()}")
+    if max(context - length for context, length in zip(context_lens.tolist(), lens, strict=False)) > shared.max_own_len:
+        raise ValueError(f"a sequence has more than {shared.max_own_len} tokens of its own")
 
 
 def _gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,14 +1,18 @@
 """The operations in plain torch: any device, the input's type, fast enough to serve small models on a CPU.
 
-Decoding sequences are attended in groups of similar length, padded to the longest; prompts one by one. Checks are in `api.py`.
+Decoding sequences are attended in groups of similar length, padded to the longest, a shared prefix once for each such group; prompts one
+by one. Checks are in `api.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+
+from gantline_kernels.shared_prefix import SharedPrefixes
 
 __all__ = [
     "add_rms_norm",
@@ -113,15 +117,19 @@ def paged_attention(
     num_decodes: int,
     sliding_window: int,
     logit_softcap: float,
+    shared: SharedPrefixes | None,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lengths, starts = context_lens.tolist(), query_starts.tolist()
-    for group in _groups(lengths[:num_decodes]):
-        members = torch.tensor(group, device=q.device)
-        longest = max(lengths[i] for i in group)
-        keys, values = (_gather(cache, block_tables[members], longest) for cache in (key_cache, value_cache))
-        rows = query_starts[members].long()
-        out[rows] = _attend_decodes(q[rows], keys, values, context_lens[members], scale, sliding_window, logit_softcap)
+    for prefix, own in _by_prefix(num_decodes, shared):
+        for group in _groups({i: lengths[i] - prefix for i in own if lengths[i]}):
+            members = torch.tensor(group, device=q.device)
+            tables, longest = block_tables[members], max(lengths[i] for i in group) - prefix
+            tables, first = tables[:, prefix // key_cache.shape[2] :], tables[:1]
+            common = [_gather(cache, first, prefix) for cache in (key_cache, value_cache)] if prefix else None
+            keys, values = (_gather(cache, tables, longest) for cache in (key_cache, value_cache))
+            ends = context_lens[members] - prefix
+            out[members] = _attend_decodes(q[members], keys, values, ends, scale, sliding_window, logit_softcap, common)
     for i in range(num_decodes, len(lengths)):
         if starts[i + 1] > starts[i]:
             keys, values = (_gather(cache, block_tables[i : i + 1], lengths[i])[0] for cache in (key_cache, value_cache))
@@ -130,11 +138,23 @@ def paged_attention(
     return out
 
 
-def _groups(lengths: list[int]) -> Iterator[list[int]]:
-    """Sequence numbers in groups of similar length, longest first, so that padding costs little."""
+def _by_prefix(num_decodes: int, shared: SharedPrefixes | None) -> Iterator[tuple[int, Iterable[int]]]:
+    """(tokens that they share, sequence numbers) of each group, and of those in none."""
+    if shared is None:
+        yield 0, range(num_decodes)
+        return
+    lens, members, starts = shared.lens.tolist(), shared.members.tolist(), shared.starts.tolist()
+    yield 0, [i for i in range(num_decodes) if not lens[i]]
+    for start, end in pairwise(starts):
+        if start < end:
+            yield lens[members[start]], members[start:end]
+
+
+def _groups(lengths: dict[int, int]) -> Iterator[list[int]]:
+    """Sequence numbers (of numbers and lengths) in groups of similar length, longest first, so that padding costs little."""
     group: list[int] = []
     total = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(lengths, key=lambda i: -lengths[i]):
         padded = (len(group) + 1) * lengths[group[0]] if group else 0
         if group and (padded > _MAX_PADDING * (total + lengths[i]) or padded > _MAX_GROUP_TOKENS):
             yield group
@@ -154,22 +174,43 @@ def _gather(cache: torch.Tensor, tables: torch.Tensor, length: int) -> torch.Ten
 
 
 def _attend_decodes(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float, window: int, softcap: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    common: list[torch.Tensor] | None,
 ) -> torch.Tensor:
-    """q [n, Hq, D], keys and values [n, Hkv, longest, D] -> [n, Hq, D]."""
+    """q [n, Hq, D], keys and values [n, Hkv, longest, D], after `common` keys and values [1, Hkv, prefix, D] of all -> [n, Hq, D]."""
     n, heads, dim = q.shape
     kv_heads, longest = keys.shape[1], keys.shape[2]
-    scores = torch.matmul(q.view(n, kv_heads, heads // kv_heads, dim), keys.transpose(-1, -2)).float() * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    grouped = q.view(n, kv_heads, heads // kv_heads, dim)
+    scores = torch.matmul(grouped, keys.transpose(-1, -2)).float() * scale
     at = torch.arange(longest, device=q.device)
     ends = lengths.unsqueeze(1)
     hidden = at >= ends
     if window:
         hidden |= at < ends - window
+    if common is not None:
+        scores = torch.cat([_with_common(grouped, common[0].transpose(-1, -2)).float() * scale, scores], dim=-1)
+        hidden = F.pad(hidden, (scores.shape[-1] - longest, 0), value=False)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1).to(q.dtype)
     values = values.masked_fill((at >= ends)[:, None, :, None], 0.0)  # what was never written may be no number
-    return torch.matmul(weights, values).view(n, heads, dim)
+    out = torch.matmul(weights[..., -longest:], values)
+    if common is not None:
+        out += _with_common(weights[..., :-longest], common[1])
+    return out.view(n, heads, dim)
+
+
+def _with_common(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x [n, Hkv, G, K] @ y [1, Hkv, K, N] -> [n, Hkv, G, N], reading y once."""
+    n, kv_heads, group, _ = x.shape
+    rows = x.transpose(0, 1).reshape(kv_heads, n * group, -1)
+    return torch.matmul(rows, y[0]).view(kv_heads, n, group, -1).transpose(0, 1)
 
 
 def _attend_prompt(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gantline_kernels import torch_backend
+from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_kernels.awq import awq_dequantize, awq_linear
 from gantline_kernels.triton_kernels.decode import decode_attention
 from gantline_kernels.triton_kernels.elementwise import add_rms_norm, rms_norm, silu_and_mul
@@ -40,6 +41,7 @@ def paged_attention(
     num_decodes: int,
     sliding_window: int,
     logit_softcap: float,
+    shared: SharedPrefixes | None,
 ) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
@@ -47,7 +49,7 @@ def paged_attention(
     if num_decodes:
         decode_attention(
             q[:num_decodes], key_cache, value_cache, block_tables, context_lens, out[:num_decodes],
-            scale, max_context_len, sliding_window, logit_softcap,
+            scale, max_context_len, sliding_window, logit_softcap, shared,
         )  # fmt: skip
     if num_decodes < len(context_lens):
         prefill_attention(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from gantline_kernels import reference
+from gantline_kernels.api import SharedPrefixes
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Paged:
     query_starts: torch.Tensor
     context_lens: torch.Tensor
     scale: float
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> tuple[object, ...]:
@@ -27,6 +29,27 @@ class Paged:
 
     def expected(self) -> torch.Tensor:
         return reference.paged_attention(*self.arguments, **self.options)  # type: ignore[arg-type]
+
+    def share(self, groups: list[tuple[list[int], int]], *, spare_groups: int = 0) -> Paged:
+        """Let the sequences of each group (numbers, blocks) begin with the first one's blocks; those that they had become NaN."""
+        decodes, block_size = self.options["num_decodes"], self.key_cache.shape[2]
+        lens, members, starts = [0] * decodes, [], [0]
+        for group, count in groups:
+            first, *others = group
+            for i in others:
+                for cache in (self.key_cache, self.value_cache):
+                    cache[self.block_tables[i, :count].long()] = torch.nan
+                self.block_tables[i, :count] = self.block_tables[first, :count]
+            for i in group:
+                lens[i] = count * block_size
+            members += group
+            starts.append(len(members))
+        starts += starts[-1:] * spare_groups
+        own = max(context - length for context, length in zip(self.context_lens.tolist(), lens, strict=False))
+        members += [1 << 30] * (decodes - len(members))
+        tensors = (torch.tensor(x, dtype=torch.int32, device=self.q.device) for x in (lens, members, starts))
+        self.options["shared"] = SharedPrefixes(*tensors, max_own_len=own)
+        return self
 
 
 def paged(
@@ -61,7 +84,7 @@ def paged(
     starts = torch.tensor([0, *new]).cumsum(0).int()
     q = torch.randn(sum(new), heads, dim, generator=generator).to(dtype)
     contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
-    options = {
+    options: dict[str, Any] = {
         "max_query_len": max(new), "max_context_len": max(c for _, c in lengths), "num_decodes": decodes,
         "sliding_window": window, "logit_softcap": softcap,
     }  # fmt: skip

@@ -57,6 +57,10 @@ def run_attention() -> None:
     for dim, window in ((128, 0), (256, 100)):
         case = paged([(1, 5000), (1, 30), (200, 300)], heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, block_size=64, window=window)
         api.paged_attention(*case.arguments, **case.options, backend="triton")
+    for dim, batch, own in ((128, 64, 500), (256, 4, 5000)):  # taken in by each sequence's program; joined
+        lengths = [(1, 3072 + own)] * batch
+        case = paged(lengths, heads=32, kv_heads=8, dim=dim, dtype=torch.bfloat16, block_size=64).share([(list(range(batch)), 48)])
+        api.paged_attention(*case.arguments, **case.options, backend="triton")
 
 
 def run_others() -> None:

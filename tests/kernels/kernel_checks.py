@@ -7,6 +7,7 @@ when Triton is imported); `test_gpu.py` runs it on a GPU, for the backends trito
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest error of results of size 1 or so: a few units in the last place of the result's type."""
 
 torch.set_num_threads(1)
+
+
+Groups = Sequence[tuple[list[int], int]]
+"""Members and blocks of each."""
 
 
 def _let_the_interpreter_count() -> None:
@@ -42,8 +47,10 @@ if not ON_GPU:
     _let_the_interpreter_count()
 
 
-def _check_attention(case_arguments: dict[str, object], lengths: list[tuple[int, int]]) -> None:
+def _check_attention(case_arguments: dict[str, object], lengths: list[tuple[int, int]], groups: Groups = (), spare_groups: int = 0) -> None:
     case = paged(lengths, device=DEVICE, **case_arguments)  # type: ignore[arg-type]
+    if groups:
+        case.share(list(groups), spare_groups=spare_groups)
     got = api.paged_attention(*case.arguments, **case.options, backend=BACKEND)
     dtype = case.q.dtype
     assert got.dtype == dtype
@@ -93,6 +100,60 @@ def test_attention_of_large_batches(dtype: torch.dtype, dim: int, window: int) -
     decodes = [(1, context) for context in [*contexts, 64, 128, 8192]]
     chunks = [(512, 512), (513, 3000), (1, 1), (2000, 2001), (128, 4096), (0, 5)]
     _check_attention({"heads": 8, "kv_heads": 2, "dim": dim, "dtype": dtype, "block_size": 64, "window": window}, decodes + chunks)
+
+
+_SHARING: list[tuple[list[int], Groups]] = [
+    ([17, 18], [([0, 1], 1)]),
+    ([33, 5, 48, 64, 1], [([0, 2, 3], 2)]),
+    ([40, 100, 33, 90, 200, 49], [([1, 3], 5), ([5, 0, 4], 2)]),
+    ([49, 50, 51, 80, 64, 49, 33, 100, 70, 17], [([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], 1)]),
+    ([600, 700], [([0, 1], 37)]),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("contexts", "groups"), _SHARING)
+def test_attention_over_shared_prefixes(dtype: torch.dtype, contexts: list[int], groups: Groups) -> None:
+    for kv_heads in (1, 4):
+        _check_attention({"dtype": dtype, "kv_heads": kv_heads}, [(1, context) for context in contexts], groups, spare_groups=2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 1), (5, 1), (6, 1), (7, 1), (8, 1), (16, 1), (8, 2)])
+def test_attention_over_shared_prefixes_of_every_grouping_of_heads(heads: int, kv_heads: int) -> None:
+    contexts = [(1, context) for context in (33, 34, 60, 35, 36, 90, 33)]
+    _check_attention({"heads": heads, "kv_heads": kv_heads, "dtype": torch.float16}, contexts, [([2, 5, 1], 2), ([0, 3, 4, 6], 2)])
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_over_shared_prefixes_of_every_head_dimension(dim: int, dtype: torch.dtype) -> None:
+    _check_attention({"dim": dim, "dtype": dtype}, [(1, 40), (1, 64), (1, 35), (1, 20), (9, 30)], [([0, 1, 2], 2)])
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_attention_over_shared_prefixes_of_every_block_size(block_size: int, softcap: float) -> None:
+    options = {"block_size": block_size, "softcap": softcap, "dtype": torch.float16}
+    _check_attention(options, [(1, 400), (1, 257), (1, 3), (1, 300)], [([0, 1, 3], 256 // block_size)])
+
+
+def test_within_a_window_a_shared_prefix_is_attended_as_any_context() -> None:
+    _check_attention({"window": 40, "dtype": torch.float16}, [(1, 90), (1, 70), (20, 30)], [([0, 1], 4)])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("own", [200, 3000])
+def test_attention_of_large_batches_over_shared_prefixes(dtype: torch.dtype, dim: int, own: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    lens = [2048] * 100 + [64] * 2 + [4032] * 17 + [0] * 30
+    contexts = [(1, length + int(torch.randint(1, own, (), generator=generator))) for length in lens]
+    groups = [(list(range(99, -1, -1)), 32), ([100, 101], 1), (list(range(102, 119)), 63)]
+    for count in (149, 20):  # 20: only the first group, most of it elsewhere
+        used = groups if count == 149 else [(list(range(20)), 32)]
+        options = {"heads": 8, "kv_heads": 2, "dim": dim, "dtype": dtype, "block_size": 64}
+        _check_attention(options, [*contexts[:count], (70, 300)], used, spare_groups=5)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 512])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gantline_kernels import api, reference
@@ -24,6 +26,45 @@ def test_paged_attention_equals_the_reference(lengths: list[tuple[int, int]], wi
     case = paged(lengths, window=window, softcap=softcap)
     got = api.paged_attention(*case.arguments, **case.options, backend="torch")
     assert largest_error(got, case.expected()) < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 20])
+def test_shared_prefixes_change_no_result(window: int, softcap: float) -> None:
+    lengths = [(1, 40), (1, 100), (1, 33), (1, 300), (1, 200), (1, 49), (1, 3), (7, 33)]
+    case = paged(lengths, window=window, softcap=softcap).share([([1, 3], 5), ([5, 0, 4], 2)], spare_groups=1)
+    got = api.paged_attention(*case.arguments, **case.options, backend="torch")
+    assert largest_error(got, case.expected()) < 1e-5
+
+
+_SHARED = {"lens": [16, 16], "members": [0, 1], "starts": [0, 2], "max_own_len": 9}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lens": [16]}, "must be \\[2\\]"),
+        ({"members": [0, 1, 2]}, "must be \\[2\\]"),
+        ({"starts": [0]}, "without a sequence or a group"),
+        ({"max_own_len": 0}, "expected 1 or more"),
+        ({"lens": [16.0, 16.0]}, "int32"),
+    ],
+)
+def test_wrong_shared_prefixes_are_refused(wrong: dict[str, Any], said: str) -> None:
+    case = paged([(1, 20), (1, 25)])
+    given = _SHARED | wrong
+    tensors = (torch.tensor(given[x], dtype=torch.int32 if isinstance(given[x][0], int) else None) for x in ("lens", "members", "starts"))
+    case.options["shared"] = api.SharedPrefixes(*tensors, max_own_len=given["max_own_len"])
+    with pytest.raises(ValueError, match=said):
+        api.paged_attention(*case.arguments, **case.options, backend="torch")
+
+
+def test_the_reference_refuses_a_group_that_shares_nothing() -> None:
+    case = paged([(1, 20), (1, 25)])
+    tensors = (torch.tensor(_SHARED[x], dtype=torch.int32) for x in ("lens", "members", "starts"))
+    case.options["shared"] = api.SharedPrefixes(*tensors, max_own_len=9)
+    with pytest.raises(ValueError, match="do not share"):
+        case.expected()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (8, 1, 96), (16, 1, 128), (6, 2, 256)])

@@ -3,18 +3,26 @@
 
 A program takes one sequence, one key/value head with all query heads that share it, and one part of the context; a second kernel joins
 the parts. So every key and value is read once, and few long sequences still fill the GPU. The number of parts follows from host integers.
+
+What groups of sequences share (`shared_prefix.py`) is attended first, and is further parts here: where few, the program of a sequence's own
+context begins with them, otherwise the second kernel joins them with the others.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["decode_attention"]
+from gantline_kernels.shared_prefix import SharedPrefixes
+from gantline_kernels.triton_kernels.shared_prefix import attend_shared_prefixes, plan_prefix
+
+__all__ = ["DecodePlan", "decode_attention", "plan_decode"]
 
 _LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_SM = 2
@@ -22,22 +30,30 @@ _MAX_PARTS = 128
 _LEAST_PART = 64
 _LEAST_PART_OF_MANY = 2048
 """Tokens of the shortest part worth a program of its own: where programs are few, and where there are enough without splitting."""
+_MOST_TAKEN_IN = 4
+"""Parts of a shared prefix that the program of a sequence's own context takes in one after the other."""
 _SHARED_BYTES = 98304
 """Of the pipeline: chips between 8.0 and 9.0 have 99 KB a block."""
 
 
 @triton.jit
 def _decode(
-    q, key_cache, value_cache, block_tables, context_lens, out, part_out, part_lse,
-    scale, softcap, window, q_stride, table_stride, kv_heads, parts, least_tiles,
+    q, key_cache, value_cache, block_tables, context_lens, shared_lens, out, part_out, part_lse,
+    scale, softcap, window, q_stride, table_stride, kv_heads, parts, shared_parts, least_tiles,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, SHARED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     length = tl.load(context_lens + sequence)
     start = tl.maximum(length - window, 0) // TILE if WINDOW else 0
+    if SHARED:
+        start = tl.load(shared_lens + sequence) // TILE
     per_part = tl.maximum(tl.cdiv(tl.cdiv(length, TILE) - start, parts), least_tiles)
     first = start + part * per_part
     last = tl.minimum(first + per_part, tl.cdiv(length, TILE))
@@ -46,13 +62,24 @@ def _decode(
     dims = tl.arange(0, DIM_PADDED)
     heads = kv_heads * GROUP
     head = kv_head * GROUP + rows
-    row_inside = rows < GROUP
+    row_inside = (rows < GROUP) & (length > 0)
     inside = row_inside[:, None] & (dims < DIM)[None, :]
     queries = tl.load(q + sequence * q_stride + head[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
 
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+    if SHARED and not SPLIT:
+        for earlier in range(tl.where(start > 0, shared_parts, 0)):
+            place = (sequence * heads + head) * shared_parts + earlier
+            lse = tl.load(part_lse + place, mask=row_inside, other=-1e30)
+            mean = tl.load(part_out + place[:, None] * DIM + dims[None, :], mask=inside & (lse > -1e29)[:, None], other=0.0)
+            new_top = tl.maximum(top, lse)
+            weight = tl.where(lse > -1e29, tl.exp2(lse - new_top), 0.0)
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + weight
+            acc = acc * shrink[:, None] + mean * weight[:, None]
+            top = new_top
     table = block_tables + sequence * table_stride
     for tile in range(first, last):
         at = tile * TILE + tl.arange(0, TILE)
@@ -84,27 +111,43 @@ def _decode(
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     if SPLIT:
-        place = (sequence * heads + head) * parts + part
+        place = (sequence * heads + head) * (shared_parts + parts) + shared_parts + part
         tl.store(part_lse + place, tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), -1e30), mask=row_inside)
-        tl.store(part_out + place[:, None] * DIM + dims[None, :], result, mask=inside)
+        if first < last:  # nobody reads an empty part's values
+            tl.store(part_out + place[:, None] * DIM + dims[None, :], result, mask=inside)
     else:
         target = out + (sequence * heads + head)[:, None] * DIM + dims[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _join(part_out, part_lse, out, parts, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr):
-    """Average the parts of one query head by the weight of each."""
+def _join(
+    part_out, part_lse, context_lens, shared_lens, out, heads, parts, shared_parts,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Average the parts of one query head by the weight of each; the first `shared_parts` only where the sequence is in a group."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     dims = tl.arange(0, DIM_PADDED)
-    lse = tl.load(part_lse + row * parts + part, mask=part < parts, other=-1e30)
+    known = part < parts
+    if SHARED:
+        known = known & ((part >= shared_parts) | (tl.load(shared_lens + row // heads) > 0))
+    lse = tl.load(part_lse + row * parts + part, mask=known, other=-1e30)
     weights = tl.exp2(lse - tl.max(lse, axis=0))
     weights = tl.where(lse > -1e29, weights, 0.0)
     inside = (weights > 0)[:, None] & (dims < DIM)[None, :]
     values = tl.load(part_out + (row * parts + part)[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
     result = tl.sum(values * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    tl.store(out + row * DIM + dims, result.to(out.dtype.element_ty), mask=dims < DIM)
+    covered = tl.load(context_lens + row // heads) > 0
+    tl.store(out + row * DIM + dims, result.to(out.dtype.element_ty), mask=(dims < DIM) & covered)
+
+
+def can_start_early(q: torch.Tensor) -> bool:
+    """Whether a kernel may be launched before the one ahead of it ends, and wait itself (programmatic dependent launch)."""
+    return q.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 @cache
@@ -124,6 +167,31 @@ def plan_parts(batch: int, kv_heads: int, max_context_len: int, num_sms: int) ->
     return max(1, min(wanted if wanted > 1 else most, most, _MAX_PARTS)), least
 
 
+@dataclass(frozen=True)
+class DecodePlan:
+    """How a batch is cut: parts of each sequence's own context, of at least so many tokens each; rows of a tile and parts of the shared
+    prefixes (0: there are none); whether a second kernel joins the parts."""
+
+    parts: int
+    least: int
+    shared_rows: int = 0
+    shared_parts: int = 0
+    joined: bool = False
+
+
+@cache
+def plan_decode(
+    batch: int, heads: int, kv_heads: int, max_context_len: int, max_own_len: int | None, num_sms: int, most_rows: int
+) -> DecodePlan:
+    """`max_own_len` None: nothing is shared."""
+    if max_own_len is None:
+        parts, least = plan_parts(batch, kv_heads, max_context_len, num_sms)
+        return DecodePlan(parts, least, joined=parts > 1)
+    parts, least = plan_parts(batch, kv_heads, max_own_len, num_sms)
+    rows, shared_parts = plan_prefix(batch * heads // kv_heads, kv_heads, max_context_len, num_sms, most_rows)
+    return DecodePlan(parts, least, rows, shared_parts, joined=parts > 1 or shared_parts > _MOST_TAKEN_IN)
+
+
 def decode_attention(
     q: torch.Tensor,
     key_cache: torch.Tensor,
@@ -135,37 +203,53 @@ def decode_attention(
     max_context_len: int,
     sliding_window: int,
     logit_softcap: float,
+    shared: SharedPrefixes | None = None,
     *,
-    parts: int = 0,
+    plan: DecodePlan | None = None,
     tile: int = 0,
     num_warps: int = 0,
     num_stages: int = 0,
+    early: bool | None = None,
 ) -> None:
-    """q [B, Hq, D] (heads packed) -> out [B, Hq, D] contiguous. `parts`, `tile` and what follows are for tuning; 0: chosen here."""
+    """q [B, Hq, D] (heads packed) -> out [B, Hq, D] contiguous; rows of sequences without context are left as they are.
+
+    `plan`, `tile` and what follows are for tuning; None or 0: chosen here.
+    """
     batch, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    group, dim_padded, num_sms = heads // kv_heads, triton.next_power_of_2(dim), _num_sms(q.device.index)
     seen = min(max_context_len, sliding_window) if sliding_window else max_context_len
-    planned, least = plan_parts(batch, kv_heads, seen, _num_sms(q.device.index))
-    parts, least = (parts, 1) if parts else (planned, least)
-    group, dim_padded = heads // kv_heads, triton.next_power_of_2(dim)
+    most_rows = 128 if dim <= 128 and q.dtype != torch.float32 else 64
+    plan = plan or plan_decode(batch, heads, kv_heads, seen, None if shared is None else shared.max_own_len, num_sms, most_rows)
     tile = tile or min(64 if dim <= 128 else 32, block_size if block_size >= 16 else 64)
     # Of five stages the pipeline gives two buffers to the tiles (a tile's address is itself loaded), of three one: enough where many
     # programs share a multiprocessor.
     tile_bytes = 2 * tile * dim_padded * key_cache.element_size()
-    crowded = batch * kv_heads * parts > 3 * _num_sms(q.device.index) or 2 * tile_bytes > _SHARED_BYTES
+    crowded = batch * kv_heads * plan.parts > 3 * num_sms or 2 * tile_bytes > _SHARED_BYTES
     stages = num_stages or (3 if crowded else 5)
     warps = num_warps or (2 if tile_bytes <= 32768 else 4)
-    split = parts > 1
-    part_out = torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=q.device) if split else out
-    part_lse = torch.empty((batch, heads, parts), dtype=torch.float32, device=q.device) if split else out
-    _decode[(parts, kv_heads, batch)](
-        q, key_cache, value_cache, block_tables, context_lens, out, part_out, part_lse,
-        scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, parts, max(1, least // tile),
+    all_parts = plan.shared_parts + (plan.parts if plan.joined else 0)
+    part_out = torch.empty((batch, heads, all_parts, dim), dtype=torch.float32, device=q.device) if all_parts else out
+    part_lse = torch.empty((batch, heads, all_parts), dtype=torch.float32, device=q.device) if all_parts else out
+    shared_lens = context_lens if shared is None else shared.lens
+    early = can_start_early(q) if early is None else early
+    launch = {"EARLY": early} | ({"launch_pdl": True} if early else {})
+    if shared is not None:
+        attend_shared_prefixes(
+            q, key_cache, value_cache, block_tables, shared, part_out, part_lse, scale, logit_softcap,
+            rows=plan.shared_rows, parts=plan.shared_parts, early=early,
+        )  # fmt: skip
+    _decode[(plan.parts, kv_heads, batch)](
+        q, key_cache, value_cache, block_tables, context_lens, shared_lens, out, part_out, part_lse,
+        scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, plan.parts, plan.shared_parts,
+        max(1, plan.least // tile),
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size,
-        TILE=tile, SPLIT=split, SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+        TILE=tile, SPLIT=plan.joined, SHARED=shared is not None, SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages, **launch,
     )  # fmt: skip
-    if split:
+    if plan.joined:
         _join[(batch * heads,)](
-            part_out, part_lse, out, parts, DIM=dim, DIM_PADDED=dim_padded, PARTS=max(2, triton.next_power_of_2(parts)), num_warps=4
-        )
+            part_out, part_lse, context_lens, shared_lens, out, heads, all_parts, plan.shared_parts,
+            DIM=dim, DIM_PADDED=dim_padded, PARTS=max(2, triton.next_power_of_2(all_parts)), SHARED=shared is not None,
+            num_warps=4, **launch,
+        )  # fmt: skip

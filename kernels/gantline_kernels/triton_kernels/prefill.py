@@ -154,7 +154,7 @@ def prefill_attention(
     tile = tile or min(64 if dim <= 128 and q.dtype != torch.float32 else 32, block_size)
     use_tma = _can_use_tma(q, dim, tile, block_size) if tma is None else tma
     keys, values = (_descriptor(cache, tile) if use_tma else cache for cache in (key_cache, value_cache))
-    programs = (tokens - first_sequence) * group // rows + sequences
+    programs = tokens * group // rows + sequences  # of the sequences before, not all need have a query
     _prefill[(programs, kv_heads)](
         q, keys, values, block_tables, query_starts, context_lens, out,
         scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, first_sequence, sequences,

@@ -8,6 +8,7 @@ import numpy as np
 
 from gantline_runtime.kv_cache.block_pool import BlockPool
 from gantline_runtime.kv_cache.prefix_cache import PrefixCache, extend_digests
+from gantline_runtime.kv_cache.prefix_groups import PrefixGroups
 from gantline_runtime.request import Sequence
 
 __all__ = ["CacheManager"]
@@ -27,6 +28,7 @@ class CacheManager:
         self.prefix = PrefixCache(block_size)
         self.pool = BlockPool(num_blocks, on_evict=self.prefix.forget)
         self.tables = np.zeros((max_slots, max_blocks), dtype=np.int32)
+        self.groups = PrefixGroups(self.tables, self.pool.refs, block_size)
         self._updates: list[int] = []
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
@@ -62,6 +64,7 @@ class CacheManager:
         sequence.slot = slot
         self._append(sequence, known)
         self._append(sequence, [self.pool.allocate() for _ in range(needed)])
+        self.groups.admit(slot, sequence.blocks, len(known))
         sequence.num_published = len(known)
         sequence.num_computed = len(known) * self.block_size
         if not sequence.preempted:
@@ -96,6 +99,7 @@ class CacheManager:
         assert not sequence.in_flight, f"{sequence} is released while a step in flight may write its blocks"
         for block in reversed(sequence.blocks):
             self.pool.release(block, keep=block in self.prefix)
+        self.groups.release(sequence.slot)
         sequence.blocks = []
         sequence.slot = -1
         sequence.num_published = 0
@@ -117,6 +121,7 @@ class CacheManager:
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Assert every invariant; `sequences` are all that may hold blocks."""
         self.prefix.check_integrity()
+        self.groups.check_integrity()
         sequences = list(sequences)
         self.pool.check_integrity([b for s in sequences for b in s.blocks], self.prefix.known_blocks())
         for sequence in sequences:
