@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 from gantline_kernels import api
-from gantline_kernels.triton_kernels import decode, prefill
+from gantline_kernels.triton_kernels import decode, prefill, shared_prefix
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -48,7 +48,8 @@ def compile_only(capability: int) -> None:
     JITFunction.run = compile_launch
     decode._num_sms = lambda index: 132
     if capability >= 90:
-        prefill._can_use_tma = lambda q, dim, tile, block_size: (
+        decode.can_start_early = lambda q: True
+        prefill._can_use_tma = shared_prefix._can_use_tma = lambda q, dim, tile, block_size: (
             dim & (dim - 1) == 0 and 64 <= dim <= 256 and tile <= block_size and q.dtype != torch.float32
         )
 
