@@ -25,6 +25,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("gantline_runtime.commands.serve", "serve a model over HTTP, as OpenAI clients expect it"),
     "generate": ("gantline_runtime.commands.generate", "complete one prompt on the terminal"),
+    "chat": ("gantline_runtime.commands.chat", "talk with a model on the terminal"),
     "inspect": ("gantline_runtime.commands.inspect", "what a model is, without loading it"),
     "fetch": ("gantline_runtime.commands.fetch", "download a model, resumable"),
     "quantize": ("gantline_quant.command", "make a smaller checkpoint of a model"),

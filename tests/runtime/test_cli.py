@@ -155,7 +155,7 @@ def test_generate_refuses_what_it_can_before_loading_anything(tmp_path: Path, ca
     model = write_model(tmp_path / "m", template="{{ raise_exception('no chats') }}")
     for arguments, cause in (
         (["Hello"], "no chats"),
-        (["Hello", "--max-tokens=0"], "max_tokens is 0"),
+        (["Hello", "--max-tokens=0"], "max_new_tokens is 0"),
         (["Hello", "--temperature=3"], "temperature is 3.0"),
         (["\udcff"], "not UTF-8"),
         (["Hello", "--raw", "--system=x"], "--system needs a chat template"),
