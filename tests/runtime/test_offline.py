@@ -112,7 +112,8 @@ def test_a_model_without_a_chat_template_cannot_chat(tmp_path: Path, capsys: pyt
 
 def test_the_documents_example_runs_as_it_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     document = (TINY.parents[1] / "docs/python.md").read_text()
-    code = document.split("```python\n")[1].split("```")[0].replace("max_batch_size=64", "max_batch_size=4, device='cpu', num_cache_blocks=32")
+    code = document.split("```python\n")[1].split("```")[0]
+    code = code.replace("max_batch_size=64", "max_batch_size=4, device='cpu', num_cache_blocks=32")
     monkeypatch.chdir(TINY.parents[1])
     exec(compile(code, "docs/python.md", "exec"), {})
     assert "path" in capsys.readouterr().out
