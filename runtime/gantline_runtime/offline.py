@@ -212,7 +212,7 @@ class _Answer:
             input_token_len=self.num_prompt_tokens,
             finish_reason=delta.finish_reason,
             token_ids=list(output.token_ids),
-            logprobs=[entry.logprobs for entry in delta.entries] if output.logprobs else None,
+            logprobs=[entry.logprobs for entry in delta.entries if entry.logprobs is not None] if output.logprobs else None,
             index=self.index,
             cached_tokens=self.output.num_cached_tokens,
         )
