@@ -18,13 +18,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from gantline_runtime.batch import batch_words, pack_batch
+from gantline_runtime.batch import BatchLimits, pack_batch
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop
 from gantline_runtime.executor import MemoryReport
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import EngineRequest, SamplingParams
-from gantline_runtime.model_runner import BatchLimits
 from gantline_runtime.sampling import SamplingTable
 from gantline_runtime.scheduler import Step
 
@@ -43,12 +42,11 @@ class FreeExecutor:
         self.depth = 1
         self.num_blocks = config.num_cache_blocks
         self.limits = BatchLimits(config.max_prefill_token_num, config.max_batch_size + 1, -(-config.session_len // config.block_size))
-        self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0)
+        self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0, 0, 0)
         self.failed = False
         self.capture_seconds: list[float] = []
         self._table = SamplingTable(self.limits.max_slots)
-        words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
-        self._buffer = np.zeros(words, dtype=np.int32)
+        self._buffer = np.zeros(self.limits.max_words, dtype=np.int32)
 
     def launch(self, step: Step, cache: CacheManager) -> Any:
         shape = pack_batch(self._buffer, step, tables=cache.tables, updates=cache.take_table_updates(), block_size=cache.block_size)

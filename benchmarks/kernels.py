@@ -222,6 +222,7 @@ def _rope_case(rows: int, backend: str, *, normed: bool) -> Case:
 def sampling_cases(backend: str) -> Iterator[Case]:
     rows, size = 256, 4.0 * 256 * VOCABULARY
     for shape, spread in (("peaked", 8.0), ("flat", 0.5)):
+
         def greedy(_: int, spread: float = spread) -> Run:
             logits = torch.randn(rows, VOCABULARY, device="cuda") * spread
             return lambda: api.argmax(logits, backend=backend)
@@ -246,6 +247,7 @@ def linear_cases(backend: str) -> Iterator[Case]:
     shapes = [((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)]
     weight_bytes = 2.0 * sum(n * k for n, k in shapes)
     for rows in (1, 8, 16, 32, 64, 128, 256, 512, 8192):
+
         def make(_: int, rows: int = rows) -> Run:
             weights, inputs = [_bf16(n, k) * 0.02 for n, k in shapes], {k: _bf16(rows, k) for _, k in shapes}
             return lambda: [api.linear(inputs[w.shape[1]], w, backend=backend) for w in weights]

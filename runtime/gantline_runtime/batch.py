@@ -3,13 +3,18 @@
     slots (int64, 2 T words) | ids T | positions T | query_starts B+1 | context_lens B | rows B
     | sample_rows S | read_rows R | sample_slots S | update_places (int64, 2 U words) | update_blocks U
 
-T tokens, B sequences, S of them sampled, R rows read beside that, U changed entries of the block tables. A `row` is a sequence's place in
-the device's per-request state: its block table and its last token. The segments follow from a `BatchShape` alone, so sender and receiver
-need exchange nothing else, and batches that differ in their updates only have the rest at equal addresses (which CUDA graphs ask for).
+T tokens, B sequences, S rows whose logits may be wanted, R rows read beside that, U changed entries of the block tables. A `row` is a
+sequence's place in the device's per-request state: its block table and its last token. An id below zero stands for the last token of row
+~id, which an earlier step has sampled. The segments follow from a `BatchShape` alone, so sender and receiver need exchange nothing else.
+
+A padded batch has the sizes of a class, so that one CUDA graph fits all batches of the class: sequences without tokens fill up those that
+decode, others those with a chunk of a prompt; tokens that belong to no sequence, and are written nowhere, come last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,23 +23,29 @@ from numpy.typing import NDArray
 
 from gantline_runtime.scheduler import Step
 
-__all__ = ["BatchShape", "Segments", "batch_words", "pack_batch", "segments"]
+__all__ = ["MAX_PADDED_PROMPTS", "BatchLimits", "BatchShape", "Segments", "pack_batch", "segments"]
 
 Words = NDArray[np.int32]
+
+MAX_PADDED_PROMPTS = 64
+"""Most sequences with chunks of prompts in a padded batch."""
 
 
 class BatchShape(NamedTuple):
     num_tokens: int
     num_sequences: int
     num_decodes: int
+    """The first so many sequences have one token at most."""
     num_samples: int
     num_updates: int
     max_query_len: int
     max_context_len: int
     num_reads: int = 0
-    """Rows that are read beside sampling."""
+    """Rows that are read beside sampling; none in a padded batch."""
     num_scored: int = 0
     """The first so many of them are read for their logits."""
+    padded: int = 0
+    """1: all but `num_samples` and `num_updates` are those of a class."""
 
     @property
     def num_words(self) -> int:
@@ -42,12 +53,16 @@ class BatchShape(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        return self.num_decodes == self.num_tokens
+        """Whether no sequence has a chunk of a prompt; then rows of tokens and of samples are the same."""
+        return self.num_decodes == self.num_sequences
 
     @property
-    def samples_all(self) -> bool:
-        """Whether every token's logits are wanted, in order (a batch of decodes)."""
-        return self.num_samples == self.num_tokens and not self.num_reads
+    def num_prompts(self) -> int:
+        return self.num_sequences - self.num_decodes
+
+    @property
+    def num_sample_rows(self) -> int:
+        return self.num_sequences if self.padded else self.num_samples
 
 
 class Segments(NamedTuple):
@@ -67,7 +82,7 @@ class Segments(NamedTuple):
 
 
 def segments(shape: BatchShape) -> Segments:
-    t, b, s, u, r = shape.num_tokens, shape.num_sequences, shape.num_samples, shape.num_updates, shape.num_reads
+    t, b, s, u, r = shape.num_tokens, shape.num_sequences, shape.num_sample_rows, shape.num_updates, shape.num_reads
     padding = (1 + b + r) % 2  # 64-bit words begin at even places
     sizes = (2 * t, t, t, b + 1, b, b, s, r, s, padding, 2 * u, u)
     parts = [slice(stop - size, stop) for stop, size in zip(accumulate(sizes), sizes, strict=True)]
@@ -75,74 +90,106 @@ def segments(shape: BatchShape) -> Segments:
     return Segments._make(parts)
 
 
-def batch_words(*, max_tokens: int, max_sequences: int, max_updates: int) -> int:
-    """Words of the largest batch."""
-    return 5 * max_tokens + 5 * max_sequences + 2 + 3 * max_updates
+@dataclass(frozen=True)
+class BatchLimits:
+    """Largest step: tokens, sequences, and blocks of one sequence. `max_slots` counts the spare row for padding."""
+
+    max_tokens: int
+    max_slots: int
+    max_blocks: int
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences of a batch, padding included."""
+        return self.max_slots + MAX_PADDED_PROMPTS
+
+    @property
+    def max_updates(self) -> int:
+        """Changed block-table entries of one step: all of newly admitted sequences, one for each decoding one."""
+        return self.max_slots * (self.max_blocks + 1)
+
+    @property
+    def max_words(self) -> int:
+        """Words of the largest packed batch."""
+        return 5 * self.max_tokens + 5 * self.max_sequences + 2 + 3 * self.max_updates
 
 
 def pack_batch(
-    out: Words, step: Step, *, tables: Words, updates: list[int], block_size: int, padded_size: int = 0, padded_context: int = 0
+    out: Words,
+    step: Step,
+    *,
+    tables: Words,
+    updates: list[int],
+    block_size: int,
+    pad: Callable[[BatchShape], BatchShape] | None = None,
 ) -> BatchShape:
     """Write `step` to `out`. `tables` are the block tables on the host, with a spare last row for padding; `updates` their changes, as
-    `CacheManager.take_table_updates` gives them.
-
-    A batch of decodes is padded to `padded_size` sequences (if that is larger): they write nothing, and their tokens go to the spare row.
-    `padded_context` raises the bound on contexts that the shape states.
+    `CacheManager.take_table_updates` gives them. `pad` gives the padded shape of a batch, or the batch's own.
     """
+    starts, lens = np.array(step.starts, dtype=np.int32), np.array(step.query_lens, dtype=np.int32)
     rows = np.array([s.slot for s in step.sequences], dtype=np.int32)
-    starts = np.array(step.starts, dtype=np.int32)
-    lens = np.array(step.query_lens, dtype=np.int32)
-    sample_rows, sample_slots = np.array(step.sample_rows, dtype=np.int32), np.array([s.slot for s in step.samples], dtype=np.int32)
-    decodes_only = step.num_decodes == step.num_tokens
-    if decodes_only:
-        positions, row_of_token = starts, rows
-    else:
-        firsts = np.cumsum(lens) - lens
-        positions = np.repeat(starts - firsts, lens) + np.arange(step.num_tokens, dtype=np.int32)
-        row_of_token = np.repeat(rows, lens)
-    slots = tables[row_of_token, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    contexts = starts + lens
-    missing = max(0, padded_size - step.num_tokens) if decodes_only else 0
-    if missing:
-        spare = np.full(missing, len(tables) - 1, dtype=np.int32)
-        rows, sample_slots = np.concatenate([rows, spare]), np.concatenate([sample_slots, spare])
-        positions = np.concatenate([positions, np.zeros(missing, dtype=np.int32)])
-        slots = np.concatenate([slots, np.full(missing, -1, dtype=np.int64)])
-        lens, contexts = (np.concatenate([x, np.ones(missing, dtype=np.int32)]) for x in (lens, contexts))
-        sample_rows = np.arange(padded_size, dtype=np.int32)
     shape = BatchShape(
-        num_tokens=step.num_tokens + missing,
+        num_tokens=step.num_tokens,
         num_sequences=len(rows),
-        num_decodes=step.num_decodes + missing,
-        num_samples=len(sample_rows),
+        num_decodes=step.num_decodes,
+        num_samples=len(step.samples),
         num_updates=len(updates) // 2,
         max_query_len=int(lens.max()),
-        max_context_len=max(int(contexts.max()), padded_context),
+        max_context_len=int((starts + lens).max()),
         num_reads=sum(read.count for read in step.reads),
         num_scored=sum(read.count for read in step.reads if read.sequence.pooling is None),
     )
+    shape = shape if pad is None else pad(shape)
     at = segments(shape)
-    out[at.slots] = slots.view(np.int32)
-    out[at.positions] = positions
-    out[at.query_starts.start] = 0
-    np.cumsum(lens, out=out[at.query_starts.start + 1 : at.query_starts.stop])
-    out[at.context_lens] = contexts
-    out[at.rows] = rows
-    out[at.sample_rows] = sample_rows
+    _pack_sequences(out, at, shape, step.num_decodes, rows, starts, lens, len(tables) - 1)
+    _pack_tokens(out, at, step, rows, starts, lens, tables, block_size)
+    _fill(out[at.sample_rows], step.sample_rows, 0)
+    _fill(out[at.sample_slots], [s.slot for s in step.samples], len(tables) - 1)
     if shape.num_reads:
         out[at.read_rows] = np.concatenate([np.arange(read.row, read.row + read.count, dtype=np.int32) for read in step.reads])
-    out[at.sample_slots] = sample_slots
     if updates:
         out[at.update_places].view(np.int64)[:] = updates[::2]
         out[at.update_blocks] = updates[1::2]
-    _pack_prompt_ids(out[at.ids], step)
     return shape
 
 
-def _pack_prompt_ids(ids: Words, step: Step) -> None:
-    """Tokens of the chunks; a decoding sequence's token is on the device, and is put in there."""
-    at = step.num_decodes
-    for i in range(step.num_decodes, len(step.sequences)):
-        start, count = step.starts[i], step.query_lens[i]
-        ids[at : at + count] = np.frombuffer(step.sequences[i].tokens, dtype=np.int32)[start : start + count]
-        at += count
+def _fill(target: Words, values: Words | list[int], rest: int) -> None:
+    target[: len(values)] = values
+    target[len(values) :] = rest
+
+
+def _pack_sequences(
+    out: Words, at: Segments, shape: BatchShape, num_decodes: int, rows: Words, starts: Words, lens: Words, spare: int
+) -> None:
+    """Those that decode, those with chunks of prompts, each followed by its padding."""
+    out[at.query_starts.start] = 0
+    ends, contexts, places = (out[s] for s in (slice(at.query_starts.start + 1, at.query_starts.stop), at.context_lens, at.rows))
+    for part, source in (
+        (slice(0, shape.num_decodes), slice(0, num_decodes)),
+        (slice(shape.num_decodes, shape.num_sequences), slice(num_decodes, None)),
+    ):
+        _fill(ends[part], lens[source], 0)
+        _fill(contexts[part], starts[source] + lens[source], 0)
+        _fill(places[part], rows[source], spare)
+    np.cumsum(ends, out=ends)
+
+
+def _pack_tokens(out: Words, at: Segments, step: Step, rows: Words, starts: Words, lens: Words, tables: Words, block_size: int) -> None:
+    num_decodes = step.num_decodes
+    positions, row_of_token = starts, rows
+    if num_decodes < len(rows):
+        firsts = np.cumsum(lens, dtype=np.int32) - lens
+        positions = np.repeat(starts - firsts, lens) + np.arange(step.num_tokens, dtype=np.int32)
+        row_of_token = np.repeat(rows, lens)
+    slots = out[at.slots].view(np.int64)
+    slots[: step.num_tokens] = tables[row_of_token, positions // block_size]
+    slots[: step.num_tokens] *= block_size
+    slots[: step.num_tokens] += positions % block_size
+    slots[step.num_tokens :] = -1
+    _fill(out[at.positions], positions, 0)
+    ids = out[at.ids]
+    _fill(ids, ~rows[:num_decodes], 0)
+    end = num_decodes
+    for sequence, start, count in zip(step.sequences[num_decodes:], step.starts[num_decodes:], step.query_lens[num_decodes:], strict=True):
+        ids[end : end + count] = np.frombuffer(sequence.tokens, dtype=np.int32)[start : start + count]
+        end += count

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gantline_runtime.batch import BatchShape
+from gantline_runtime.batch import BatchLimits, BatchShape
 from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.errors import GantlineError
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.memory import free_bytes
-from gantline_runtime.model_runner import BatchLimits, ModelRunner
+from gantline_runtime.model_runner import ModelRunner
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.termination import Reason
 
@@ -224,7 +224,7 @@ def _serve_steps(rank: int, plan: WorkerPlan, pipe: multiprocessing.connection.C
     runner = ModelRunner(open_checkpoint(plan.model_dir), session_len=plan.session_len, build=plan.build(rank), parallel=parallel)
     limits, block_size = pipe.recv()
     assert isinstance(limits, BatchLimits)
-    workspace = runner.measure_workspace(limits, block_size)
+    workspace = runner.measure_workspace(limits, block_size, graphs=plan.graphs)
     pipe.send(free_bytes(plan.device(rank), shared_by=plan.size) - workspace)
     num_blocks, limits = pipe.recv()
     runner.allocate(num_blocks, block_size, limits, graphs=plan.graphs)
@@ -232,7 +232,7 @@ def _serve_steps(rank: int, plan: WorkerPlan, pipe: multiprocessing.connection.C
     while True:
         words = torch.frombuffer(bytearray(pipe.recv_bytes()), dtype=torch.int32)
         shape = BatchShape(*words[: len(BatchShape._fields)].tolist())
-        runner.execute(words[_SHAPE_WORDS:], shape, None, shape.num_samples)
+        runner.execute(words[_SHAPE_WORDS:], shape, None)
 
 
 def _report(pipe: multiprocessing.connection.Connection, error: Exception) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from gantline_runtime.batch import BatchLimits
 from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.executor import Executor, MemoryReport
@@ -24,7 +25,7 @@ from gantline_runtime.generation import read_eos_token_ids
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
 from gantline_runtime.messages import EngineRequest, TokenOutput
-from gantline_runtime.model_runner import BatchLimits, PendingTokens, StepResult
+from gantline_runtime.model_runner import PendingTokens, StepResult
 from gantline_runtime.request import QueueFull, RequestRejected, Sequence
 from gantline_runtime.scheduler import Scheduler, Step
 

@@ -208,13 +208,26 @@ _COPIED = (
 
 def build_report(stats: Any) -> EngineReport:
     """`gantline_runtime.engine.EngineStats` as a message."""
-    memory, cache_tokens = stats.memory, stats.num_cache_blocks * stats.block_size
+    promised, reserved = _memory_parts(stats)
     return EngineReport(
         **{name: getattr(stats, name) for name in _COPIED},
         step_times={name.removesuffix("_s"): seconds for name, seconds in vars(stats.step_times).items()},
-        promised_bytes={"weights": memory.estimated_weight_bytes, "cache": memory.estimated_cache_bytes_per_token * cache_tokens},
-        reserved_bytes={"weights": memory.weight_bytes, "cache": memory.cache_bytes},
+        promised_bytes=promised,
+        reserved_bytes=reserved,
     )
+
+
+def _memory_parts(stats: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """(promised, reserved) bytes by part; what is not measured on this device is left out of both."""
+    memory, cache_tokens = stats.memory, stats.num_cache_blocks * stats.block_size
+    parts = {
+        "weights": (memory.estimated_weight_bytes, memory.weight_bytes),
+        "cache": (memory.estimated_cache_bytes_per_token * cache_tokens, memory.cache_bytes),
+        "workspace": (memory.estimated_workspace_bytes, memory.workspace_bytes),
+        "context": (memory.estimated_context_bytes, memory.context_bytes),
+    }
+    measured = {name: pair for name, pair in parts.items() if pair[1]}
+    return {name: promised for name, (promised, _) in measured.items()}, {name: reserved for name, (_, reserved) in measured.items()}
 
 
 def _refusal_code(error: Exception) -> Any:

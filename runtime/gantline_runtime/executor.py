@@ -15,15 +15,15 @@ import torch
 from gantline_kernels import api
 
 from gantline_runtime import sizing
-from gantline_runtime.batch import batch_words, pack_batch
+from gantline_runtime.batch import BatchLimits, pack_batch
 from gantline_runtime.checkpoint import Checkpoint
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.distributed import WorkerGroup, WorkerPlan, join_group, leave_group, make_rendezvous
 from gantline_runtime.errors import CapacityError, ConfigurationError
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
-from gantline_runtime.memory import available_cpus, free_bytes
-from gantline_runtime.model_runner import BatchLimits, ModelRunner, PendingTokens, StepResult
+from gantline_runtime.memory import allocated_bytes, available_cpus, context_bytes, free_bytes
+from gantline_runtime.model_runner import ModelRunner, PendingTokens, StepResult
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prompt_reads import build_read_batch
 from gantline_runtime.sampling import SamplingTable
@@ -46,9 +46,12 @@ class MemoryReport:
     cache_bytes: int
     cache_bytes_per_token: int
     workspace_bytes: int
-    """Measured with the largest steps, and reserved before the cache was sized; 0 on a CPU."""
+    """Measured with the largest steps, and reserved before the cache was sized, with the tensors of the engine itself; 0 on a CPU."""
+    context_bytes: int
+    """What the device holds beside this rank's tensors: CUDA, its libraries, other processes; 0 on a CPU."""
     estimated_weight_bytes: int
     estimated_workspace_bytes: int
+    estimated_context_bytes: int
     estimated_cache_bytes_per_token: int
 
 
@@ -79,24 +82,24 @@ class Executor:
         build = plan.build(0)
         self._runner = ModelRunner(checkpoint, session_len=plan.session_len, build=build, parallel=self._parallel, on_progress=on_progress)
         self.block_bytes = self._runner.cache_block_bytes(config.block_size)
-        free = self._measure_free(config)
+        free = self._measure_free(config, plan)
         self.num_blocks, self.config = _size_cache(config, checkpoint, free, self.block_bytes)
         assert self.config.session_len is not None
         self.limits = _limits(self.config, self.config.session_len)
         self._allocate(plan)
-        self.memory = self._report(_estimate(self.config, checkpoint, free))
+        self.memory = self._report(checkpoint, plan)
         self.capture_seconds = self._runner.capture_seconds
         self._table = SamplingTable(self.limits.max_slots)
-        words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
-        self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=self.device.type == "cuda") for _ in range(_NUM_BUFFERS)]
+        pinned, words = self.device.type == "cuda", self.limits.max_words
+        self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=pinned) for _ in range(_NUM_BUFFERS)]
         self._next_buffer = 0
 
-    def _measure_free(self, config: EngineConfig) -> int:
+    def _measure_free(self, config: EngineConfig, plan: WorkerPlan) -> int:
         """Bytes that the cache may take of, on the rank that has the least: what is free after weights and workspace."""
-        limits = _limits(config, config.block_size)
+        limits = _limits(config, plan.session_len)
         if self._workers is not None:
             self._workers.send((limits, config.block_size))
-        self._workspace_bytes = self._runner.measure_workspace(limits, config.block_size)
+        self._workspace_bytes = self._runner.measure_workspace(limits, config.block_size, graphs=plan.graphs)
         own = free_bytes(self.device, shared_by=config.tp) - self._workspace_bytes
         return min([own, *(self._workers.gather() if self._workers is not None else ())])
 
@@ -113,15 +116,29 @@ class Executor:
         if self._workers is not None:
             self._workers.gather()
 
-    def _report(self, expected: sizing.MemoryEstimate) -> MemoryReport:
+    def _report(self, checkpoint: Checkpoint, plan: WorkerPlan) -> MemoryReport:
+        weights, cache = self._runner.weight_bytes, self.num_blocks * self.block_bytes
+        config, facts, width = self.config, checkpoint.facts, plan.dtype.itemsize
+        on_gpu = self.device.type == "cuda"
         return MemoryReport(
-            weight_bytes=self._runner.weight_bytes,
-            cache_bytes=self.num_blocks * self.block_bytes,
-            cache_bytes_per_token=self.block_bytes // self.config.block_size,
-            workspace_bytes=self._workspace_bytes,
-            estimated_workspace_bytes=expected.workspace,
-            estimated_weight_bytes=expected.weights,
-            estimated_cache_bytes_per_token=expected.cache_bytes_per_token,
+            weight_bytes=weights,
+            cache_bytes=cache,
+            cache_bytes_per_token=self.block_bytes // config.block_size,
+            workspace_bytes=self._workspace_bytes + allocated_bytes(self.device) - weights - cache if on_gpu else 0,
+            context_bytes=context_bytes(self.device),
+            estimated_weight_bytes=sizing.weight_bytes(facts, config.tp, width),
+            estimated_workspace_bytes=sizing.reserved_bytes(
+                facts,
+                tp=config.tp,
+                dtype_bytes=width,
+                max_batch_size=config.max_batch_size,
+                device=config.device,
+                session_len=plan.session_len,
+                step_tokens=config.max_prefill_token_num,
+                graphs=plan.graphs,
+            ),
+            estimated_context_bytes=sizing.context_bytes(config.tp, config.device) if on_gpu else 0,
+            estimated_cache_bytes_per_token=sizing.cache_bytes_per_token(facts, config.tp, width),
         )
 
     # ---- steps
@@ -131,24 +148,20 @@ class Executor:
         buffer = self._buffers[self._next_buffer]
         self._next_buffer = (self._next_buffer + 1) % _NUM_BUFFERS
         array = buffer.numpy()
-        padded_size, padded_context = 0, 0
-        if step.num_decodes == step.num_tokens:
-            padded_size, padded_context = self._runner.padded(step.num_decodes, max(step.starts) + 1)
         shape = pack_batch(
             array,
             step,
             tables=cache.tables,
             updates=cache.take_table_updates(),
             block_size=cache.block_size,
-            padded_size=padded_size,
-            padded_context=padded_context,
+            pad=self._runner.pad,
         )
         num_words = shape.num_words
         if self._workers is not None:
             self._workers.send_step(shape, array[:num_words])
         sampling = self._table.batch(step, num_rows=shape.num_samples)
         try:
-            return self._runner.execute(buffer[:num_words], shape, sampling, len(step.samples), build_read_batch(step))
+            return self._runner.execute(buffer[:num_words], shape, sampling, build_read_batch(step))
         except RuntimeError:
             self._blame_dead_rank()
             raise
@@ -261,19 +274,3 @@ def _size_cache(config: EngineConfig, checkpoint: Checkpoint, free: int, block_b
             cure=f"Lower session_len to {capacity} or less, raise cache_max_entry_count, or give more memory.",
         )
     return num_blocks, replace(config, session_len=min(wanted, capacity), num_cache_blocks=num_blocks)
-
-
-def _estimate(config: EngineConfig, checkpoint: Checkpoint, free: int) -> sizing.MemoryEstimate:
-    """What the formula that the operator plans with says about this engine."""
-    assert config.session_len is not None
-    width = getattr(torch, config.dtype).itemsize
-    return sizing.estimate(
-        checkpoint.facts,
-        tp=config.tp,
-        session_len=config.session_len,
-        concurrency=1,
-        dtype_bytes=width,
-        kv_bytes=width,
-        gpu_memory_bytes=free,
-        workspace_bytes=sizing.CPU_WORKSPACE_BYTES if config.device == "cpu" else sizing.WORKSPACE_BYTES,
-    )

@@ -1,63 +1,54 @@
-"""CUDA graphs of decode batches, so that the host launches a whole forward pass at once.
+"""CUDA graphs of whole forward passes, so that the host launches a step's hundreds of kernels at once.
 
-A graph is fixed in its number of sequences and in the bound on their contexts, so both are rounded up to classes. A class is captured when
-it is met for the second time: the first time it runs without, which compiles and warms what it needs. Start-up waits for no capture, and a
-step waits for one capture at most. All graphs share one pool of memory; their inputs and outputs are the runner's own fixed tensors.
+A class of batches (`graph_classes.py`) is captured when it is met for the second time: the first time it runs without, which compiles and
+warms what it needs. Start-up waits for no capture, and a step waits for one capture at most. All graphs share one pool of memory, taken
+when the cache is; their inputs and outputs are the runner's own fixed tensors.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
 
 from gantline_runtime.batch import BatchShape
+from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.sizing import MAX_GRAPHS
 
-__all__ = ["DecodeGraphs", "decode_sizes"]
+__all__ = ["StepGraphs"]
 
-_MAX_SIZE = 512
-_FIRST_CONTEXT = 2048
-_CONTEXT_STEP = 4
-
-Key = tuple[int, int]
+log = logging.getLogger(__name__)
 
 
-def decode_sizes(max_size: int) -> list[int]:
-    """Classes of batch size: 1, 2, 4, 8, then every 8 to 256, every 16 to 512. Products of up to 8 more rows cost nothing extra."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, _MAX_SIZE + 1, 16)]
-    return [size for size in sizes if size < max_size] + ([max_size] if max_size <= _MAX_SIZE else [])
-
-
-class DecodeGraphs:
-    def __init__(self, forward: Callable[[BatchShape], None], *, max_size: int, session_len: int) -> None:
-        """`forward(shape)` runs a batch of decodes from fixed inputs to fixed outputs, and never waits for the device."""
+class StepGraphs:
+    def __init__(self, forward: Callable[[BatchShape], None], classes: GraphClasses, *, device: torch.device, pool_bytes: int) -> None:
+        """`forward(shape)` runs a padded batch from fixed inputs to fixed outputs, and never waits for the device. `pool_bytes` are what
+        the activations of the largest class take."""
         self._forward = forward
-        self._sizes = decode_sizes(max_size)
-        self._contexts = [_FIRST_CONTEXT]
-        while self._contexts[-1] < session_len:
-            self._contexts.append(self._contexts[-1] * _CONTEXT_STEP)
-        self._contexts = [min(context, session_len) for context in self._contexts]
-        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
-        self._met: set[Key] = set()
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._classes = classes
+        self._graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
+        self._met: set[BatchShape] = set()
         self.capture_seconds: list[float] = []
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._reserved = self._reserve(device, pool_bytes)
 
-    def padded(self, num_sequences: int, max_context: int) -> Key:
-        """The class of a batch: (sequences, context), or (0, 0) where there is none."""
-        at = bisect_left(self._sizes, num_sequences)
-        if at == len(self._sizes):
-            return 0, 0
-        return self._sizes[at], self._contexts[bisect_left(self._contexts, max_context)]
+    def pad(self, shape: BatchShape) -> BatchShape:
+        """What a batch is to be padded to; its own shape where it is to run without a graph."""
+        padded = self._classes.pad(shape)
+        full = len(self._graphs) >= MAX_GRAPHS and _key(padded) not in self._graphs
+        return shape if full else padded
 
     def run(self, shape: BatchShape) -> None:
-        """Run a padded batch of decodes, by a graph if there is one by now."""
-        key = (shape.num_sequences, shape.max_context_len)
+        """Run a padded batch, by a graph if there is one by now."""
+        key = _key(shape)
         graph = self._graphs.get(key)
         if graph is None and key in self._met:
             graph = self._graphs[key] = self._capture(shape)
+            if len(self._graphs) == MAX_GRAPHS:
+                log.warning("%d CUDA graphs are captured; batches of further classes run without", MAX_GRAPHS)
         if graph is None:
             self._met.add(key)
             self._forward(shape)
@@ -65,16 +56,33 @@ class DecodeGraphs:
             graph.replay()
 
     def _capture(self, shape: BatchShape) -> torch.cuda.CUDAGraph:
-        """Record without running. (torch.cuda.graph would wait for the device and collect garbage first, which running requests feel.)"""
         started = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._forward(shape)
-            finally:
-                graph.capture_end()
+        graph = self._record(lambda: self._forward(shape))
         torch.cuda.current_stream().wait_stream(self._stream)
         self.capture_seconds.append(time.perf_counter() - started)
         return graph
+
+    def _record(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """Record without running. (torch.cuda.graph would wait for the device and collect garbage first, which running requests feel.)"""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        return graph
+
+    def _reserve(self, device: torch.device, num_bytes: int) -> torch.cuda.CUDAGraph:
+        """Fill the pool with one block, which the activations of every graph are cut from: taken one by one, classes of growing sizes
+        would each add blocks of their own. The graph that is returned keeps the pool; it is never replayed."""
+        with torch.cuda.stream(self._stream):  # cuBLAS keeps its workspace of a stream for ever: not in the middle of that block
+            small = torch.ones((16, 16), device=device, dtype=torch.bfloat16)
+            torch.mm(small, small)
+        torch.cuda.synchronize(device)
+        return self._record(lambda: torch.empty(max(num_bytes, 1 << 20), dtype=torch.uint8, device=device)[:1].zero_())
+
+
+def _key(shape: BatchShape) -> BatchShape:
+    return shape._replace(num_samples=0, num_updates=0)

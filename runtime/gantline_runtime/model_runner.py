@@ -8,45 +8,29 @@ by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gantline_runtime.batch import BatchShape, batch_words, segments
+from gantline_runtime.batch import BatchLimits, BatchShape, segments
 from gantline_runtime.checkpoint import Checkpoint
-from gantline_runtime.graphs import DecodeGraphs
+from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.graphs import StepGraphs
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.loader import Progress
 from gantline_runtime.messages import PromptLogprobs, TokenLogprobs
 from gantline_runtime.models import build_model
 from gantline_runtime.parallel import Parallel
-from gantline_runtime.prompt_reads import SCORE_ROWS, ReadBatch, ReadTensors, read_rows, split_reads
+from gantline_runtime.prompt_reads import ReadBatch, ReadTensors, read_rows, split_reads
 from gantline_runtime.sampling import SampledTokens, Sampler, SamplingBatch
+from gantline_runtime.sizing import GRAPH_POOL_SLACK
+from gantline_runtime.workspace import largest_steps, unmeasured_bytes
 
-__all__ = ["BatchLimits", "ModelRunner", "PendingTokens", "StepResult"]
-
-
-_GRAPH_BYTES = 512 << 20
-"""Reserved for CUDA graphs: their shared activations (about 100 MB at 512 rows of an 8B model) and what the driver keeps for each."""
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """Largest step: tokens, sequences, and blocks of one sequence. `max_slots` counts the spare row for padding."""
-
-    max_tokens: int
-    max_slots: int
-    max_blocks: int
-
-    @property
-    def max_updates(self) -> int:
-        """Changed block-table entries of one step: all of newly admitted sequences, one for each decoding one."""
-        return self.max_slots * (self.max_blocks + 1)
+__all__ = ["ModelRunner", "PendingTokens", "StepResult"]
 
 
 class StepResult(NamedTuple):
@@ -133,7 +117,8 @@ class ModelRunner:
         self._shape = checkpoint.shape
         self._model = build_model(checkpoint, session_len=session_len, parallel=parallel, build=build)
         self.weight_bytes = self._model.load(checkpoint, on_progress)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
+        self._graph_pool_bytes = 0
         self.capture_seconds: list[float] = []
         """How long each CUDA graph took to capture."""
 
@@ -144,7 +129,7 @@ class ModelRunner:
     def allocate(self, num_blocks: int, block_size: int, limits: BatchLimits, *, graphs: bool) -> None:
         """The cache, in one allocation, and the per-request state. Raises torch.OutOfMemoryError or RuntimeError.
 
-        `graphs`: batches of decodes may run as CUDA graphs.
+        `graphs`: batches that have a class may run as CUDA graphs.
         """
         shape = (self._shape.num_layers, 2, num_blocks, self._model.kv_heads, block_size, self._shape.head_dim)
         self._block_size = block_size
@@ -152,60 +137,52 @@ class ModelRunner:
         self._tables = torch.zeros((limits.max_slots, limits.max_blocks), dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(limits.max_slots, dtype=torch.int64, device=self.device)
         self._sampler = Sampler(max_slots=limits.max_slots, vocab_size=self._shape.vocab_size, device=self.device, backend=self._backend)
-        if self.device.type == "cuda":
-            words = batch_words(max_tokens=limits.max_tokens, max_sequences=limits.max_slots, max_updates=limits.max_updates)
-            self._inputs = torch.zeros(words, dtype=torch.int32, device=self.device)
-            self._hidden = torch.zeros((limits.max_slots, self._shape.hidden_size), dtype=self._dtype, device=self.device)
+        self._inputs = torch.zeros(limits.max_words, dtype=torch.int32, device=self.device)
+        self._hidden = torch.zeros((limits.max_sequences, self._shape.hidden_size), dtype=self._dtype, device=self.device)
         self._graphs = None
         if graphs and self._model.capturable:
-            session_len = limits.max_blocks * block_size
-            self._graphs = DecodeGraphs(self._forward_decodes, max_size=limits.max_slots - 1, session_len=session_len)
+            classes = _graph_classes(limits, block_size)
+            self._graphs = StepGraphs(self._forward_padded, classes, device=self.device, pool_bytes=self._graph_pool_bytes)
             self.capture_seconds = self._graphs.capture_seconds
 
-    def padded(self, num_sequences: int, max_context: int) -> tuple[int, int]:
-        """What a batch of decodes must be padded to, sequences and context; (0, 0) for nothing."""
-        return self._graphs.padded(num_sequences, max_context) if self._graphs is not None else (0, 0)
+    def pad(self, shape: BatchShape) -> BatchShape:
+        """What a batch is to be padded to before it is packed; its own shape for nothing."""
+        return self._graphs.pad(shape) if self._graphs is not None else shape
 
     @torch.inference_mode()
     def execute(
-        self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, num_samples: int, reads: ReadBatch | None = None
+        self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, reads: ReadBatch | None = None
     ) -> PendingTokens:
-        """Run one step; `words` int32 on the host holds the packed batch, `num_samples` of whose samples are no padding.
-
-        Ranks other than 0 have nothing to read.
-        """
+        """Run one step; `words` int32 on the host holds the packed batch. Ranks other than 0 have nothing to read."""
         inputs = self._upload(words, shape)
-        at = segments(shape)
-        if self._graphs is not None and shape.is_decode and self.padded(shape.num_sequences, 1)[0] == shape.num_sequences:
+        if shape.padded and self._graphs is not None:
             self._graphs.run(shape)
-            hidden = self._hidden[: shape.num_sequences]
+            hidden = self._hidden
         else:
             hidden = self._forward(inputs, shape)
-        slots = inputs[at.sample_slots].long()
+        slots = inputs[segments(shape).sample_slots][: shape.num_samples].long()
         sampled = self._sample(hidden[: shape.num_samples], slots, sampling) if shape.num_samples else None
         read = read_rows(hidden[shape.num_samples :], shape.num_scored, reads, self._model.logits) if shape.num_reads or reads else None
-        return PendingTokens(self.device, sampled, sampling, num_samples, (reads, read) if reads is not None and read is not None else None)
+        both = (reads, read) if reads is not None and read is not None else None
+        return PendingTokens(self.device, sampled, sampling, shape.num_samples, both)
 
     def _upload(self, words: torch.Tensor, shape: BatchShape) -> torch.Tensor:
         """The batch on the device (at the same place each time), changes of block tables applied."""
         at = segments(shape)
-        inputs = words
-        if self.device.type == "cuda":
-            inputs = self._inputs[: len(words)].copy_(words, non_blocking=True)
+        inputs = self._inputs[: len(words)].copy_(words, non_blocking=True)
         if shape.num_updates:
             self._tables.view(-1).index_copy_(0, inputs[at.update_places].view(torch.int64), inputs[at.update_blocks])
         return inputs
 
-    def _forward_decodes(self, shape: BatchShape) -> None:
-        self._hidden[: shape.num_sequences] = self._forward(self._inputs, shape)
+    def _forward_padded(self, shape: BatchShape) -> None:
+        self._hidden[: shape.num_sample_rows] = self._forward(self._inputs, shape)
 
     def _forward(self, inputs: torch.Tensor, shape: BatchShape) -> torch.Tensor:
-        """Final hidden states of the rows that are sampled, then of those that are read."""
+        """Final hidden states of the rows that may be sampled, then of those that are read."""
         at = segments(shape)
-        rows = inputs[at.rows]
-        ids = inputs[at.ids].long()
+        rows, ids = inputs[at.rows], inputs[at.ids].long()
         if shape.num_decodes:
-            ids[: shape.num_decodes] = self._last_tokens[rows[: shape.num_decodes]]
+            ids = torch.where(ids < 0, self._last_tokens[(~ids).clamp(min=0)], ids)
         width = -(-shape.max_context_len // self._block_size)
         kept = slice(at.sample_rows.start, at.read_rows.stop)
         context = AttentionContext(
@@ -218,7 +195,7 @@ class ModelRunner:
             max_context_len=shape.max_context_len,
             num_decodes=shape.num_decodes,
         )
-        return self._model.forward(ids, self._caches, context, None if shape.samples_all else inputs[kept])
+        return self._model.forward(ids, self._caches, context, None if shape.is_decode else inputs[kept])
 
     def _sample(self, hidden: torch.Tensor, slots: torch.Tensor, sampling: SamplingBatch | None) -> SampledTokens | None:
         logits = self._model.logits(hidden)
@@ -230,51 +207,40 @@ class ModelRunner:
         self._last_tokens[slots] = self.parallel.broadcast(sampled.tokens)
         return sampled
 
-    @torch.inference_mode()
-    def measure_workspace(self, limits: BatchLimits, block_size: int) -> int:
-        """Bytes that the largest steps take beside weights and cache: tried with a cache of one block, which every sequence reads.
+    def measure_workspace(self, limits: BatchLimits, block_size: int, *, graphs: bool) -> int:
+        """Bytes that steps take beside weights and cache. Tried with a cache of one block, which every sequence reads: the largest steps,
+        and, if there are to be `graphs`, the largest of these.
 
         Leaves the runner to be allocated. 0 on a CPU, whose allocations come from the pool that is left free for them.
         """
         if self.device.type != "cuda":
             return 0
-        small = replace(limits, max_blocks=max(1, -(-limits.max_tokens // block_size)))
-        self.allocate(1, block_size, small, graphs=False)
+        self.allocate(1, block_size, limits, graphs=False)
+        measured = self._peak_bytes(lambda: self._run_largest(limits, block_size))
+        if graphs and self._model.capturable:
+            largest = self._peak_bytes(lambda: self._run_largest_classes(limits, block_size))
+            self._graph_pool_bytes = int(GRAPH_POOL_SLACK * largest)
+        del self._caches, self._tables, self._last_tokens, self._sampler, self._inputs, self._hidden
+        return measured + self._graph_pool_bytes + unmeasured_bytes(limits, self._shape.vocab_size, graphs=graphs)
+
+    def _run_largest(self, limits: BatchLimits, block_size: int) -> None:
+        for shape, words in largest_steps(limits, limits.max_blocks * block_size):
+            self.execute(words, shape, None).read()
+
+    def _run_largest_classes(self, limits: BatchLimits, block_size: int) -> None:
+        self._inputs.zero_()  # a batch of padding alone
+        for shape in _graph_classes(limits, block_size).largest():
+            self._forward_padded(shape)
+
+    @torch.inference_mode()
+    def _peak_bytes(self, run: Callable[[], object]) -> int:
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        for shape, words in _largest_steps(small):
-            self.execute(words, shape, None, shape.num_samples).read()
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        del self._caches, self._tables, self._last_tokens, self._sampler, self._inputs, self._hidden
-        return peak + _unmeasured_bytes(limits, self._shape.vocab_size)
+        run()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def _unmeasured_bytes(limits: BatchLimits, vocab_size: int) -> int:
-    """What comes later: token counts for penalties, copies of the logits that filters and log-probabilities make, captured graphs."""
-    logits = max(limits.max_slots, SCORE_ROWS) * vocab_size * 4
-    return Sampler.state_bytes(limits.max_slots, vocab_size) + 3 * logits + _GRAPH_BYTES
-
-
-def _largest_steps(limits: BatchLimits) -> Iterator[tuple[BatchShape, torch.Tensor]]:
-    """Batches that take the most memory: one long prompt; prompts that all end, so that all are sampled; every sequence decoding."""
-    sequences = min(limits.max_slots - 1, limits.max_tokens)
-    for count in (1, sequences):
-        lens = np.full(count, limits.max_tokens // count, dtype=np.int32)
-        yield _dummy_batch(lens, limits)
-    yield _dummy_batch(np.ones(sequences, dtype=np.int32), limits)
-
-
-def _dummy_batch(lens: NDArray[np.int32], limits: BatchLimits) -> tuple[BatchShape, torch.Tensor]:
-    """Prompts of `lens` tokens, all token 0, that write nowhere and read block 0."""
-    count, tokens, longest = len(lens), int(lens.sum()), int(lens.max())
-    shape = BatchShape(tokens, count, count if longest == 1 else 0, count, 0, longest, longest)
-    words = torch.zeros(batch_words(max_tokens=tokens, max_sequences=count, max_updates=0), dtype=torch.int32)
-    at, array = segments(shape), words.numpy()
-    array[at.slots].view(np.int64)[:] = -1
-    array[at.query_starts][1:] = np.cumsum(lens)
-    array[at.context_lens] = lens
-    array[at.rows] = np.arange(count)
-    array[at.sample_rows] = np.cumsum(lens) - 1
-    array[at.sample_slots] = np.arange(count)
-    return shape, words[: shape.num_words]
+def _graph_classes(limits: BatchLimits, block_size: int) -> GraphClasses:
+    return GraphClasses(max_sequences=limits.max_slots - 1, max_tokens=limits.max_tokens, session_len=limits.max_blocks * block_size)

@@ -3,7 +3,10 @@
 The planner calls these functions with what labels promise, the engine with what it measures: one formula, so the difference between
 promise and measurement means something and is exported as a metric. With t = tensor parallelism, M = memory of one GPU:
 
-    W/t * (1 + WEIGHT_OVERHEAD) + WORKSPACE + tokens * cache_bytes_per_token  <=  usable_share * M
+    weights + context + reserved + tokens * cache_bytes_per_token  <=  usable_share * M
+    weights  = (W/t + what every rank keeps whole) * (1 + WEIGHT_OVERHEAD)
+    context  = CUDA, its libraries, NCCL's buffers: what the driver takes for a process
+    reserved = activations of the largest step + CUDA graphs + sampling + tables, all from the model's shape (`reserved_bytes`)
     cache_bytes_per_token = 2 (keys and values) * layers * ceil(kv heads / t) * head_dim * bytes of an element
 
 W is the checkpoint's real number of bytes, from the safetensors headers, not parameters times bits. All sizes are bytes of one GPU
@@ -20,6 +23,10 @@ from gantline_runtime.model_facts import ModelFacts, Quantization
 __all__ = [
     "CPU_WORKSPACE_BYTES",
     "GIB",
+    "GRAPH_DRIVER_BYTES",
+    "GRAPH_POOL_SLACK",
+    "GRAPH_TOKENS",
+    "MAX_GRAPHS",
     "MIN_SESSION_LEN",
     "STEP_TOKENS",
     "TENSOR_PARALLEL",
@@ -27,11 +34,11 @@ __all__ = [
     "TYPICAL_SESSION_LEN",
     "USABLE_SHARE",
     "WEIGHT_OVERHEAD",
-    "WORKSPACE_BYTES",
     "MemoryEstimate",
     "awq_facts",
     "awq_weight_bytes",
     "cache_bytes_per_token",
+    "context_bytes",
     "estimate",
     "illegal_quantization",
     "legal_tensor_parallel",
@@ -41,6 +48,8 @@ __all__ = [
     "max_concurrency",
     "max_session_len",
     "required_cache_tokens",
+    "reserved_bytes",
+    "weight_bytes",
     "workspace_bytes",
 ]
 
@@ -49,13 +58,8 @@ GIB = 1 << 30
 TENSOR_PARALLEL = (1, 2, 4, 8)
 """Powers of two up to the GPUs of one common node; the heads of public models divide by them."""
 
-WEIGHT_OVERHEAD = 1.05 * 1.02 - 1
-"""5 % for the allocator's rounding and for tensors that every rank keeps whole (norms, replicated key/value projections), 2 % for the
-padding of vocabulary shards. KAITO's estimator arrived at the same two factors from its users' failures."""
-
-WORKSPACE_BYTES = int(2.3 * GIB)
-"""Least that a GPU holds beside weights and cache: CUDA context and libraries (about 0.6 GiB), NCCL's buffers and captured graphs, and the
-activations of a step of a small model."""
+WEIGHT_OVERHEAD = 0.01
+"""For the allocator's rounding: tensors of 10 MB and more to 2 MiB, smaller ones side by side in pieces of 20 MiB."""
 
 CPU_WORKSPACE_BYTES = GIB
 """The same for one process on a CPU, without activations: Python with torch is 0.55 GiB resident, the API and template processes beside it
@@ -63,6 +67,15 @@ CPU_WORKSPACE_BYTES = GIB
 
 STEP_TOKENS = 8192
 """Most tokens of one step (the engine's `max_prefill_token_num`)."""
+
+GRAPH_TOKENS = 2048
+"""Most tokens of a step that runs as a CUDA graph."""
+GRAPH_POOL_SLACK = 1.2
+"""The graphs' pool over the activations of the largest graph: classes of different sizes cut it differently."""
+MAX_GRAPHS = 256
+"""CUDA graphs of one engine: more than any load has been seen to need."""
+GRAPH_DRIVER_BYTES = 1 << 20
+"""What the driver keeps for one graph."""
 
 USABLE_SHARE = 0.90
 """Share of a GPU's labelled memory that is promised; ECC, the driver and fragmentation take 3 to 8 %."""
@@ -75,8 +88,15 @@ MIN_SESSION_LEN = 256
 """A cache that cannot hold one session of this length serves nobody."""
 
 _AWQ_PACK = 8  # 4-bit values in one int32; a shard's columns must be whole words
-_CUDA_FIXED_BYTES = int(0.85 * GIB)  # context, libraries, captured graphs
+_CUDA_CONTEXT_BYTES = int(0.6 * GIB)
+_NCCL_BYTES = int(0.4 * GIB)
+_CUBLAS_BYTES = 64 << 20  # a workspace of 32 MiB for each of two streams
 _LOGITS_COPIES = 4  # logits in float32, their softmax, and what filters and penalties keep
+_SCORE_ROWS = 256  # rows of a prompt whose logits exist at once, where their log-probabilities are wanted
+_PENALTY_BYTES = 3  # a count and a mark for each token of the vocabulary
+_ATTENTION_PART = 2048  # tokens of a context that one program takes, where there are many sequences; each part leaves a partial result
+_MAX_ATTENTION_PARTS = 128
+_BLOCK_SIZE = 64
 _LOAD_BYTES_PER_S = 200e6  # a network volume's sequential read; local NVMe is ten times faster, and a promise must hold on the slow one
 _LOAD_FIXED_S = {"cuda": 60.0, "cpu": 20.0}  # imports, CUDA context, first compilation, warm-up
 
@@ -116,16 +136,16 @@ def estimate(
     kv_bytes: int,
     gpu_memory_bytes: int,
     usable_share: float = USABLE_SHARE,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int,
     cache_share: float = 1.0,
 ) -> MemoryEstimate:
     """Memory of one of `tp` GPUs when `concurrency` sessions of `session_len` tokens are cached.
 
     `dtype_bytes` is the width that unquantized weights have once loaded, `kv_bytes` that of a cached element, `gpu_memory_bytes` the
-    memory of one GPU (labelled, or measured) of which `usable_share` counts. Of what weights and workspace leave of it, the cache takes
-    at most `cache_share` (the engine's `cache_max_entry_count`).
+    memory of one GPU (labelled, or measured) of which `usable_share` counts; `workspace_bytes` as that function gives them. Of what weights
+    and workspace leave of it, the cache takes at most `cache_share` (the engine's `cache_max_entry_count`).
     """
-    weights = math.ceil(loaded_weight_bytes(facts, dtype_bytes) / tp * (1 + WEIGHT_OVERHEAD))
+    weights = math.ceil(weight_bytes(facts, tp, dtype_bytes) * (1 + WEIGHT_OVERHEAD))
     token_bytes = cache_bytes_per_token(facts, tp, kv_bytes)
     cache = session_len * concurrency * token_bytes
     usable = int(gpu_memory_bytes * usable_share)
@@ -142,19 +162,90 @@ def estimate(
     )
 
 
-def workspace_bytes(facts: ModelFacts, *, tp: int, dtype_bytes: int, max_batch_size: int, device: str) -> int:
-    """Bytes that one rank holds beside weights and cache; `device` is `cuda` or `cpu`.
+def weight_bytes(facts: ModelFacts, tp: int, dtype_bytes: int) -> int:
+    """Bytes of one rank's weights: an even part of all, and the rest of what every rank keeps whole (norms, key/value heads that cannot
+    be divided any further)."""
+    loaded = loaded_weight_bytes(facts, dtype_bytes)
+    norms = (2 * facts.num_layers + 1) * facts.hidden_size * dtype_bytes
+    replicas = max(0, tp - facts.num_kv_heads)
+    keys = 2 * facts.num_layers * facts.hidden_size * facts.head_dim
+    each = keys * dtype_bytes if facts.quantization is None else _packed_bytes(keys, facts.quantization.bits, facts.quantization.group_size)
+    return math.ceil((loaded + (tp - 1) * norms + replicas * each) / tp)
 
-    The activations of the largest step (two of the feed-forward's inner width and their product, four of the residual's, queries, keys and
-    values twice), the logits of all requests, and on a CPU two unpacked matrices: its kernels have no other way to use packed weights.
-    """
+
+def workspace_bytes(
+    facts: ModelFacts, *, tp: int, dtype_bytes: int, max_batch_size: int, device: str, session_len: int | None = None
+) -> int:
+    """Bytes that one rank holds beside weights and cache; `device` is `cuda` or `cpu`. `session_len` None: the model's limit."""
+    reserved = reserved_bytes(facts, tp=tp, dtype_bytes=dtype_bytes, max_batch_size=max_batch_size, device=device, session_len=session_len)
+    return context_bytes(tp, device) + reserved
+
+
+def context_bytes(tp: int, device: str) -> int:
+    """What a process takes before it holds a tensor: on a GPU CUDA's context and libraries, and NCCL's buffers where ranks exchange."""
+    if device == "cpu":
+        return CPU_WORKSPACE_BYTES
+    return _CUDA_CONTEXT_BYTES + (_NCCL_BYTES if tp > 1 else 0)
+
+
+def reserved_bytes(
+    facts: ModelFacts,
+    *,
+    tp: int,
+    dtype_bytes: int,
+    max_batch_size: int,
+    device: str,
+    session_len: int | None = None,
+    step_tokens: int = STEP_TOKENS,
+    graphs: bool = True,
+) -> int:
+    """What the engine keeps free, or takes, beside weights and cache, before the cache is sized."""
+    session = session_len or facts.max_position_embeddings
+    logits = max(max_batch_size, _SCORE_ROWS) * facts.vocab_size * 4
+    sampling = (_LOGITS_COPIES - 1) * logits + max_batch_size * facts.vocab_size * _PENALTY_BYTES
+    if device == "cpu":
+        activations = step_tokens * _cpu_width(facts, tp) * dtype_bytes
+        return activations + _LOGITS_COPIES * logits + 2 * _unpacked_bytes(facts, tp, dtype_bytes)
+    parts = _attention_part_bytes(facts, tp, max_batch_size, session)
+    total = max(_activation_bytes(facts, tp, dtype_bytes, step_tokens, parts), logits) + sampling
+    if graphs:
+        largest = _activation_bytes(facts, tp, dtype_bytes, min(step_tokens, GRAPH_TOKENS), parts)
+        total += int(GRAPH_POOL_SLACK * largest) + MAX_GRAPHS * GRAPH_DRIVER_BYTES
+    return total + _table_bytes(facts, max_batch_size, session) + _CUBLAS_BYTES
+
+
+def _activation_bytes(facts: ModelFacts, tp: int, dtype_bytes: int, num_tokens: int, part_bytes: int) -> int:
+    """The larger of what a layer's halves hold at once, beside the last layer's output, the residual stream and the normed input: queries,
+    keys and values, rotated queries, the result and its parts; or gate and up with their product, and a matrix unpacked for them."""
+    hidden = 3 * facts.hidden_size
+    queries = facts.num_heads // tp * facts.head_dim
+    keys = max(1, facts.num_kv_heads // tp) * facts.head_dim
+    attention = num_tokens * (hidden + 3 * queries + 2 * keys) * dtype_bytes + part_bytes
+    feed_forward = num_tokens * (hidden + 3 * facts.intermediate_size // tp) * dtype_bytes
+    return max(attention, feed_forward + _unpacked_bytes(facts, tp, dtype_bytes))
+
+
+def _cpu_width(facts: ModelFacts, tp: int) -> int:
+    """Elements a token: two of the feed-forward's inner width and their product, four of the residual's, queries, keys and values twice."""
     heads = (facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim
-    widths = (3 * facts.intermediate_size + 2 * heads) // tp + 4 * facts.hidden_size
-    total = STEP_TOKENS * widths * dtype_bytes + _LOGITS_COPIES * max_batch_size * facts.vocab_size * 4
-    if device == "cuda":
-        return max(WORKSPACE_BYTES, total + _CUDA_FIXED_BYTES)
-    unpacked = 4 * facts.hidden_size * facts.intermediate_size // tp * dtype_bytes if facts.quantization is not None else 0
-    return CPU_WORKSPACE_BYTES + total + unpacked
+    return (3 * facts.intermediate_size + 2 * heads) // tp + 4 * facts.hidden_size
+
+
+def _attention_part_bytes(facts: ModelFacts, tp: int, max_batch_size: int, session_len: int) -> int:
+    """Partial results, float32, of contexts that are split among several programs."""
+    seen = min(session_len, facts.sliding_window or session_len)
+    parts = min(_MAX_ATTENTION_PARTS, math.ceil(seen / _ATTENTION_PART))
+    return max_batch_size * facts.num_heads // tp * parts * (facts.head_dim + 1) * 4 if parts > 1 else 0
+
+
+def _unpacked_bytes(facts: ModelFacts, tp: int, dtype_bytes: int) -> int:
+    """Gate and up, unpacked: what multiplying many rows with packed weights takes where no kernel does it directly (on a CPU twice)."""
+    return 2 * facts.hidden_size * facts.intermediate_size // tp * dtype_bytes if facts.quantization is not None else 0
+
+
+def _table_bytes(facts: ModelFacts, max_batch_size: int, session_len: int) -> int:
+    """Angles of positions, float32; block tables, the step's rows of them, and their changes (three words each)."""
+    return session_len * facts.head_dim * 4 + max_batch_size * math.ceil(session_len / _BLOCK_SIZE) * (1 + 1 + 3) * 4
 
 
 def required_cache_tokens(session_len: int, max_batch_size: int) -> int:

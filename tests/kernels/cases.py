@@ -64,8 +64,13 @@ def paged(
     window: int = 0,
     softcap: float = 0.0,
     seed: int = 0,
+    num_decodes: int | None = None,
+    padding: int = 0,
 ) -> Paged:
-    """A batch of sequences given as (new tokens, context including them); leading ones with one new token count as decodes."""
+    """A batch of sequences given as (new tokens, context including them), and `padding` rows of no sequence.
+
+    Leading ones with one new token count as decodes, or the first `num_decodes`.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks = [-(-context // block_size) for _, context in lengths]
     total = sum(blocks)
@@ -80,9 +85,9 @@ def paged(
                 cache[order[at + count - 1].long(), :, context % block_size :] = torch.nan
         at += count
     new = [query for query, _ in lengths]
-    decodes = next((i for i, query in enumerate(new) if query != 1), len(new))
+    decodes = num_decodes if num_decodes is not None else next((i for i, query in enumerate(new) if query != 1), len(new))
     starts = torch.tensor([0, *new]).cumsum(0).int()
-    q = torch.randn(sum(new), heads, dim, generator=generator).to(dtype)
+    q = torch.randn(sum(new) + padding, heads, dim, generator=generator).to(dtype)
     contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
     options: dict[str, Any] = {
         "max_query_len": max(new), "max_context_len": max(c for _, c in lengths), "num_decodes": decodes,

@@ -228,9 +228,7 @@ def services(cluster: ApiCluster, namespace: str) -> list[Object]:
     return items
 
 
-def test_helm_tests_program_asks_its_service_and_deletes_it(
-    definition: ApiCluster, namespace: str, installed_rights: list[Object]
-) -> None:
+def test_helm_tests_program_asks_its_service_and_deletes_it(definition: ApiCluster, namespace: str, installed_rights: list[Object]) -> None:
     api_cluster = definition
     handler = type("Handler", (Answering,), {"asked": []})
     with acting_operator(api_cluster, namespace, handler):

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from gantline_runtime.batch import BatchShape, batch_words, pack_batch, segments
+from gantline_runtime.batch import BatchLimits, BatchShape, pack_batch, segments
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop
 from gantline_runtime.executor import MemoryReport
+from gantline_runtime.graph_classes import GraphClasses
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import EngineRequest, PromptLogprobs, SamplingParams, TokenOutput
-from gantline_runtime.model_runner import BatchLimits, StepResult
+from gantline_runtime.model_runner import StepResult
 from gantline_runtime.prompt_reads import ReadBatch, build_read_batch
 from gantline_runtime.scheduler import Step
 
@@ -51,21 +52,21 @@ class FakeExecutor:
     reads each sequence's context back through its block table. A step runs when it is read, or when a later one is launched past
     `depth`, so whatever the host changes too early is seen."""
 
-    def __init__(self, config: EngineConfig, *, depth: int = 1, padding: int = 1) -> None:
-        """Batches of decodes are padded to a multiple of `padding`, as for CUDA graphs."""
+    def __init__(self, config: EngineConfig, *, depth: int = 1, padded: bool = False) -> None:
+        """`padded`: batches are padded to the classes of CUDA graphs."""
         assert config.session_len is not None and config.num_cache_blocks is not None
         self.config = config
         self.depth = depth
-        self.padding = padding
         self.num_blocks = config.num_cache_blocks
         max_blocks = -(-config.session_len // config.block_size)
         self.limits = BatchLimits(max_tokens=config.max_prefill_token_num, max_slots=config.max_batch_size + 1, max_blocks=max_blocks)
-        self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0)
+        self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0, 0, 0)
         self.failed = False
         self.capture_seconds: list[float] = []
         self.closed = False
-        words = batch_words(max_tokens=self.limits.max_tokens, max_sequences=self.limits.max_slots, max_updates=self.limits.max_updates)
-        self._buffer = np.zeros(words, dtype=np.int32)
+        classes = GraphClasses(max_sequences=config.max_batch_size, max_tokens=config.max_prefill_token_num, session_len=config.session_len)
+        self._pad = classes.pad if padded else None
+        self._buffer = np.full(self.limits.max_words, 1 << 30, dtype=np.int32)
         self._tables = np.zeros((self.limits.max_slots, max_blocks), dtype=np.int32)
         self._last = np.zeros(self.limits.max_slots, dtype=np.int64)
         self._cache = np.full(self.num_blocks * config.block_size, -1, dtype=np.int64)
@@ -79,8 +80,7 @@ class FakeExecutor:
             tables=cache.tables,
             updates=cache.take_table_updates(),
             block_size=cache.block_size,
-            padded_size=-(-len(step.sequences) // self.padding) * self.padding,
-            padded_context=cache.block_size,
+            pad=self._pad,
         )
         result = StepResult([], None, [])
         self._launched.append((shape, self._buffer[: shape.num_words].copy(), result, build_read_batch(step)))
@@ -122,18 +122,21 @@ class FakeExecutor:
         at, size = segments(shape), self.config.block_size
         self._tables.reshape(-1)[words[at.update_places].copy().view(np.int64)] = words[at.update_blocks]
         rows, ids, starts = words[at.rows], words[at.ids].astype(np.int64), words[at.query_starts]
-        ids[: shape.num_decodes] = self._last[rows[: shape.num_decodes]]
+        ids = np.where(ids < 0, self._last[np.maximum(~ids, 0)], ids)
         slots = words[at.slots].copy().view(np.int64)
         self._cache[slots[slots >= 0]] = ids[slots >= 0]
-        assert max(self.config.block_size, int(words[at.context_lens].max())) == shape.max_context_len
-        sampled = dict(zip(words[at.sample_rows].tolist(), words[at.sample_slots].tolist(), strict=True))
+        assert (slots[: starts[-1]] >= 0).all() and (slots[starts[-1] :] == -1).all(), "padding must write nowhere, all else somewhere"
+        assert int(words[at.context_lens].max()) <= shape.max_context_len and int(np.diff(starts).max()) <= shape.max_query_len
+        assert (np.diff(starts)[: shape.num_decodes] <= 1).all() and starts[shape.num_decodes] <= shape.num_decodes
+        samples = slice(0, shape.num_samples)
+        sampled = dict(zip(words[at.sample_rows][samples].tolist(), words[at.sample_slots][samples].tolist(), strict=True))
         for i, row in enumerate(rows.tolist()):
             length, last = int(words[at.context_lens][i]), int(starts[i + 1]) - 1
-            assert words[at.positions][last] == length - 1
             if row == self.limits.max_slots - 1:
-                assert slots[last] == -1, "padding must write nowhere"
-                self._last[row] = 3
-            elif last in sampled:
+                assert length == 0 and starts[i + 1] == starts[i], "padding has neither tokens nor context"
+                continue
+            assert words[at.positions][last] == length - 1
+            if last in sampled:
                 assert sampled[last] == row
                 blocks = self._tables[row, : -(-length // size)]
                 context = self._cache.reshape(-1, size)[blocks].reshape(-1)[:length].tolist()
@@ -147,7 +150,7 @@ class FakeExecutor:
         self.closed = True
 
 
-def fake_engine(*, depth: int = 1, padding: int = 1, **settings: Any) -> tuple[EngineLoop, FakeExecutor]:
+def fake_engine(*, depth: int = 1, padded: bool = False, **settings: Any) -> tuple[EngineLoop, FakeExecutor]:
     defaults: dict[str, Any] = {
         "session_len": 256,
         "num_cache_blocks": 64,
@@ -155,7 +158,7 @@ def fake_engine(*, depth: int = 1, padding: int = 1, **settings: Any) -> tuple[E
         "max_batch_size": 8,
         "max_prefill_token_num": 64,
     }
-    executor = FakeExecutor(EngineConfig(**{**defaults, **settings}), depth=depth, padding=padding)
+    executor = FakeExecutor(EngineConfig(**{**defaults, **settings}), depth=depth, padded=padded)
     return EngineLoop(executor, vocab_size=VOCAB, eos_token_ids=(EOS,)), executor
 
 

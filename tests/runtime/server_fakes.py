@@ -88,7 +88,11 @@ class _Memory:
     weight_bytes: int = 1000
     cache_bytes: int = 2000
     cache_bytes_per_token: int = 1
+    workspace_bytes: int = 0
+    context_bytes: int = 0
     estimated_weight_bytes: int = 900
+    estimated_workspace_bytes: int = 0
+    estimated_context_bytes: int = 0
     estimated_cache_bytes_per_token: int = 1
 
 

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from gantline_runtime.batch import BatchShape
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.distributed import RankError
 from gantline_runtime.engine import LLMEngine, Progress
 from gantline_runtime.errors import CapacityError, CheckpointError, ConfigurationError, SourceError
+from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.model_runner import ModelRunner
 from safetensors.torch import load_file, save_file
 
 from tests.runtime.checkpoints import write_checkpoint
@@ -100,7 +103,6 @@ def test_a_damaged_checkpoint_is_refused_with_the_culprit_named(broken: Path, da
 def test_a_file_that_shrinks_after_it_was_judged_is_named(broken: Path) -> None:
     from gantline_runtime.checkpoint import open_checkpoint
     from gantline_runtime.layers.weights import BuildContext
-    from gantline_runtime.model_runner import ModelRunner
     from gantline_runtime.parallel import Parallel
 
     checkpoint = open_checkpoint(broken)
@@ -108,6 +110,48 @@ def test_a_file_that_shrinks_after_it_was_judged_is_named(broken: Path) -> None:
     build = BuildContext(dtype=torch.float32, device=torch.device("cpu"), backend="torch")
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
         ModelRunner(checkpoint, session_len=64, build=build, parallel=Parallel())
+
+
+# ---- padded batches, as CUDA graphs run them
+
+
+class PaddedBatches:
+    """What `StepGraphs` is to a runner, without a GPU: every batch is padded, none is captured."""
+
+    def __init__(self, runner: ModelRunner, config: EngineConfig) -> None:
+        assert config.session_len is not None
+        self._runner = runner
+        self._classes = GraphClasses(max_sequences=config.max_batch_size, max_tokens=64, session_len=config.session_len)
+        self.shapes: list[BatchShape] = []
+
+    def pad(self, shape: BatchShape) -> BatchShape:
+        return self._classes.pad(shape)
+
+    def run(self, shape: BatchShape) -> None:
+        self.shapes.append(shape)
+        self._runner._forward_padded(shape)
+
+
+def test_padding_batches_to_the_classes_of_graphs_changes_no_token_and_no_logprob(model: Path) -> None:
+    results = []
+    for padded in (False, True):
+        engine = LLMEngine(model, config(max_prefill_token_num=96))
+        if padded:
+            runner = engine._executor._runner  # type: ignore[attr-defined]
+            runner._graphs = batches = PaddedBatches(runner, engine.config)
+        for i in range(12):
+            prompt = [3 + (7 * i + j) % 500 for j in range(1 + 9 * i)]
+            engine.add_request(request(str(i), prompt, count=8 + i, num_logprobs=2))
+        results.append(drain(engine))
+        engine.close()
+    assert {shape.is_decode for shape in batches.shapes} == {True, False}
+    assert any(0 < shape.num_samples < shape.num_sequences for shape in batches.shapes)
+    exact, padded_results = results
+    for name, outputs in exact.items():
+        assert tokens_of(padded_results[name]) == tokens_of(outputs)
+        for ours, theirs in zip(padded_results[name], outputs, strict=True):
+            assert ours.logprobs is not None and theirs.logprobs is not None
+            assert ours.logprobs[0].chosen == pytest.approx(theirs.logprobs[0].chosen, abs=1e-4)
 
 
 # ---- settings and memory

@@ -40,13 +40,14 @@ def test_every_request_gets_the_tokens_that_it_would_get_alone(depth: int, chunk
 
 
 @DEPTHS
-def test_padding_a_batch_of_decodes_changes_nobodys_tokens(depth: int) -> None:
-    engine, executor = fake_engine(depth=depth, padding=4, max_batch_size=7)
+def test_padding_batches_to_classes_changes_nobodys_tokens(depth: int) -> None:
+    engine, executor = fake_engine(depth=depth, padded=True, max_batch_size=7)
     work = prompts(20, 100)
     for i, prompt in enumerate(work):
         engine.add_request(request(str(i), prompt, count=5 + 3 * i))
     outputs = drain(engine)
-    assert any(step.num_decodes == step.num_tokens and step.num_tokens % 4 for step in executor.steps)
+    assert any(step.num_decodes == step.num_tokens == 5 for step in executor.steps), "no class has five"
+    assert any(0 < step.num_decodes < step.num_tokens < 32 for step in executor.steps), "no mixed class is so small"
     for i, prompt in enumerate(work):
         assert tokens_of(outputs[str(i)]) == expected_tokens(prompt, 5 + 3 * i), i
 

@@ -99,7 +99,7 @@ def test_promise_and_reservation_of_memory_are_told(server: ServerProcess) -> No
     for part in ("weights", "cache"):
         promised = server.metric("gantline_memory_promised_bytes", part=part)
         reserved = server.metric("gantline_memory_reserved_bytes", part=part)
-        assert 0.4 * promised < reserved <= 2.5 * promised
+        assert reserved == pytest.approx(promised, rel=0.03)
 
 
 def test_a_folder_that_is_no_model_is_refused_with_its_reason(tmp_path: Path) -> None:

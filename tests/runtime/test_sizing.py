@@ -42,7 +42,10 @@ def smallest(facts: ModelFacts, gpu_gib: float) -> int | None:
 
 def _estimate(facts: ModelFacts, tp: int, gpu_gib: float) -> sizing.MemoryEstimate:
     memory = int(gpu_gib * GIB)
-    return sizing.estimate(facts, tp=tp, session_len=8192, concurrency=8, dtype_bytes=2, kv_bytes=2, gpu_memory_bytes=memory)
+    workspace = sizing.workspace_bytes(facts, tp=tp, dtype_bytes=2, max_batch_size=256, device="cuda")
+    return sizing.estimate(
+        facts, tp=tp, session_len=8192, concurrency=8, dtype_bytes=2, kv_bytes=2, gpu_memory_bytes=memory, workspace_bytes=workspace
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def test_the_terms_of_the_estimate_are_those_of_the_formula() -> None:
     got = _estimate(make_facts(), 2, 24.0)
     assert got.cache_bytes_per_token == 2 * 32 * 4 * 128 * 2
     assert got.cache == 8192 * 8 * got.cache_bytes_per_token
-    assert got.weights == pytest.approx(16_060_522_496 / 2 * 1.071)
+    assert got.weights == pytest.approx((16_060_522_496 + 65 * 4096 * 2) / 2 * 1.01), "the norms are on both"
     assert got.total == got.weights + got.workspace + got.cache
     assert got.usable == int(24 * GIB * 0.9)
     assert got.capacity_tokens == (got.usable - got.weights - got.workspace) // got.cache_bytes_per_token
@@ -72,6 +75,8 @@ def test_a_single_kv_head_is_replicated_and_not_divided() -> None:
     mqa = make_facts(num_kv_heads=1)
     assert [sizing.cache_bytes_per_token(mqa, tp, 2) for tp in (1, 2, 4, 8)] == [2 * 32 * 128 * 2] * 4
     assert all(sizing.legal_tensor_parallel(mqa, tp) is None for tp in (1, 2, 4, 8))
+    norms, keys_and_values = 65 * 4096 * 2, 32 * 2 * 4096 * 128 * 2
+    assert sizing.weight_bytes(mqa, 8, 2) == (mqa.weight_bytes + 7 * norms + 7 * keys_and_values) / 8
 
 
 @pytest.mark.parametrize(
@@ -149,12 +154,22 @@ def test_the_workspace_grows_with_the_model_and_shrinks_with_the_split() -> None
         return sizing.workspace_bytes(facts, tp=tp, dtype_bytes=2, max_batch_size=256, device=device)
 
     small = make_facts(hidden_size=256, intermediate_size=768, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=4096)
-    assert of(small) == sizing.WORKSPACE_BYTES, "2.3 GiB at least on a GPU"
+    assert of(small) > sizing.context_bytes(1, "cuda")
     assert sizing.CPU_WORKSPACE_BYTES < of(small, device="cpu") < 1.2 * GIB
-    assert of(small) < of(make_facts()) < of(LLAMA_70B) < 4 * GIB
+    assert of(small) < of(make_facts()) < of(LLAMA_70B) < 5 * GIB
     assert of(LLAMA_70B, 8) < of(LLAMA_70B, 2) < of(LLAMA_70B)
     awq = sizing.awq_facts(make_facts())
     assert of(awq, device="cpu") - of(make_facts(), device="cpu") == 2 * (2 * 4096 * 14336) * 2, "gate and up, unpacked, twice"
+
+
+def test_what_the_engine_reserves_is_worked_out_from_shapes() -> None:
+    """Llama 3 8B: steps of 8192 tokens hold the last output, residual, input, gate, up and product at once; graphs of 2048 tokens hold
+    less of that than partial results of attention over 131072 tokens in 64 parts."""
+    step, logits = 8192 * (3 * 4096 + 3 * 14336) * 2, 256 * 128256 * 4
+    attention = 2048 * (3 * 4096 + 3 * 4096 + 2 * 1024) * 2 + 256 * 32 * 64 * 129 * 4
+    tables = 131072 * 128 * 4 + 256 * 2048 * 5 * 4
+    expected = step + 3 * logits + 256 * 128256 * 3 + int(1.2 * attention) + 256 * (1 << 20) + tables + (64 << 20)
+    assert sizing.reserved_bytes(make_facts(), tp=1, dtype_bytes=2, max_batch_size=256, device="cuda") == expected
 
 
 def test_the_largest_step_is_the_engines() -> None:

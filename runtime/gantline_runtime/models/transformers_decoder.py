@@ -107,7 +107,6 @@ class TransformersDecoder:
             setattr(self._model, self._prefix, self._inner)
         return logits.float()
 
-
     @torch.inference_mode()
     def _verify(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError where the cache gives other logits than transformers' own attention (recurrent or convolved states)."""

@@ -1,0 +1,103 @@
+"""The classes that batches are rounded up to, so that few CUDA graphs (`graphs.py`) fit all of them.
+
+A graph is fixed in the shape of its batch: sequences that decode and the bound on their contexts; with chunks of prompts among them also
+tokens and the number of prompts. Which tokens belong to whom is read on the device, so a class covers every mixture of its size. Padding
+costs what the linear layers take for its rows; sequences without tokens cost programs that end at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from gantline_runtime.batch import MAX_PADDED_PROMPTS, BatchShape
+from gantline_runtime.sizing import GRAPH_TOKENS
+
+__all__ = ["GraphClasses", "decode_sizes", "token_sizes"]
+
+_MAX_SIZE = 512
+_FIRST_CONTEXT = 2048
+_CONTEXT_STEP = 4
+_MIXED_DECODES = (0, 16)
+_PROMPTS = (4, 16, MAX_PADDED_PROMPTS)
+
+
+def decode_sizes(max_size: int) -> list[int]:
+    """Of a batch of decodes: 1, 2, 4, 8, then every 8 to 256, every 16 to 512. Products of up to 8 more rows cost nothing extra."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, _MAX_SIZE + 1, 16)]
+    return [size for size in sizes if size < max_size] + ([max_size] if max_size <= _MAX_SIZE else [])
+
+
+def token_sizes(max_tokens: int) -> list[int]:
+    """Tokens of a mixed batch: every 32 to 512, every 64 to 1024, every 128 to 2048. Larger ones have no class: their kernels take far
+    longer than their launches, so that padding would only cost."""
+    sizes = [*range(32, 513, 32), *range(576, 1025, 64), *range(1152, GRAPH_TOKENS + 1, 128)]
+    return [size for size in sizes if size <= max_tokens]
+
+
+class GraphClasses:
+    def __init__(self, *, max_sequences: int, max_tokens: int, session_len: int) -> None:
+        """The largest batch, and the largest context."""
+        self._decodes = decode_sizes(max_sequences)
+        self._tokens = token_sizes(max_tokens)
+        self._mixed_decodes = [*(size for size in _MIXED_DECODES if size < max_sequences), max_sequences]
+        self._contexts = [_FIRST_CONTEXT]
+        while self._contexts[-1] < session_len:
+            self._contexts.append(self._contexts[-1] * _CONTEXT_STEP)
+        self._contexts = [min(context, session_len) for context in self._contexts]
+
+    def pad(self, shape: BatchShape) -> BatchShape:
+        """The class of a batch, or the batch's own shape where there is none."""
+        if shape.num_reads:  # rows of prompts whose states are wanted; rare
+            return shape
+        context = self.pad_context(shape.max_context_len)
+        return self._pad_decodes(shape, context) if shape.is_decode else self._pad_mixed(shape, context)
+
+    def pad_context(self, length: int) -> int:
+        """The bound on contexts that a batch is given; `session_len` bounds them all."""
+        return next(context for context in self._contexts if context >= length)
+
+    def _pad_decodes(self, shape: BatchShape, context: int) -> BatchShape:
+        size = _least(self._decodes, shape.num_decodes)
+        if size is None:
+            return shape
+        return shape._replace(num_tokens=size, num_sequences=size, num_decodes=size, max_context_len=context, padded=1)
+
+    def _pad_mixed(self, shape: BatchShape, context: int) -> BatchShape:
+        tokens, prompts = _least(self._tokens, shape.num_tokens), _least(_PROMPTS, shape.num_prompts)
+        decodes = _least(self._mixed_decodes, shape.num_decodes)
+        if tokens is None or prompts is None or decodes is None:
+            return shape
+        decodes = min(decodes, tokens)
+        return shape._replace(
+            num_tokens=tokens,
+            num_sequences=decodes + prompts,
+            num_decodes=decodes,
+            max_query_len=tokens,
+            max_context_len=context,
+            padded=1,
+        )
+
+    def largest(self) -> list[BatchShape]:
+        """The classes whose graphs need the most memory."""
+        return [shape for shape in (self._largest_decodes(), self._largest_mixed()) if shape is not None]
+
+    def _largest_decodes(self) -> BatchShape | None:
+        if not self._decodes:
+            return None
+        count = self._decodes[-1]
+        return BatchShape(count, count, count, count, 0, 1, self._contexts[-1], 1)
+
+    def _largest_mixed(self) -> BatchShape | None:
+        if not self._tokens:
+            return None
+        tokens = self._tokens[-1]
+        decodes = min(self._mixed_decodes[-1], tokens)
+        count = decodes + _PROMPTS[-1]
+        return BatchShape(tokens, count, decodes, count, 0, tokens, self._contexts[-1], 1)
+
+
+def _least(sizes: Sequence[int], wanted: int) -> int | None:
+    """The least of ascending `sizes` that is not below `wanted`."""
+    at = bisect_left(sizes, wanted)
+    return sizes[at] if at < len(sizes) else None

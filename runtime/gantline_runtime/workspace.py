@@ -1,0 +1,52 @@
+"""What steps take beside weights and cache: batches that take the most, to be measured with, and what no such batch shows.
+
+`sizing.py` derives the same bytes from the model's shape alone; the engine exports both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from gantline_runtime import sizing
+from gantline_runtime.batch import BatchLimits, BatchShape, segments
+from gantline_runtime.prompt_reads import SCORE_ROWS
+from gantline_runtime.sampling import Sampler
+
+__all__ = ["largest_steps", "unmeasured_bytes"]
+
+
+def largest_steps(limits: BatchLimits, max_context: int) -> Iterator[tuple[BatchShape, torch.Tensor]]:
+    """(shape, packed batch) of the steps that take the most memory: one long prompt, alone and beside every other sequence decoding;
+    prompts that all end, so that all are sampled; decoding alone. `max_context` bounds the contexts."""
+    sequences = min(limits.max_slots - 1, limits.max_tokens)
+    yield _dummy_batch(0, [limits.max_tokens], max_context)
+    if limits.max_tokens > sequences > 1:
+        yield _dummy_batch(sequences - 1, [limits.max_tokens - sequences + 1], max_context)
+    yield _dummy_batch(0, [limits.max_tokens // sequences] * sequences, max_context)
+    yield _dummy_batch(sequences, [], max_context)
+
+
+def _dummy_batch(num_decodes: int, prompts: list[int], max_context: int) -> tuple[BatchShape, torch.Tensor]:
+    """Decoding sequences and prompts of so many tokens, all token 0, that write nowhere and read block 0."""
+    lens = np.array([1] * num_decodes + prompts, dtype=np.int32)
+    count, longest = len(lens), int(lens.max())
+    shape = BatchShape(int(lens.sum()), count, num_decodes, count, 0, longest, max(max_context, longest))
+    words = torch.zeros(shape.num_words, dtype=torch.int32)
+    at, array = segments(shape), words.numpy()
+    array[at.slots].view(np.int64)[:] = -1
+    array[at.query_starts][1:] = np.cumsum(lens)
+    array[at.context_lens] = lens
+    array[at.rows] = np.arange(count)
+    array[at.sample_rows] = np.cumsum(lens) - 1
+    array[at.sample_slots] = np.arange(count)
+    return shape, words
+
+
+def unmeasured_bytes(limits: BatchLimits, vocab_size: int, *, graphs: bool) -> int:
+    """What comes later: token counts for penalties, copies of the logits that filters and log-probabilities make, and what the driver keeps
+    for each graph."""
+    logits = max(limits.max_slots, SCORE_ROWS) * vocab_size * 4
+    return Sampler.state_bytes(limits.max_slots, vocab_size) + 3 * logits + (sizing.MAX_GRAPHS * sizing.GRAPH_DRIVER_BYTES if graphs else 0)
