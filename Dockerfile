@@ -18,8 +18,9 @@ RUN groupadd --gid 1000 gantline && useradd --uid 1000 --gid 1000 --no-create-ho
     && python -m venv --without-pip /opt/gantline/venv
 WORKDIR /opt/gantline
 
-# --- the code, once for all targets: a wheel without dependencies, since those are layers of their own ----------------------------------
-FROM base AS wheel
+# --- the code, once for all targets: our own packages in an otherwise empty environment, which is laid over that of the dependencies ------
+# (A COPY, not a RUN that mounts this stage: buildah would take that RUN from its cache although the code has changed.)
+FROM base AS code
 COPY requirements/tools.txt requirements/
 RUN pip install --requirement requirements/tools.txt
 WORKDIR /build
@@ -29,7 +30,8 @@ COPY runtime runtime
 COPY kernels kernels
 COPY quant quant
 COPY devcluster/gantline_devcluster devcluster/gantline_devcluster
-RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist .
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
+    && pip --python /opt/gantline/venv/bin/python install --no-deps /dist/*.whl
 
 # --- operator -----------------------------------------------------------------------------------------------------------------------------
 FROM base AS operator-dependencies
@@ -37,8 +39,7 @@ COPY requirements/operator.txt requirements/
 RUN pip --python venv/bin/python install --no-deps --requirement requirements/operator.txt
 
 FROM operator-dependencies AS operator
-COPY examples/tiny-model tiny-model
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist pip --python venv/bin/python install --no-deps /dist/*.whl
+COPY --from=code /opt/gantline/venv venv
 USER 1000:1000
 EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
@@ -46,23 +47,31 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
 ENTRYPOINT ["gantline-operator"]
 
 # --- runtime on a CPU -------------------------------------------------------------------------------------------------------------------------
-FROM base AS runtime-cpu-dependencies
-# torch is published for CPUs alone in an index of its own: name it with --build-arg TORCH_CPU_INDEX=... for an image that is 5 GB smaller.
-# Without it, the default index's build is taken, with the CUDA libraries that it cannot be imported without.
+FROM base AS torch-for-cpus
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+# torch is published for CPUs alone in an index of its own: name it with --build-arg TORCH_CPU_INDEX=... where you can reach it. Without it,
+# the default index's build is taken, and the CUDA libraries that it is linked with are replaced by stubs.
 ARG TORCH_CPU_INDEX=
 COPY requirements/runtime.txt requirements/
+COPY scripts/leave_out_cuda.py ./
 RUN if [ -n "$TORCH_CPU_INDEX" ]; then \
       grep -E '^torch==' requirements/runtime.txt > requirements/torch.txt \
       && grep -vE '^(torch|triton|nvidia-|cuda-)' requirements/runtime.txt > requirements/rest.txt \
       && pip --python venv/bin/python install --no-deps --index-url "$TORCH_CPU_INDEX" --requirement requirements/torch.txt \
       && pip --python venv/bin/python install --no-deps --requirement requirements/rest.txt; \
     else \
-      pip --python venv/bin/python install --no-deps --requirement requirements/runtime.txt; \
+      grep -vE '^(triton|cuda-)' requirements/runtime.txt > requirements/rest.txt \
+      && pip --python venv/bin/python install --no-deps --requirement requirements/rest.txt \
+      && python leave_out_cuda.py venv/lib/python3.*/site-packages; \
     fi
+
+FROM base AS runtime-cpu-dependencies
+COPY --from=torch-for-cpus /opt/gantline/venv venv
 
 FROM runtime-cpu-dependencies AS runtime-cpu
 COPY examples/tiny-model tiny-model
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist pip --python venv/bin/python install --no-deps /dist/*.whl
+COPY --from=code /opt/gantline/venv venv
 USER 1000:1000
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30m --retries=3 \
@@ -83,17 +92,23 @@ RUN python build.py --output /out/libgantline_kernels.so
 
 # --- runtime on NVIDIA GPUs: the driver comes from the node, everything else from the wheels ----------------------------------------------
 FROM base AS runtime-dependencies
-# Triton compiles its launchers with a C compiler when a kernel is first used.
-# hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY requirements/runtime.txt requirements/
 RUN pip --python venv/bin/python install --no-deps --requirement requirements/runtime.txt
 
+# Triton compiles C when a kernel is first launched. The image has no compiler: what would be compiled there is built here.
+FROM runtime-dependencies AS triton-launcher
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY kernels/gantline_kernels/triton_launcher.py kernels/gantline_kernels/triton_launcher.c ./
+RUN venv/bin/python triton_launcher.py --output /out/triton-launcher
+
 FROM runtime-dependencies AS runtime
-ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility CC=gcc GANTLINE_KERNELS_LIBRARY=/opt/gantline/libgantline_kernels.so
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility GANTLINE_KERNELS_LIBRARY=/opt/gantline/libgantline_kernels.so \
+    GANTLINE_TRITON_LAUNCHER=/opt/gantline/triton-launcher
 COPY --from=kernels /out/libgantline_kernels.so ./
+COPY --from=triton-launcher /out/triton-launcher triton-launcher
 COPY examples/tiny-model tiny-model
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist pip --python venv/bin/python install --no-deps /dist/*.whl
+COPY --from=code /opt/gantline/venv venv
 USER 1000:1000
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30m --retries=3 \

@@ -7,7 +7,7 @@ DEVCLUSTER := $(PYTHON) -m gantline_devcluster
 KUBECONFIG_GIVEN := $(if $(findstring command line,$(origin KUBECONFIG)),$(KUBECONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv cluster-binaries check unit test e2e quickstart down crds docs kernels bench-cpu clean
+.PHONY: help venv cluster-binaries check unit test e2e quickstart rehearsal down crds docs kernels bench-cpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements/all.txt requirements/tools.txt pyproject.toml s
 	@scripts/make-venv.sh $(VENV)
 
 cluster-binaries: venv ## build Kubernetes and its parts into the cache (once for each version)
-	@$(DEVCLUSTER) build --set all
+	@$(DEVCLUSTER) build --set suite
 
 check: venv ## lint, types, import contracts
 	$(VENV)/bin/ruff check .
@@ -35,6 +35,9 @@ e2e: venv cluster-binaries ## from `kubectl apply` to streamed tokens, on the on
 
 quickstart: venv ## everything, once: cluster, chart, example, a streamed answer (KUBECONFIG=... IMAGE_REPOSITORY=... for another cluster)
 	@$(PYTHON) scripts/quickstart.py $(if $(KUBECONFIG_GIVEN),--kubeconfig "$(KUBECONFIG_GIVEN)") $(if $(IMAGE_REPOSITORY),--image-repository "$(IMAGE_REPOSITORY)")
+
+rehearsal: venv ## the quickstart's path on a cluster of its own with images built from the Dockerfile, end to end (root, minutes, 15 GB)
+	@$(PYTHON) scripts/rehearsal.py
 
 down: ## remove the quickstart's cluster and everything that belongs to it
 	@if [ -x $(PYTHON) ]; then $(DEVCLUSTER) down; else echo "gantline: nothing to remove: there is no $(VENV)"; fi

@@ -29,6 +29,7 @@ EXAMPLE = ROOT / "examples/quickstart.yaml"
 SERVICE = "chat"
 QUESTION = "What does os.path.join do?"
 READY_TIMEOUT_S = 600
+DEVELOPMENT_IMAGES = {"operator": "localhost/gantline-operator:dev", "cpu": "localhost/gantline-runtime-cpu:dev"}
 
 
 class PhaseFailed(Exception):
@@ -89,6 +90,7 @@ class Tools:
     kubectl: str
     helm: str
     kubeconfig: Path
+    images: dict[str, str]
     embedded: bool
 
     def environment(self) -> dict[str, str]:
@@ -135,27 +137,59 @@ def embedded_cluster(tick: Callable[[str], Ticker]) -> Tools:
         run([*module, "up"], log="up", ticker=ticker)
         kubeconfig = Path(run([*module, "kubeconfig"], log="up").strip().splitlines()[-1])
         binaries = Path(run([*module, "binaries"], log="up").strip().splitlines()[-1])
-    return Tools(str(binaries / "kubectl"), str(binaries / "helm"), kubeconfig, embedded=True)
+    return Tools(str(binaries / "kubectl"), str(binaries / "helm"), kubeconfig, DEVELOPMENT_IMAGES, embedded=True)
+
+
+# Docker's image format for all of them: OCI's has no health check.
+BUILDERS = {
+    "docker": ["build"],
+    "podman": ["build", "--format", "docker"],
+    "buildah": ["build", "--layers", "--format", "docker"],
+}
+
+
+def find_builder() -> str:
+    """The first of docker, podman and buildah that works; a docker without its engine does not. Raises PhaseFailed."""
+    installed = [name for name in BUILDERS if shutil.which(name)]
+    for name in installed:
+        if subprocess.run([name, "info"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60).returncode == 0:
+            return name
+    if installed:
+        raise PhaseFailed(f"the cluster's nodes need images, and {' and '.join(installed)} cannot build: `{installed[0]} info` says why")
+    raise PhaseFailed("none of docker, podman and buildah is installed, and the cluster's nodes need images: install one of them")
+
+
+def build_image(builder: str, target: str, repository: str, ticker: Ticker) -> str:
+    """Build and push one target of the Dockerfile; returns the image's name, whose tag changes with its content.
+
+    So a node that has yesterday's image pulls today's, and helm sees that there is something to roll out.
+    """
+    plain = f"{repository}/{target}:{version()}"
+    run([builder, *BUILDERS[builder], "--target", target, "--tag", plain, "."], log="images", ticker=ticker)
+    digest = run([builder, "images", "--quiet", "--no-trunc", plain], log="images").strip().removeprefix("sha256:")
+    image = f"{plain}-{digest[:12]}"
+    run([builder, "tag", plain, image], log="images", ticker=ticker)
+    run([builder, "push", image], log="images", ticker=ticker)
+    return image
+
+
+CLIENTS = ("kubectl", "helm")
 
 
 def given_cluster(tick: Callable[[str], Ticker], kubeconfig: Path, repository: str) -> Tools:
-    builder = next((b for b in ("docker", "podman", "buildah") if shutil.which(b)), None)
-    if builder is None:
-        raise PhaseFailed("none of docker, podman and buildah is installed, and the cluster's nodes need images: install one of them")
-    for target in ("operator", "runtime-cpu"):
-        image = f"{repository}/{target}:{version()}"
-        with tick(f"build and push {image}") as ticker:
-            verb = ["bud", "--layers"] if builder == "buildah" else ["build"]
-            run([builder, *verb, "--target", target, "--tag", image, "."], log="images", ticker=ticker)
-            run([builder, "push", image], log="images", ticker=ticker)
-    found = {name: shutil.which(name) for name in ("kubectl", "helm")}
+    builder = find_builder()
+    images = {}
+    for role, target in (("operator", "operator"), ("cpu", "runtime-cpu")):
+        with tick(f"build and push {repository}/{target} with {builder}") as ticker:
+            images[role] = build_image(builder, target, repository, ticker)
+    found = {name: shutil.which(name) for name in CLIENTS}
     if not all(found.values()):
         module = [sys.executable, "-m", "gantline_devcluster"]
         with tick("build kubectl and helm") as ticker:
             run([*module, "build", "--set", "client"], log="build", ticker=ticker)
         binaries = Path(run([*module, "binaries"], log="build").strip().splitlines()[-1])
         found = {name: str(binaries / name) for name in found}
-    return Tools(str(found["kubectl"]), str(found["helm"]), kubeconfig, embedded=False)
+    return Tools(str(found["kubectl"]), str(found["helm"]), kubeconfig.absolute(), images, embedded=False)
 
 
 def version() -> str:
@@ -164,13 +198,10 @@ def version() -> str:
     return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
-def install_chart(tools: Tools, ticker: Ticker, repository: str | None) -> None:
-    images = {"operator": "localhost/gantline-operator:dev", "cpu": "localhost/gantline-runtime-cpu:dev"}
-    if repository:
-        images = {"operator": f"{repository}/operator:{version()}", "cpu": f"{repository}/runtime-cpu:{version()}"}
+def install_chart(tools: Tools, ticker: Ticker) -> None:
     values = {
-        "image": dict(zip(("repository", "tag"), images["operator"].rsplit(":", 1), strict=True)),
-        "runtime": {"images": {"cpu": images["cpu"]}},
+        "image": dict(zip(("repository", "tag"), tools.images["operator"].rsplit(":", 1), strict=True)),
+        "runtime": {"images": {"cpu": tools.images["cpu"]}},
     }
     file = STATE / "values.json"
     file.write_text(json.dumps(values))
@@ -326,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
     STATE.mkdir(exist_ok=True)
     shutil.rmtree(STATE / "logs", ignore_errors=True)
     started, numbers = time.monotonic(), iter(range(1, 100))
-    total = 8 if options.kubeconfig else 6
+    total = 7 if options.kubeconfig and not all(map(shutil.which, CLIENTS)) else 6
     current = ""
 
     def tick(title: str) -> Ticker:
@@ -337,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tools = given_cluster(tick, options.kubeconfig, options.image_repository) if options.kubeconfig else embedded_cluster(tick)
         with tick("install the chart") as ticker:
-            install_chart(tools, ticker, options.image_repository)
+            install_chart(tools, ticker)
         with tick(f"apply {EXAMPLE.relative_to(ROOT)}"):
             tools.run(tools.kubectl, "apply", "-f", str(EXAMPLE), log="apply")
         with tick("inspect, quantize, load") as ticker:

@@ -118,15 +118,24 @@ MODULES = (
         versioned="helm.sh/helm/v4",
     ),
     Module("kwok", {"kwok": "sigs.k8s.io/kwok/cmd/kwok"}, versioned="sigs.k8s.io/kwok"),
+    Module(
+        "registry",
+        {"registry": "."},
+        stamps=("github.com/distribution/distribution/v3/version.version={version}",),
+        versioned="github.com/distribution/distribution/v3",
+    ),
 )  # fmt: skip
 
 _API = frozenset({"keys", "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler"})
 _EVERYTHING = frozenset(name for module in MODULES for name in module.binaries)
+_NODE = _EVERYTHING - {"kwok", "registry"}
 SETS: dict[str, frozenset[str]] = {
     "client": frozenset({"kubectl", "helm"}),
     "api": _API,
     "test": _API | {"kwok"},
-    "node": _EVERYTHING - {"kwok"},
+    "node": _NODE,
+    "suite": _NODE | {"kwok"},
+    "rehearsal": _NODE | {"registry"},
     "all": _EVERYTHING,
 }
 
@@ -140,7 +149,7 @@ def find(name: str) -> Path:
     module = next(m for m in MODULES if name in m.binaries)
     path = module.folder / name
     if not path.exists():
-        smallest = next(title for title in ("api", "test", "node", "all") if name in SETS[title])
+        smallest = next(title for title in ("api", "test", "node", "rehearsal") if name in SETS[title])
         raise DevclusterError(f"{name} {module.version} is not built yet", f"Run: python -m gantline_devcluster build --set {smallest}")
     return path
 

@@ -17,7 +17,7 @@ from gantline_devcluster.client import ApiError
 from gantline_devcluster.control_plane import NODE
 from gantline_devcluster.errors import DevclusterError
 from gantline_devcluster.node.cluster import NodeCluster
-from gantline_devcluster.node.layout import DEFAULT_NAME
+from gantline_devcluster.node.layout import BUILT_IMAGES, DEFAULT_NAME
 
 EXIT_NOT_RUNNING = 3
 
@@ -45,10 +45,14 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     made = add("build", run_build, "compile Kubernetes and its parts into the cache (once for each version)")
-    sets = "client: kubectl and helm; api: no node; test: api and kwok; node: what `up` needs; all (default)"
+    sets = (
+        "client: kubectl and helm; api: no node; test: api and kwok; node: what `up` needs; suite: node and test; "
+        "rehearsal: node and a registry; all (default)"
+    )
     made.add_argument("--set", choices=sorted(SETS), default="all", help=sets)
     add("binaries", lambda _: print(collected()), "print the folder of the built binaries: kubectl, helm, ...")
-    add("up", run_up, "start the node, or find it running; returns when it is Ready and its DNS answers (root)")
+    up = add("up", run_up, "start the node, or find it running; returns when it is Ready and its DNS answers (root)")
+    up.add_argument(BUILT_IMAGES, action="store_true", help="no development images: a registry of the node takes what you build and push")
     add("down", run_down, "end the cluster and remove all that belongs to it")
     add("status", run_status, "what runs, what was restarted, what is exposed").add_argument("--json", action="store_true")
     logs = add("logs", run_logs, "print a component's log, or list the logs")
@@ -56,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     logs.add_argument("-f", "--follow", action="store_true")
     logs.add_argument("--tail", type=int, default=200, metavar="N", help="the last N lines (default: %(default)s)")
     add("kubeconfig", run_kubeconfig, "print the path of the administrator's kubeconfig")
+    add("registry", run_registry, "print the registry of a node that runs built images")
     simulate = add("simulate", run_simulate, "add simulated nodes")
     simulate.add_argument("profile", help=f"one of {', '.join(profiles.names())}, or a profile file")
     simulate.add_argument("--count", type=int, help="how many of each of the profile's groups")
@@ -78,7 +83,7 @@ def run_build(options: argparse.Namespace) -> None:
 def run_up(options: argparse.Namespace) -> None:
     started = time.monotonic()
     cluster = NodeCluster(options.name)
-    cluster.up(lambda line: tell(f"{line}, {time.monotonic() - started:.0f} s"))
+    cluster.up(lambda line: tell(f"{line}, {time.monotonic() - started:.0f} s"), built_images=options.built_images)
     tell(f"the node is ready, {time.monotonic() - started:.0f} s")
     print(f"export KUBECONFIG={cluster.kubeconfig}")
 
@@ -143,6 +148,13 @@ def run_kubeconfig(options: argparse.Namespace) -> None:
     if not cluster.supervisor():
         raise DevclusterError(f"the cluster {options.name!r} is not running", "Start it: python -m gantline_devcluster up")
     print(cluster.kubeconfig)
+
+
+def run_registry(options: argparse.Namespace) -> None:
+    registry = NodeCluster(options.name).registry
+    if not registry:
+        raise DevclusterError(f"the cluster {options.name!r} runs development images", f"Start another: --name NAME up {BUILT_IMAGES}")
+    print(registry)
 
 
 def run_simulate(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def test_every_binary_of_every_set_belongs_to_one_module() -> None:
     assert SETS["all"] == set(owners)
     assert all(wanted <= SETS["all"] for wanted in SETS.values())
     assert "kwok" not in SETS["node"] | SETS["api"] and "kwok" in SETS["test"]
+    assert SETS["rehearsal"] - SETS["node"] == SETS["all"] - SETS["suite"] == {"registry"}, "the suite builds no registry"
 
 
 def test_modules_are_pinned_and_name_no_download_host() -> None:
@@ -256,7 +258,7 @@ def test_a_fates_policy_quotes_any_message() -> None:
 
 
 def test_the_archive_is_an_oci_layout_whose_digests_hold_and_the_same_bytes_each_time(tmp_path: Path) -> None:
-    made = images.development_images(b"pause program")
+    made = [images.pause_image(b"pause program"), *images.development_images()]
     images.write_archive(tmp_path / "a.tar", made)
     images.write_archive(tmp_path / "b.tar", made)
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
@@ -394,6 +396,21 @@ def test_a_volume_is_reserved_for_its_claim_and_tied_to_its_node() -> None:
     assert provisioner.is_abandoned({**volume, "status": {"phase": "Released"}})
     kept = {**volume, "spec": {**volume["spec"], "persistentVolumeReclaimPolicy": "Retain"}, "status": {"phase": "Released"}}
     assert not provisioner.is_abandoned(kept)
+
+
+@pytest.mark.parametrize("spec", [None, Path("/runs/dev/spec.json")])
+def test_containers_get_something_of_the_machine_only_by_a_base_specification(spec: Path | None) -> None:
+    text = config.containerd(Run("x"), Path("/cni"), "/usr/sbin/runc", "overlayfs", base_spec=spec)
+    runtime = tomllib.loads(text)["plugins"]["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"]["runc"]
+    assert runtime.get("base_runtime_spec") == (str(spec) if spec else None)
+    assert runtime["options"]["BinaryName"] == "/usr/sbin/runc"
+
+
+def test_the_node_pulls_from_its_own_address_what_the_host_pushed_to_a_loopback_port() -> None:
+    host = tomllib.loads(config.registry_host())
+    ((address, settings),) = host["host"].items()
+    assert address == host["server"] == f"http://{config.registry(Run('x'))['http']['addr']}"
+    assert settings == {"capabilities": ["pull", "resolve"]}, "nothing is pushed from the node"
 
 
 # --- what a person is told --------------------------------------------------------------------------------------------------------------

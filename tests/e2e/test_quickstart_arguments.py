@@ -55,3 +55,41 @@ def test_a_failed_phase_names_itself_its_cause_and_its_log(quickstart: ModuleTyp
     with pytest.raises(quickstart.PhaseFailed, match="no such thing") as failure:
         quickstart.run(["bash", "-c", "echo trying; echo no such thing; exit 3"], log="try")
     assert failure.value.log and failure.value.log.read_text() == "trying\nno such thing\n"
+
+
+@pytest.mark.parametrize(
+    ("installed", "chosen", "says"),
+    [
+        ({"docker": 1, "podman": 0, "buildah": 0}, "podman", ""),
+        ({"buildah": 0}, "buildah", ""),
+        ({"docker": 1}, "", "docker cannot build: `docker info` says why"),
+        ({}, "", "none of docker, podman and buildah is installed"),
+    ],
+)
+def test_images_are_built_by_the_first_builder_that_works(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, int], chosen: str, says: str
+) -> None:
+    for name, code in installed.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if chosen:
+        assert quickstart.find_builder() == chosen
+    else:
+        with pytest.raises(quickstart.PhaseFailed, match=says):
+            quickstart.find_builder()
+
+
+def test_an_image_is_named_by_its_content_so_that_changed_code_is_pulled(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "buildah").write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\n[ $1 != images ] || echo sha256:0123456789abcdef\n")
+    (tmp_path / "buildah").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(quickstart, "STATE", tmp_path)
+    ticker = quickstart.Ticker(1, 1, "build")
+    image = quickstart.build_image("buildah", "operator", "registry.example/g", ticker)
+    assert image == f"registry.example/g/operator:{quickstart.version()}-0123456789ab"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "--format docker" in calls[0] and "--layers" in calls[0], "OCI's format has no health check"
+    assert calls[-1] == f"push {image}"

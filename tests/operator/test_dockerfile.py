@@ -10,9 +10,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from gantline_kernels import triton_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
+CODE = "COPY --from=code /opt/gantline/venv venv"
 TARGETS = ("operator", "runtime", "runtime-cpu")
 
 Instruction = tuple[str, str]
@@ -35,9 +37,14 @@ def read_stages() -> dict[str, tuple[str, list[Instruction]]]:
 
 
 def chain(target: str) -> list[Instruction]:
-    """All instructions that make `target`, from the outermost base on."""
-    base, instructions = read_stages()[target]
-    return (chain(base) if base in read_stages() else []) + instructions
+    """All instructions that make `target`, from the outermost base on, those of the stages that it takes its environment from included."""
+    stages = read_stages()
+    base, instructions = stages[target]
+    below = chain(base) if base in stages else []
+    for keyword, rest in instructions:
+        if keyword == "COPY" and rest.startswith("--from=torch-for-cpus"):
+            below += stages["torch-for-cpus"][1]
+    return below + instructions
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -69,10 +76,15 @@ def test_an_image_runs_without_rights_and_says_whether_it_is_well(target: str) -
 def test_dependencies_are_a_layer_below_the_code(target: str) -> None:
     instructions = [f"{keyword} {rest}" for keyword, rest in chain(target)]
     dependencies = max(i for i, line in enumerate(instructions) if "--requirement" in line)
-    code = [i for i, line in enumerate(instructions) if "/dist/*.whl" in line]
-    assert len(code) == 1 and dependencies < code[0]
+    assert instructions.count(CODE) == 1 and dependencies < instructions.index(CODE)
     copied = [line.split()[1] for line in instructions[: dependencies + 1] if line.startswith("COPY")]
-    assert all(name.startswith("requirements/") for name in copied), "a change of code would install all dependencies anew"
+    below = ("requirements/", "scripts/leave_out_cuda.py", "--from=torch-for-cpus")
+    assert all(name.startswith(below) for name in copied), "a change of code would install all dependencies anew"
+
+
+def test_no_step_mounts_another_stage() -> None:
+    """buildah takes such a step from its cache although that stage has changed: yesterday's code would be in today's image."""
+    assert not [rest for _, instructions in read_stages().values() for _, rest in instructions if "from=" in rest and "--mount" in rest]
 
 
 def test_the_operator_installs_no_more_than_its_own_pins() -> None:
@@ -81,11 +93,15 @@ def test_the_operator_installs_no_more_than_its_own_pins() -> None:
 
 
 def test_the_small_runtime_leaves_out_what_belongs_to_gpus() -> None:
-    pattern = next(m[1] for m in [re.search(r"grep -vE '([^']+)'", rest) for _, rest in chain("runtime-cpu")] if m)
+    install = next(rest for _, rest in chain("runtime-cpu") if "TORCH_CPU_INDEX" in rest and "grep" in rest)
+    named, default = install.split("else")
     pins = (ROOT / "requirements/runtime.txt").read_text().splitlines()
-    kept = {line.split("==")[0] for line in pins if not re.match(pattern, line)}
-    assert {"transformers", "starlette", "safetensors"} <= kept
-    assert not {name for name in kept if name.startswith(("nvidia-", "cuda-", "triton", "torch"))}
+    for command, without in ((named, ("nvidia-", "cuda-", "triton", "torch")), (default, ("cuda-", "triton"))):
+        pattern = next(m[1] for m in re.finditer(r"grep -vE '([^']+)'", command))
+        kept = {line.split("==")[0] for line in pins if not re.match(pattern, line)}
+        assert {"transformers", "starlette", "safetensors"} <= kept
+        assert not {name for name in kept if name.startswith(without)}
+    assert "leave_out_cuda.py" in default
 
 
 def test_dependencies_come_from_the_pinned_files_alone() -> None:
@@ -107,7 +123,7 @@ def test_the_build_sees_exactly_what_is_copied() -> None:
 
 
 def test_the_wheel_that_images_install_carries_every_file_of_every_package(tmp_path: Path) -> None:
-    sources = [rest.split()[:-1] for keyword, rest in read_stages()["wheel"][1] if keyword == "COPY" and "requirements" not in rest]
+    sources = [rest.split()[:-1] for keyword, rest in read_stages()["code"][1] if keyword == "COPY" and "requirements" not in rest]
     for name in (name for names in sources for name in names):
         kind = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -126,13 +142,26 @@ def test_the_runtime_carries_the_compiled_kernels_where_it_looks_for_them() -> N
     instructions = chain("runtime")
     assert ("COPY", f"--from=kernels {built} ./") in instructions
     environment = next(rest for keyword, rest in instructions if keyword == "ENV" and "GANTLINE_KERNELS_LIBRARY" in rest)
-    assert f"GANTLINE_KERNELS_LIBRARY=/opt/gantline/{Path(built).name}" in environment
+    assert f"GANTLINE_KERNELS_LIBRARY=/opt/gantline/{Path(built).name}" in environment.split()
     assert 'environ.get("GANTLINE_KERNELS_LIBRARY")' in (ROOT / "kernels/gantline_kernels/library.py").read_text()
     assert not [rest for _, rest in chain("runtime-cpu") if "kernels" in rest]
 
 
-def test_the_small_model_lies_where_the_examples_and_the_chart_look_for_it() -> None:
+def test_no_image_carries_a_compiler_and_tritons_launcher_is_built_beforehand() -> None:
     for target in TARGETS:
+        base, instructions = read_stages()[target]
+        while base in read_stages():
+            base, below = read_stages()[base]
+            instructions = below + instructions
+        assert not [rest for keyword, rest in instructions if keyword == "RUN" and "apt-get" in rest], target
+    made = next(rest for keyword, rest in chain("triton-launcher") if keyword == "RUN" and "--output" in rest).split("--output ")[1]
+    assert ("COPY", f"--from=triton-launcher {made} {Path(made).name}") in chain("runtime")
+    environment = next(rest for keyword, rest in chain("runtime") if keyword == "ENV" and triton_launcher.VARIABLE in rest)
+    assert f"{triton_launcher.VARIABLE}=/opt/gantline/{Path(made).name}" in environment.split()
+
+
+def test_the_small_model_lies_where_the_examples_and_the_chart_look_for_it() -> None:
+    for target in ("runtime", "runtime-cpu"):
         assert ("COPY", "examples/tiny-model tiny-model") in chain(target)
         assert [rest for keyword, rest in chain(target) if keyword == "WORKDIR"][-1] == "/opt/gantline"
     assert "file:///opt/gantline/tiny-model" in (ROOT / "examples/quickstart.yaml").read_text()

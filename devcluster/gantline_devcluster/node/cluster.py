@@ -23,7 +23,7 @@ from gantline_devcluster.build import build
 from gantline_devcluster.client import Client
 from gantline_devcluster.errors import DevclusterError
 from gantline_devcluster.node import cgroups, linux
-from gantline_devcluster.node.layout import DEFAULT_NAME, Run
+from gantline_devcluster.node.layout import BUILT_IMAGES, DEFAULT_NAME, Run
 from gantline_devcluster.node.requirements import require_node, require_packages
 from gantline_devcluster.processes import tail
 
@@ -50,17 +50,22 @@ class NodeCluster:
         self._require_running()
         return Client(self.kubeconfig)
 
-    def up(self, tell: Tell = print) -> None:
-        """Bring the node up, or find that it is; returns when it is Ready and its DNS answers. Raises DevclusterError, NotPossibleHere."""
+    def up(self, tell: Tell = print, *, built_images: bool = False) -> None:
+        """Bring the node up, or find that it is; returns when it is Ready and its DNS answers. Raises DevclusterError, NotPossibleHere.
+
+        With `built_images` there are no development images, and containers get nothing of this machine: the node has a registry of its
+        own (`registry`), and runs what is pushed there.
+        """
         require_node()
         require_packages(tell)
-        build(SETS["node"], tell)
+        build(SETS["rehearsal" if built_images else "node"], tell)
         with self._exclusively():
             if self.supervisor() and self.state().get("phase") != "failed":
                 self._wait_until_ready(tell)
+                self._require_images(built_images)
                 return
             self._clean()
-            self._start_supervisor()
+            self._start_supervisor(built_images)
             self._wait_until_ready(tell)
 
     def down(self) -> list[str]:
@@ -76,6 +81,12 @@ class NodeCluster:
         with contextlib.suppress(OSError):
             self.run.folder.parent.rmdir()  # only if no other run is there
         return left
+
+    @property
+    def registry(self) -> str:
+        """`localhost:PORT` of the node's registry, over plain HTTP; "" where the node runs development images."""
+        self._require_running()
+        return str(self.state().get("registry", ""))
 
     def supervisor(self) -> int:
         """The process id of the living supervisor, 0 where there is none."""
@@ -148,10 +159,16 @@ class NodeCluster:
         finally:
             os.close(descriptor)
 
-    def _start_supervisor(self) -> None:
+    def _require_images(self, built: bool) -> None:
+        if bool(self.registry) != built:
+            runs = "built" if self.registry else "development"
+            raise DevclusterError(f"the cluster {self.run.name!r} runs {runs} images", "Use another --name, or `down` first")
+
+    def _start_supervisor(self, built_images: bool) -> None:
         self.run.logs.mkdir(parents=True, exist_ok=True)
         self.run.folder.chmod(0o711)  # a sudo user's own kubectl reaches the kubeconfig, nothing else
         command = [sys.executable, "-m", "gantline_devcluster.node.supervisor", self.run.name]
+        command += [BUILT_IMAGES] if built_images else []
         with (self.run.logs / "supervisor.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
 

@@ -8,13 +8,17 @@ from typing import Any
 
 from gantline_devcluster.control_plane import NODE
 from gantline_devcluster.node.images import PAUSE_IMAGE
-from gantline_devcluster.node.layout import DNS_DOMAIN, DNS_SERVICE, NODE_ADDRESS, POD_CIDR, Run
+from gantline_devcluster.node.layout import DNS_DOMAIN, DNS_SERVICE, NODE_ADDRESS, POD_CIDR, REGISTRY_PORT, Run
 
 PROVISIONER = "gantline.io/directory"
 
 
-def containerd(run: Run, cni_binaries: Path, runc: str, snapshotter: str) -> str:
-    """containerd's TOML. Strings are quoted as JSON, which TOML's basic strings contain."""
+def containerd(run: Run, cni_binaries: Path, runc: str, snapshotter: str, *, base_spec: Path | None) -> str:
+    """containerd's TOML. Strings are quoted as JSON, which TOML's basic strings contain.
+
+    Every container starts from the OCI specification in `base_spec`; None is containerd's own, with nothing of this machine in it.
+    """
+    base = f"\n    base_runtime_spec = {json.dumps(str(base_spec))}" if base_spec else ""
 
     def quoted(value: Path | str) -> str:
         return json.dumps(str(value))
@@ -27,6 +31,8 @@ disabled_plugins = ["io.containerd.tracing.processor.v1.otlp", "io.containerd.in
   address = {quoted(run.containerd_socket)}
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = {quoted(snapshotter)}
+[plugins.'io.containerd.cri.v1.images'.registry]
+  config_path = {quoted(run.folder / "registries")}
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
   sandbox = {quoted(PAUSE_IMAGE)}
 [plugins.'io.containerd.cri.v1.runtime']
@@ -35,8 +41,7 @@ disabled_plugins = ["io.containerd.tracing.processor.v1.otlp", "io.containerd.in
     bin_dirs = [{quoted(cni_binaries)}]
     conf_dir = {quoted(run.folder / "cni")}
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
-    runtime_type = "io.containerd.runc.v2"
-    base_runtime_spec = {quoted(run.folder / "spec.json")}
+    runtime_type = "io.containerd.runc.v2"{base}
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
       BinaryName = {quoted(runc)}
 """
@@ -45,6 +50,22 @@ disabled_plugins = ["io.containerd.tracing.processor.v1.otlp", "io.containerd.in
 def runtime_spec(default: dict[str, Any], mounts: list[dict[str, Any]]) -> dict[str, Any]:
     """containerd's own default OCI spec with the environment's mounts first, so that a pod's mounts come after and win."""
     return {**default, "mounts": [*default["mounts"], *mounts]}
+
+
+def registry(run: Run) -> dict[str, Any]:
+    """The image registry's configuration: plain HTTP on the node's own address, which only the node and its relays reach."""
+    return {
+        "version": 0.1,
+        "log": {"level": "warn", "accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(run.images)}},
+        "http": {"addr": f"{NODE_ADDRESS}:{REGISTRY_PORT}", "secret": "one registry, one process"},
+    }
+
+
+def registry_host() -> str:
+    """containerd's hosts.toml for the name under which the host pushes: the same images are pulled from the node's own address."""
+    address = json.dumps(f"http://{NODE_ADDRESS}:{REGISTRY_PORT}")
+    return f'server = {address}\n[host.{address}]\n  capabilities = ["pull", "resolve"]\n'
 
 
 def cni(run: Run) -> dict[str, Any]:

@@ -55,8 +55,13 @@ def source_tree() -> Path:
     return Path(__file__).resolve().parents[3]
 
 
-def development_images(pause: bytes) -> list[Image]:
-    """The three images of a node. `pause` is the static program that holds a pod's namespaces."""
+def pause_image(pause: bytes) -> Image:
+    """What every node needs. `pause` is the static program that holds a pod's namespaces."""
+    return Image(PAUSE_IMAGE, ("/pause",), (*root_filesystem(), Entry("pause", pause)), user="65535:65535")
+
+
+def development_images() -> list[Image]:
+    """The operator's and the runtime's: nothing without `environment_mounts`."""
     root = (*root_filesystem(), *(Entry(f"opt/gantline/bin/{name}", script(module)) for name, module in ENTRY_POINTS.items()))
     root += (Entry("opt/gantline/tiny-model", link="source/examples/tiny-model"),)
     environment = {
@@ -68,7 +73,6 @@ def development_images(pause: bytes) -> list[Image]:
     return [
         Image(OPERATOR_IMAGE, ("gantline-operator",), root, environment=environment),
         Image(RUNTIME_IMAGE, ("gantline",), root, environment=environment),
-        Image(PAUSE_IMAGE, ("/pause",), (*root_filesystem(), Entry("pause", pause)), user="65535:65535"),
     ]
 
 

@@ -11,9 +11,11 @@ from gantline_devcluster.errors import DevclusterError
 
 NODE_ADDRESS, NODE_NETWORK = "10.77.0.2", "10.77.0.0/24"
 API_PORT = 6443
+REGISTRY_PORT = 5000
 POD_CIDR = "10.88.0.0/16"
 DNS_SERVICE, DNS_DOMAIN = "10.96.0.10", "cluster.local"
 DEFAULT_NAME = "dev"
+BUILT_IMAGES = "--built-images"
 _LONGEST_FOLDER = 60  # a unix socket's path has at most 107 bytes, and containerd's lies 30 below the run's folder
 
 
@@ -62,6 +64,11 @@ class Run:
     @property
     def containerd_socket(self) -> Path:
         return self.folder / "containerd.sock"
+
+    @property
+    def images(self) -> Path:
+        """What was pushed to the node's registry."""
+        return self.folder / "registry"
 
     @property
     def volumes(self) -> Path:

@@ -29,8 +29,8 @@ from gantline_devcluster.client import ApiError, Client
 from gantline_devcluster.control_plane import KUBERNETES_SERVICE, NODE, ControlPlane, write_private
 from gantline_devcluster.errors import DevclusterError
 from gantline_devcluster.node import config, dns
-from gantline_devcluster.node.images import development_images, environment_mounts, write_archive
-from gantline_devcluster.node.layout import API_PORT, DNS_DOMAIN, DNS_SERVICE, NODE_ADDRESS, POD_CIDR, Run
+from gantline_devcluster.node.images import development_images, environment_mounts, pause_image, write_archive
+from gantline_devcluster.node.layout import API_PORT, BUILT_IMAGES, DNS_DOMAIN, DNS_SERVICE, NODE_ADDRESS, POD_CIDR, REGISTRY_PORT, Run
 from gantline_devcluster.node.relay import Relays
 from gantline_devcluster.node.requirements import SYSTEM_PATH
 from gantline_devcluster.processes import Component, Keeper, tail
@@ -56,8 +56,11 @@ log = logging.getLogger("supervisor")
 
 
 class Supervisor:
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, built_images: bool = False) -> None:
+        """With `built_images` containers get nothing of this machine, and a registry takes the images that they run."""
         self.run = run
+        self.built_images = built_images
+        self.registry_port = free_port() if built_images else 0
         self.plane = ControlPlane(run.folder, NODE_ADDRESS, API_PORT)
         self.api_port = free_port()
         self.exposed: dict[int, str] = {}
@@ -79,15 +82,28 @@ class Supervisor:
         self._write("kubelet.json", json.dumps(config.kubelet(self.run, measures_disk=kind not in UNMEASURED), indent=1))
         self._write("cni/10-pods.conflist", json.dumps(config.cni(self.run), indent=1))
         runc = shutil.which("runc", path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}") or "runc"
-        self._write(
-            "containerd.toml", config.containerd(self.run, find("ptp").parent, runc, "native" if kind == "overlayfs" else "overlayfs")
-        )
-        default = json.loads(subprocess.run([str(find("ctr")), "oci", "spec"], capture_output=True, check=True).stdout)
-        self._write("spec.json", json.dumps(config.runtime_spec(default, environment_mounts())))
-        write_archive(folder / "images.tar", development_images(find("pause").read_bytes()))
+        spec = None if self.built_images else self._write_development_spec()
+        snapshotter = "native" if kind == "overlayfs" else "overlayfs"
+        self._write("containerd.toml", config.containerd(self.run, find("ptp").parent, runc, snapshotter, base_spec=spec))
+        images = [] if self.built_images else development_images()
+        write_archive(folder / "images.tar", [pause_image(find("pause").read_bytes()), *images])
+        if self.built_images:
+            self._write("registry.json", json.dumps(config.registry(self.run)))
+            (folder / "registries" / self.registry).mkdir(parents=True)
+            self._write(f"registries/{self.registry}/hosts.toml", config.registry_host())
         url = f"https://127.0.0.1:{self.api_port}"
         self.plane.write_kubeconfig(self.run.kubeconfig, self.plane.tokens["admin"], "admin", url=url)
         self._give_to_user(self.run.kubeconfig)
+
+    @property
+    def registry(self) -> str:
+        """The registry's name, for the host and the node alike; "" where there is none."""
+        return f"localhost:{self.registry_port}" if self.registry_port else ""
+
+    def _write_development_spec(self) -> Path:
+        default = json.loads(subprocess.run([str(find("ctr")), "oci", "spec"], capture_output=True, check=True).stdout)
+        self._write("spec.json", json.dumps(config.runtime_spec(default, environment_mounts())))
+        return self.run.folder / "spec.json"
 
     def start_keeper(self) -> None:
         """Must run in the main thread: the node ends with the thread that starts it."""
@@ -144,7 +160,10 @@ class Supervisor:
         for path, document in config.bootstrap_objects():
             await asyncio.to_thread(client.apply, path, document)
         self._start_node(environment)
-        self._warm_bytecode()
+        if self.built_images:
+            await self._start_registry(environment)
+        else:
+            self._warm_bytecode()
         self._enter("waiting for the node")
         await self._until(lambda: self._node_ready(client))
         self._enter("waiting for DNS")
@@ -172,6 +191,11 @@ class Supervisor:
         self._start("coredns", [find("coredns"), "-conf", folder / "Corefile"], environment)
         provisioner = [sys.executable, "-m", "gantline_devcluster.node.provisioner", folder / "provisioner.kubeconfig", self.run.volumes]
         self._start("provisioner", provisioner, environment)
+
+    async def _start_registry(self, environment: dict[str, str]) -> None:
+        quiet = {"OTEL_TRACES_EXPORTER": "none"}
+        self._start("registry", [find("registry"), "serve", self.run.folder / "registry.json"], environment | quiet)
+        await self.relays.open(self.registry_port, _fixed(NODE_ADDRESS, REGISTRY_PORT))
 
     def _import_images(self) -> None:
         """Into containerd's namespace of Kubernetes; retried until containerd listens."""
@@ -301,7 +325,7 @@ class Supervisor:
         }
         return {
             "phase": self.phase, "error": self.error, "pid": os.getpid(), "started": self.started, "api_port": self.api_port,
-            "exposed": {str(port): service for port, service in self.exposed.items()}, "components": components,
+            "registry": self.registry, "exposed": {str(port): service for port, service in self.exposed.items()}, "components": components,
         }  # fmt: skip
 
     def write_state(self) -> None:
@@ -355,14 +379,14 @@ def _fixed(address: str, port: int) -> Any:
 
 
 def main() -> int:
-    run = Run(sys.argv[1])
+    run, built_images = Run(sys.argv[1]), BUILT_IMAGES in sys.argv[2:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     lock = run.lock.open("a+")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    supervisor = Supervisor(run)
+    supervisor = Supervisor(run, built_images=built_images)
     try:
         supervisor.prepare()
         supervisor.start_keeper()
