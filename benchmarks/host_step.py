@@ -48,7 +48,7 @@ class FreeExecutor:
         self._table = SamplingTable(self.limits.max_slots)
         self._buffer = np.zeros(self.limits.max_words, dtype=np.int32)
 
-    def launch(self, step: Step, cache: CacheManager) -> Any:
+    def launch(self, step: Step, cache: CacheManager, masks: Any = None) -> Any:
         shape = pack_batch(self._buffer, step, tables=cache.tables, updates=cache.take_table_updates(), block_size=cache.block_size)
         self._table.batch(step, num_rows=shape.num_samples)
         return np.ones(len(step.samples), dtype=np.int64)

@@ -35,6 +35,7 @@ __all__ = [
     "awq_dequantize",
     "awq_linear",
     "linear",
+    "mask_tokens",
     "paged_attention",
     "rms_norm",
     "rope_and_cache_write",
@@ -228,6 +229,18 @@ def argmax(logits: torch.Tensor, *, backend: str) -> torch.Tensor:
     """Index of the largest of each row of logits [S, V] (the first of equals) -> int64 [S]."""
     _require(logits.dim() == 2 and logits.shape[1] > 0, f"argmax: logits are {list(logits.shape)}, expected [S, V]")
     return _implementation(backend).argmax(logits)
+
+
+def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor, *, backend: str) -> None:
+    """Sets, in place, what a mask forbids to -inf: in row rows[i] of logits [S, V] the tokens whose bit in allowed[i] is 0.
+
+    rows int64 [M], each at most once; allowed int32 [M, ceil(V / 32)], token t being bit t % 32 of word t // 32. Other rows stay.
+    """
+    _require(logits.dim() == 2 and logits.stride(1) == 1, f"mask_tokens: logits are {list(logits.shape)}, expected [S, V], rows contiguous")
+    shape = (len(rows), -(-logits.shape[1] // 32))
+    _require(allowed.shape == shape and allowed.is_contiguous(), f"mask_tokens: allowed is {list(allowed.shape)}, expected {list(shape)}")
+    _require(allowed.dtype == torch.int32 and rows.dtype == torch.int64, "mask_tokens: rows must be int64 and allowed int32")
+    _implementation(backend).mask_tokens(logits, rows, allowed)
 
 
 def sample(

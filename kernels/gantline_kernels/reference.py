@@ -19,6 +19,7 @@ __all__ = [
     "awq_linear",
     "kept_probabilities",
     "linear",
+    "mask_tokens",
     "paged_attention",
     "rms_norm",
     "rope_and_cache_write",
@@ -165,6 +166,13 @@ def awq_linear(
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().argmax(dim=-1)
+
+
+def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor) -> None:
+    for row, words in zip(rows.tolist(), allowed.tolist(), strict=True):
+        for token in range(logits.shape[1]):
+            if not words[token // 32] >> token % 32 & 1:
+                logits[row, token] = -torch.inf
 
 
 def kept_probabilities(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:

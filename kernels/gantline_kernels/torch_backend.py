@@ -20,6 +20,7 @@ __all__ = [
     "awq_dequantize",
     "awq_linear",
     "linear",
+    "mask_tokens",
     "paged_attention",
     "rms_norm",
     "rope_and_cache_write",
@@ -279,6 +280,11 @@ def awq_linear(
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1)
+
+
+def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor) -> None:
+    bits = (allowed.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=allowed.device)) & 1
+    logits[rows] = logits[rows].masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def sample(

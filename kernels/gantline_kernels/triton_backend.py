@@ -10,6 +10,7 @@ from gantline_kernels.triton_kernels.awq import awq_dequantize, awq_linear
 from gantline_kernels.triton_kernels.decode import decode_attention
 from gantline_kernels.triton_kernels.elementwise import add_rms_norm, rms_norm, silu_and_mul
 from gantline_kernels.triton_kernels.linear import has_one_row_linear, one_row_linear
+from gantline_kernels.triton_kernels.masking import mask_tokens
 from gantline_kernels.triton_kernels.prefill import prefill_attention
 from gantline_kernels.triton_kernels.rope import rope_and_cache_write
 from gantline_kernels.triton_kernels.sampling import argmax, sample
@@ -20,6 +21,7 @@ __all__ = [
     "awq_dequantize",
     "awq_linear",
     "linear",
+    "mask_tokens",
     "paged_attention",
     "rms_norm",
     "rope_and_cache_write",

@@ -3,8 +3,9 @@
     add_request -> Scheduler.schedule -> Executor.launch ..device works.. PendingTokens.read -> Scheduler.postprocess -> TokenOutput
 
 On a GPU the loop runs one step ahead: step n+1 is scheduled and launched before the tokens of step n are read, so the host's work hides
-behind the device's. On a CPU, which would only compute tokens that nobody wants, it reads each step before it schedules the next; the
-code is the same, with another depth.
+behind the device's. Where a grammar constrains a row, only sampling waits: step n+1's forward pass is launched, then step n's tokens are
+read and the masks written while it runs, then sampling is launched. On a CPU, which would only compute tokens that nobody wants, the loop
+reads each step before it schedules the next; the code is the same, with another depth.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.executor import Executor, MemoryReport
 from gantline_runtime.generation import read_eos_token_ids
+from gantline_runtime.grammar.requests import Grammars
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
 from gantline_runtime.messages import EngineRequest, TokenOutput
 from gantline_runtime.model_runner import PendingTokens, StepResult
 from gantline_runtime.request import QueueFull, RequestRejected, Sequence
+from gantline_runtime.sampling import TokenMask
 from gantline_runtime.scheduler import Scheduler, Step
 
 __all__ = ["EngineLoop", "EngineStats", "LLMEngine", "Progress", "QueueFull", "RequestRejected", "StepTimes"]
+
+
+_IDLE_S = 0.005
+"""How long a step with nothing else to do waits for a grammar to be compiled: messages are read in between."""
 
 
 @dataclass
@@ -41,6 +48,8 @@ class StepTimes:
     """Building and sending the batch; on a CPU the computation itself."""
     wait_s: float = 0.0
     """Waiting for the device."""
+    mask_s: float = 0.0
+    """Writing the masks of grammars, while the device runs the forward pass."""
     postprocess_s: float = 0.0
 
 
@@ -95,7 +104,9 @@ class StepExecutor(Protocol):
     @property
     def failed(self) -> bool: ...
 
-    def launch(self, step: Step, cache: CacheManager) -> PendingTokens: ...
+    def launch(self, step: Step, cache: CacheManager, masks: Callable[[], TokenMask | None] | None = None) -> PendingTokens:
+        """`masks` is called between the launches of the forward pass and of sampling; it may read earlier steps."""
+        ...
 
     def read(self, pending: PendingTokens) -> StepResult: ...
 
@@ -107,7 +118,16 @@ class StepExecutor(Protocol):
 class EngineLoop:
     """Requests in, tokens out, over any executor. Not thread-safe: one thread adds, steps and aborts."""
 
-    def __init__(self, executor: StepExecutor, *, vocab_size: int, eos_token_ids: Seq[int], load_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        executor: StepExecutor,
+        *,
+        vocab_size: int,
+        eos_token_ids: Seq[int],
+        load_seconds: float = 0.0,
+        grammars: Grammars | None = None,
+    ) -> None:
+        """`grammars` None: requests with a grammar are refused."""
         config = executor.config
         assert config.session_len is not None
         self.config = config
@@ -126,6 +146,7 @@ class EngineLoop:
         self._scheduler = Scheduler(
             self._cache, max_running=config.max_batch_size, max_waiting=config.max_waiting, max_tokens=config.max_prefill_token_num
         )
+        self._grammars = grammars
         self._in_flight: deque[tuple[Step, PendingTokens]] = deque()
         self._arrivals = 0
         self._counters = _Counters()
@@ -135,6 +156,8 @@ class EngineLoop:
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestRejected if it can never run, QueueFull if too many wait."""
         self._check(request)
+        if request.grammar and self._grammars is None:
+            raise RequestRejected("this engine follows no grammars")
         sequence = Sequence(
             request,
             arrival=self._arrivals,
@@ -143,6 +166,8 @@ class EngineLoop:
             vocab_size=self._vocab_size,
         )
         self._scheduler.add(sequence)
+        if self._grammars is not None and request.grammar:
+            self._grammars.add(sequence)
         self._arrivals += 1
         self._counters.prompt_tokens += sequence.prompt_len
 
@@ -166,6 +191,8 @@ class EngineLoop:
 
     def abort(self, request_id: str) -> bool:
         """End a request early; no output follows. False if there is none of that name. Its blocks are free after at most one more step."""
+        if self._grammars is not None:
+            self._grammars.drop(request_id)
         return self._scheduler.abort(request_id)
 
     def has_work(self) -> bool:
@@ -181,17 +208,43 @@ class EngineLoop:
         """
         self._executor.check()
         clock, times = time.perf_counter, self._counters.times
+        outputs = self._take_grammars() if self._grammars is not None and self._grammars.num_compiling else []
         t0 = clock()
         step = self._scheduler.schedule()
-        t1 = clock()
-        times.schedule_s += t1 - t0
+        times.schedule_s += clock() - t0
         if step is not None:
-            self._in_flight.append((step, self._executor.launch(step, self._cache)))
+            self._launch(step, outputs)
             self._counters.steps += 1
-            times.launch_s += clock() - t1
-        if not self._in_flight or (step is not None and len(self._in_flight) <= self._executor.depth):
-            return []
-        return self._take_results(*self._in_flight.popleft())
+        elif self._grammars is not None and not self._in_flight:
+            self._grammars.wait(_IDLE_S)
+        if self._in_flight and (step is None or len(self._in_flight) > self._executor.depth):
+            outputs += self._take_results(*self._in_flight.popleft())
+        return outputs
+
+    def _launch(self, step: Step, outputs: list[TokenOutput]) -> None:
+        """Launch a step; results of earlier ones, taken since its masks need them, go to `outputs`."""
+        clock, times = time.perf_counter, self._counters.times
+        started, elsewhere = clock(), times.wait_s + times.postprocess_s + times.mask_s
+        constrained = [row for row, sequence in enumerate(step.samples) if sequence.matcher is not None]
+        pending = self._executor.launch(step, self._cache, (lambda: self._masks(step, constrained, outputs)) if constrained else None)
+        self._in_flight.append((step, pending))
+        times.launch_s += clock() - started - (times.wait_s + times.postprocess_s + times.mask_s - elsewhere)
+
+    def _masks(self, step: Step, rows: list[int], outputs: list[TokenOutput]) -> TokenMask | None:
+        """Masks of a step whose forward pass runs: what follows the tokens of the steps before, which are taken first."""
+        while self._in_flight:
+            outputs += self._take_results(*self._in_flight.popleft())
+        started = time.perf_counter()
+        running = [row for row in rows if step.samples[row].finish_reason is None]  # of the others the token is dropped
+        assert self._grammars is not None
+        mask = self._grammars.masks(running, [step.samples[row] for row in running])
+        self._counters.times.mask_s += time.perf_counter() - started
+        return mask
+
+    def _take_grammars(self) -> list[TokenOutput]:
+        """Let requests run whose grammar is compiled by now; end those whose grammar cannot be."""
+        assert self._grammars is not None
+        return [self._scheduler.fail(request_id, error, code) for request_id, error, code in self._grammars.take()]
 
     def _take_results(self, step: Step, pending: PendingTokens) -> list[TokenOutput]:
         clock, counters = time.perf_counter, self._counters
@@ -239,6 +292,8 @@ class EngineLoop:
 
     def close(self) -> None:
         """End the other ranks and give up the model's memory; the engine cannot be used afterwards."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._in_flight.clear()
         self._executor.close()
 
@@ -256,4 +311,12 @@ class LLMEngine(EngineLoop):
         eos_token_ids = read_eos_token_ids(checkpoint)
         executor = Executor(Path(model_dir), checkpoint, config, on_progress)
         load_seconds = time.monotonic() - started
-        super().__init__(executor, vocab_size=checkpoint.shape.vocab_size, eos_token_ids=eos_token_ids, load_seconds=load_seconds)
+        vocab_size = checkpoint.shape.vocab_size
+        grammars = Grammars(
+            Path(model_dir),
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            max_rows=executor.limits.max_slots,
+            pinned=executor.config.device == "cuda",
+        )
+        super().__init__(executor, vocab_size=vocab_size, eos_token_ids=eos_token_ids, load_seconds=load_seconds, grammars=grammars)

@@ -26,7 +26,7 @@ from gantline_runtime.memory import allocated_bytes, available_cpus, context_byt
 from gantline_runtime.model_runner import ModelRunner, PendingTokens, StepResult
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prompt_reads import build_read_batch
-from gantline_runtime.sampling import SamplingTable
+from gantline_runtime.sampling import SamplingTable, TokenMask
 from gantline_runtime.scheduler import Step
 
 __all__ = ["Executor", "MemoryReport"]
@@ -143,8 +143,8 @@ class Executor:
 
     # ---- steps
 
-    def launch(self, step: Step, cache: CacheManager) -> PendingTokens:
-        """Start a step on all ranks."""
+    def launch(self, step: Step, cache: CacheManager, masks: Callable[[], TokenMask | None] | None = None) -> PendingTokens:
+        """Start a step on all ranks. `masks` is called when the forward pass is launched, and sampling waits for it."""
         buffer = self._buffers[self._next_buffer]
         self._next_buffer = (self._next_buffer + 1) % _NUM_BUFFERS
         array = buffer.numpy()
@@ -161,7 +161,7 @@ class Executor:
             self._workers.send_step(shape, array[:num_words])
         sampling = self._table.batch(step, num_rows=shape.num_samples)
         try:
-            return self._runner.execute(buffer[:num_words], shape, sampling, build_read_batch(step))
+            return self._runner.execute(buffer[:num_words], shape, sampling, build_read_batch(step), masks)
         except RuntimeError:
             self._blame_dead_rank()
             raise

@@ -13,6 +13,7 @@ import msgspec
 __all__ = [
     "AbortRequest",
     "EngineRequest",
+    "ErrorCode",
     "FinishReason",
     "Pooling",
     "PromptLogprobs",
@@ -23,6 +24,9 @@ __all__ = [
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Pooling = Literal["last", "mean"]
+
+ErrorCode = Literal["error", "invalid_grammar"]
+"""Whose fault an error is: `error` ours, `invalid_grammar` the request's."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +65,9 @@ class EngineRequest(msgspec.Struct, tag="request", frozen=True, kw_only=True):
     """None: none. n >= 0: the log-probability of each prompt token after the first, and those of the n likeliest tokens at its place."""
     pooling: Pooling | None = None
     """The final hidden state of the prompt's last token, or the mean over its tokens, is wanted. Not together with other output."""
+    grammar: str = ""
+    """What the answer must match, as a structural tag of xgrammar in JSON; empty: anything. Where it ends, the answer ends, whatever
+    `ignore_eos` says; `min_new_tokens` must be 0 with it."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
@@ -102,3 +109,4 @@ class TokenOutput(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):
     """In the only output of a request with `pooling`: float32, little-endian."""
     error: str = ""
     """Cause, with finish_reason `error`."""
+    error_code: ErrorCode = "error"

@@ -9,6 +9,7 @@ by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from gantline_runtime.messages import PromptLogprobs, TokenLogprobs
 from gantline_runtime.models import build_model
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prompt_reads import ReadBatch, ReadTensors, read_rows, split_reads
-from gantline_runtime.sampling import SampledTokens, Sampler, SamplingBatch
+from gantline_runtime.sampling import SampledTokens, Sampler, SamplingBatch, TokenMask
 from gantline_runtime.sizing import GRAPH_POOL_SLACK
 from gantline_runtime.workspace import largest_steps, unmeasured_bytes
 
@@ -151,15 +152,27 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(
-        self, words: torch.Tensor, shape: BatchShape, sampling: SamplingBatch | None, reads: ReadBatch | None = None
+        self,
+        words: torch.Tensor,
+        shape: BatchShape,
+        sampling: SamplingBatch | None,
+        reads: ReadBatch | None = None,
+        masks: Callable[[], TokenMask | None] | None = None,
     ) -> PendingTokens:
-        """Run one step; `words` int32 on the host holds the packed batch. Ranks other than 0 have nothing to read."""
+        """Run one step; `words` int32 on the host holds the packed batch.
+
+        `masks` is called between the launches of the forward pass and of sampling: it may wait for earlier steps and take its time, while
+        the device runs the forward pass. Ranks other than 0 have nothing to read, and need no masks: rank 0 samples for all.
+        """
         inputs = self._upload(words, shape)
         if shape.padded and self._graphs is not None:
             self._graphs.run(shape)
             hidden = self._hidden
         else:
             hidden = self._forward(inputs, shape)
+        mask = masks() if masks is not None else None
+        if mask is not None:
+            sampling = replace(sampling or SamplingBatch(num_rows=shape.num_samples), mask=mask)
         slots = inputs[segments(shape).sample_slots][: shape.num_samples].long()
         sampled = self._sample(hidden[: shape.num_samples], slots, sampling) if shape.num_samples else None
         read = read_rows(hidden[shape.num_samples :], shape.num_scored, reads, self._model.logits) if shape.num_reads or reads else None

@@ -14,7 +14,7 @@ import random
 import time
 from array import array
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,15 @@ class RequestRejected(ValueError):
     """A request that can never run: too long, empty, a token outside of the vocabulary, or an identifier in use."""
 
 
+class Matcher(Protocol):
+    """What the scheduler needs of `gantline_runtime.grammar.matching.GrammarMatcher`."""
+
+    def accept(self, token: int) -> bool: ...
+
+    @property
+    def ended(self) -> bool: ...
+
+
 class Sequence:
     """One request's state. Owned by the scheduler; `blocks` and the digests are the cache manager's to write."""
 
@@ -42,7 +51,9 @@ class Sequence:
         "blocks",
         "digests",
         "finish_reason",
+        "grammar",
         "in_flight",
+        "matcher",
         "max_new_tokens",
         "min_new_tokens",
         "num_cached_tokens",
@@ -80,6 +91,9 @@ class Sequence:
         self.min_new_tokens = sampling.min_new_tokens
         stops = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids))
         self.stop_ids = frozenset(token for token in stops if 0 <= token < vocab_size)
+        self.grammar = request.grammar
+        self.matcher: Matcher | None = None
+        """How far the answer has come in its grammar; None without one, and until it is compiled."""
         self.seed = random.getrandbits(64) if sampling.seed is None else sampling.seed & (1 << 64) - 1
         self.slot = -1
         """Row of the device's per-request state (block table, last token, sampling parameters); -1 while not running."""
@@ -116,6 +130,11 @@ class Sequence:
         """Leading tokens that need not be computed if the cache knows them: one must be, and all whose rows are still to be read."""
         limit = len(self.tokens) - 1
         return min(limit, self.num_read) if self.num_read < self.read_end else limit
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be scheduled: its grammar, if it has one, is compiled."""
+        return self.matcher is not None or not self.grammar
 
     @property
     def length(self) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gantline_runtime.kv_cache import CacheManager
-from gantline_runtime.messages import PromptLogprobs, TokenLogprobs, TokenOutput
+from gantline_runtime.messages import ErrorCode, PromptLogprobs, TokenLogprobs, TokenOutput
 from gantline_runtime.request import QueueFull, RequestRejected, Sequence
 
 __all__ = ["PromptRead", "Scheduler", "Step"]
@@ -102,6 +102,13 @@ class Scheduler:
         self._finish(sequence)
         return True
 
+    def fail(self, request_id: str, error: str, code: ErrorCode = "error") -> TokenOutput:
+        """End a request by its own error, which the output tells."""
+        sequence = self.sequences[request_id]
+        sequence.finish_reason = "error"
+        self._finish(sequence)
+        return TokenOutput(request_id=request_id, token_ids=[], finish_reason="error", error=error, error_code=code)
+
     # ---- one step
 
     def schedule(self) -> Step | None:
@@ -167,14 +174,14 @@ class Scheduler:
             sequence.num_read = max(sequence.num_read, stop)
 
     def _admit_next(self) -> Sequence | None:
-        """Take the first waiting sequence into the running ones, if there is room."""
-        if not self.waiting or not self._free_slots:
+        """Take the first waiting sequence that is ready into the running ones, if there is room."""
+        sequence = next((s for s in self.waiting if s.ready), None) if self._free_slots else None
+        if sequence is None:
             return None
-        sequence = self.waiting[0]
         if sequence.in_flight or not self.cache.admit(sequence, self._free_slots[-1], reserve=self.num_running):
             return None
         self._free_slots.pop()
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.prefilling.append(sequence)
         if sequence.admitted_at is None:
             sequence.admitted_at = time.monotonic()
@@ -244,6 +251,11 @@ class Scheduler:
             sequence.tokens.append(token)
             generated = len(sequence.tokens) - sequence.prompt_len
             if token in sequence.stop_ids and generated > sequence.min_new_tokens:
+                sequence.finish_reason = "stop"
+            elif sequence.matcher is not None and not sequence.matcher.accept(token):
+                outputs.append(self.fail(sequence.request_id, "nothing that the model can say continues the grammar"))
+                continue
+            elif sequence.matcher is not None and sequence.matcher.ended:
                 sequence.finish_reason = "stop"
             elif generated >= sequence.max_new_tokens:
                 sequence.finish_reason = "length"

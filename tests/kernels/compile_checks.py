@@ -81,6 +81,7 @@ def run_others() -> None:
     api.awq_linear(x[:, :256], qweight, qzeros, scales, 128, backend="triton")
     logits, one = torch.randn(2, 20000), torch.ones(2)
     api.argmax(logits, backend="triton")
+    api.mask_tokens(logits, torch.arange(2), torch.zeros(2, 625, dtype=torch.int32), backend="triton")
     api.sample(logits, one, one, backend="triton")
     api.sample(logits, one, one, torch.ones(2, dtype=torch.int64), one, one, backend="triton")
 

@@ -266,6 +266,23 @@ def test_argmax_takes_the_first_of_equals(rows: int, size: int, dtype: torch.dty
     assert torch.equal(api.argmax(logits, backend=BACKEND).cpu(), reference.argmax(logits).cpu())
 
 
+@pytest.mark.parametrize(("rows", "size"), _SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masked_tokens_are_forbidden_and_nothing_else_changes(rows: int, size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    padded = torch.randn(rows, size + 3, device=DEVICE).to(dtype)
+    before, logits = padded.clone(), padded[:, :size]
+    chosen = torch.arange(rows - 1, -1, -2, device=DEVICE)
+    allowed = torch.randint(-(2**31), 2**31, (len(chosen), -(-size // 32)), dtype=torch.int32, device=DEVICE)
+    allowed[0] = -1
+    expected = before.cpu()[:, :size]
+    bits = (allowed.cpu().unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)).bitwise_and(1).flatten(1)[:, :size]
+    expected[chosen.cpu()] = torch.where(bits == 1, expected[chosen.cpu()], -torch.inf)
+    api.mask_tokens(logits, chosen, allowed, backend=BACKEND)
+    assert torch.equal(logits.cpu(), expected)
+    assert torch.equal(padded[:, size:], before[:, size:])
+
+
 _DRAWS = [(16, 300, 3.0), (4, 2000, 0.3), (64, 128256, 1.0), (64, 128256, 8.0)] if ON_GPU else [(5, 700, 1.0)]
 
 

@@ -119,6 +119,16 @@ def test_awq_equals_the_reference_and_unpacks_in_the_published_order() -> None:
     assert largest_error(got, reference.awq_linear(x, qweight, qzeros, scales, 16, bias)) < 1e-3
 
 
+def test_masked_tokens_equal_the_reference() -> None:
+    torch.manual_seed(0)
+    logits, rows = torch.randn(5, 70), torch.tensor([3, 0])
+    allowed = torch.randint(-(2**31), 2**31, (2, 3), dtype=torch.int32)
+    expected = logits.clone()
+    reference.mask_tokens(expected, rows, allowed)
+    api.mask_tokens(logits, rows, allowed, backend="torch")
+    assert torch.equal(logits, expected) and bool(logits[[1, 2, 4]].isfinite().all())
+
+
 @pytest.mark.parametrize("limits", [(None, None, None), (5, None, None), (0, 0.7, 0.0), (50, 0.5, 0.05), (1, 1.0, 0.0), (3, 0.0, 0.5)])
 def test_sampling_equals_the_reference(limits: tuple[int | None, float | None, float | None]) -> None:
     torch.manual_seed(0)

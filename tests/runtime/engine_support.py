@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,25 @@ from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import EngineRequest, PromptLogprobs, SamplingParams, TokenOutput
 from gantline_runtime.model_runner import StepResult
 from gantline_runtime.prompt_reads import ReadBatch, build_read_batch
+from gantline_runtime.sampling import TokenMask
 from gantline_runtime.scheduler import Step
 
 VOCAB = 997
+Words = np.ndarray[Any, np.dtype[np.int32]]
 EOS = 7
 
 
 def next_token(context: Iterable[int]) -> int:
     """The fake model: depends on every token of the context and on its place."""
     return zlib.crc32(array("q", context).tobytes()) % VOCAB
+
+
+def next_allowed(token: int, bits: Words | None) -> int:
+    """The first token from `token` on that a mask allows."""
+    if bits is None:
+        return token
+    allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")[:VOCAB])
+    return int(allowed[np.searchsorted(allowed, token) % len(allowed)])
 
 
 def fake_logprob(context: Iterable[int], token: int) -> float:
@@ -70,10 +80,10 @@ class FakeExecutor:
         self._tables = np.zeros((self.limits.max_slots, max_blocks), dtype=np.int32)
         self._last = np.zeros(self.limits.max_slots, dtype=np.int64)
         self._cache = np.full(self.num_blocks * config.block_size, -1, dtype=np.int64)
-        self._launched: list[tuple[BatchShape, np.ndarray[Any, np.dtype[np.int32]], StepResult, ReadBatch | None]] = []
+        self._launched: list[tuple[BatchShape, Words, dict[int, Words], StepResult, ReadBatch | None]] = []
         self.steps: list[Step] = []
 
-    def launch(self, step: Step, cache: CacheManager) -> Any:
+    def launch(self, step: Step, cache: CacheManager, masks: Callable[[], TokenMask | None] | None = None) -> Any:
         shape = pack_batch(
             self._buffer,
             step,
@@ -83,15 +93,17 @@ class FakeExecutor:
             pad=self._pad,
         )
         result = StepResult([], None, [])
-        self._launched.append((shape, self._buffer[: shape.num_words].copy(), result, build_read_batch(step)))
+        mask = masks() if masks is not None else None
+        allowed = {} if mask is None else dict(zip(mask.rows.tolist(), mask.allowed.numpy().copy(), strict=True))
+        self._launched.append((shape, self._buffer[: shape.num_words].copy(), allowed, result, build_read_batch(step)))
         self.steps.append(step)
         assert len(self._launched) <= self.depth + 1, "more steps in flight than the depth allows"
         return result
 
     def read(self, pending: StepResult) -> StepResult:
         while self._launched:
-            shape, words, result, reads = self._launched.pop(0)
-            self._run(shape, words, result.tokens)
+            shape, words, allowed, result, reads = self._launched.pop(0)
+            self._run(shape, words, allowed, result.tokens)
             if reads is not None:
                 self._read_prompts(shape, words, reads, result.reads)
             if result is pending:
@@ -118,7 +130,7 @@ class FakeExecutor:
             first += read.count
         assert first == shape.num_reads
 
-    def _run(self, shape: BatchShape, words: np.ndarray[Any, np.dtype[np.int32]], result: list[int]) -> None:
+    def _run(self, shape: BatchShape, words: Words, allowed: dict[int, Words], result: list[int]) -> None:
         at, size = segments(shape), self.config.block_size
         self._tables.reshape(-1)[words[at.update_places].copy().view(np.int64)] = words[at.update_blocks]
         rows, ids, starts = words[at.rows], words[at.ids].astype(np.int64), words[at.query_starts]
@@ -140,7 +152,7 @@ class FakeExecutor:
                 assert sampled[last] == row
                 blocks = self._tables[row, : -(-length // size)]
                 context = self._cache.reshape(-1, size)[blocks].reshape(-1)[:length].tolist()
-                self._last[row] = next_token(context)
+                self._last[row] = next_allowed(next_token(context), allowed.get(len(result)))
                 result.append(int(self._last[row]))
 
     def check(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import tokenizers
 from gantline_runtime.config import EngineConfig
@@ -149,7 +150,12 @@ class EchoEngine:
         if self.script.fail_at == "request" and self._alphabet[1] in request.prompt_ids:
             raise _exception(self.script.error)
         self._scheduler.add(
-            Sequence(request, arrival=self._counts["arrived"], session_len=self.session_len, eos_token_ids=self.eos_token_ids)
+            Sequence(
+                msgspec.structs.replace(request, grammar=""),  # it says what its script says
+                arrival=self._counts["arrived"],
+                session_len=self.session_len,
+                eos_token_ids=self.eos_token_ids,
+            )
         )
         self._counts["arrived"] += 1
         self._answers[request.request_id] = self._answer(request.prompt_ids)

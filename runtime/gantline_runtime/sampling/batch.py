@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gantline_runtime.request import Sequence
 from gantline_runtime.sampling.random import uniforms
 from gantline_runtime.scheduler import Step
 
-__all__ = ["Edits", "SamplingBatch", "SamplingTable"]
+__all__ = ["Edits", "SamplingBatch", "SamplingTable", "TokenMask"]
 
 _RANDOM, _FILTERED, _PENALIZED, _EDITED, _LOGPROBS = 1, 2, 4, 8, 16
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -34,6 +35,18 @@ class Edits:
     tokens: Integers
     values: Floats
     after: Integers | None = None
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """What grammars allow: in row `rows[i]` the tokens whose bit in `allowed[i]` is 1.
+
+    `rows` int64 [M]; `allowed` int32 [M, ceil(vocabulary / 32)] on the host, pinned where that speeds up its copy; not written to before
+    the step's tokens have been read.
+    """
+
+    rows: Integers
+    allowed: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class SamplingBatch:
     frequency_penalty: Floats | None = None
     fresh_penalties: tuple[FreshPenalties, ...] = ()
     edits: Edits | None = None
+    mask: TokenMask | None = None
     logprob_rows: Integers | None = None
     """Rows whose log-probabilities are wanted."""
     logprob_counts: tuple[int, ...] = ()

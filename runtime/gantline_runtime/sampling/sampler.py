@@ -1,7 +1,8 @@
 """Choosing tokens on the device. Nothing here waits for the device; what the host wants is copied out by the caller.
 
-Order: log-probabilities of the untouched logits; penalties; edits (bias, forbidden tokens); temperature, top-k, top-p, min-p and the draw,
-which the kernels' `sample` does from one uniform number a row, so that a request's tokens do not depend on its neighbours.
+Order: log-probabilities of the untouched logits; penalties; edits (bias, forbidden tokens); what grammars forbid; temperature, top-k,
+top-p, min-p and the draw, which the kernels' `sample` does from one uniform number a row, so that a request's tokens do not depend on its
+neighbours.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from gantline_kernels import api
 from numpy.typing import NDArray
 
-from gantline_runtime.sampling.batch import Edits, SamplingBatch
+from gantline_runtime.sampling.batch import Edits, SamplingBatch, TokenMask
 
 __all__ = ["SampledTokens", "Sampler"]
 
@@ -57,6 +58,10 @@ class Sampler:
             edited = self._penalize(logits.float(), batch, slots)
         if batch.edits is not None:
             edited = self._edit(edited.float(), batch.edits, slots, last_tokens)
+        if batch.mask is not None:
+            if edited is logits and batch.logprob_rows is not None:
+                edited = logits.clone()
+            self._forbid(edited, batch.mask)
         tokens = self._choose(edited, batch)
         if batch.repetition_penalty is not None:
             self._count(slots, tokens)
@@ -71,6 +76,10 @@ class Sampler:
         top_k, top_p, min_p = limits or (None, None, None)
         top_k = None if top_k is None else top_k.int()
         return api.sample(logits, uniforms, temperature, top_k, top_p, min_p, backend=self._backend)
+
+    def _forbid(self, logits: torch.Tensor, mask: TokenMask) -> None:
+        allowed = mask.allowed if self._device.type == "cpu" else mask.allowed.to(self._device, non_blocking=True)
+        api.mask_tokens(logits, self._upload(mask.rows), allowed, backend=self._backend)
 
     def _penalize(self, logits: torch.Tensor, batch: SamplingBatch, slots: torch.Tensor) -> torch.Tensor:
         """Repetition divides or multiplies what has occurred in prompt or output; presence and frequency subtract for the output."""

@@ -1,0 +1,111 @@
+"""Compiles grammars in a process of its own: they come from clients, and no time or memory limit holds inside a process.
+
+    parent -> child   {"model_dir", "vocab_size", "stop_token_ids"}, then {"grammar"} any number of times
+    child -> parent   {"tokenizer"}, then {"compiled"} or {"error"} for each       (4 bytes of length, then MessagePack)
+
+What goes back is xgrammar's own serialization. The child may take `MEMORY_BYTES` beyond what it has once its tokenizer is loaded; one that
+takes too long is killed by its parent (`compiler.py`), and dies with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from typing import IO, Any
+
+import msgspec
+
+from gantline_runtime.errors import CheckpointError
+from gantline_runtime.grammar.library import VOCABULARY_RAW, load_library
+from gantline_runtime.tokenizer import Tokenizer
+
+__all__ = ["main", "read_message", "write_message"]
+
+MEMORY_BYTES = 1 << 30
+_PR_SET_PDEATHSIG = 1
+_MAX_THREADS = 4
+_MAX_DEPTH = 1000
+"""Of rules within rules while a grammar is parsed: more than any schema needs, less than a thread's stack holds."""
+
+
+def write_message(stream: IO[bytes], message: dict[str, Any]) -> None:
+    data = msgspec.msgpack.encode(message)
+    stream.write(len(data).to_bytes(4, "little") + data)
+    stream.flush()
+
+
+def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
+    """The next message, or None at the end of the stream (also in the midst of a message: the other side died)."""
+    head = stream.read(4)
+    if len(head) < 4:
+        return None
+    size = int.from_bytes(head, "little")
+    data = stream.read(size)
+    message: dict[str, Any] | None = msgspec.msgpack.decode(data) if len(data) == size else None
+    return message
+
+
+def main() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    answers, requests = _own_stdout(), sys.stdin.buffer
+    setup = read_message(requests)
+    if setup is None:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # not to be imported: half a gigabyte that is of no use here
+    library = load_library()
+    try:
+        tokenizer = _tokenizer_info(library, **setup)
+    except CheckpointError as error:
+        write_message(answers, {"error": str(error)})
+        return
+    compiler = library.GrammarCompiler(tokenizer, _MAX_THREADS, False, -1)  # without a cache of its own
+    library.config.set_max_recursion_depth(_MAX_DEPTH)
+    write_message(answers, {"tokenizer": str(tokenizer.serialize_json())})
+    limit = _address_space() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    while (request := read_message(requests)) is not None:
+        try:
+            answer = {"compiled": str(compiler.compile_structural_tag(request["grammar"]).serialize_json())}
+        except MemoryError:
+            answer = {"error": "it takes more memory than is allowed"}
+        except Exception as error:  # whatever the library finds wrong with what a client wrote
+            answer = {"error": describe(error)}
+        write_message(answers, answer)
+
+
+def _own_stdout() -> IO[bytes]:
+    """The pipe to the parent, moved away from file descriptor 1: what the library prints belongs into the log."""
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(pipe, "wb")
+
+
+def _tokenizer_info(library: Any, model_dir: str, vocab_size: int, stop_token_ids: Sequence[int]) -> Any:
+    """Special tokens have no text, so that no grammar allows them but by their number."""
+    tokenizer = Tokenizer.load(model_dir)
+    known = min(vocab_size, tokenizer.vocab_size)
+    texts = [b"" if token in tokenizer.special_ids else tokenizer.token_bytes(token) for token in range(known)]
+    return library.TokenizerInfo(texts, VOCABULARY_RAW, vocab_size, list(stop_token_ids), False)  # no space is put before a text
+
+
+def describe(error: Exception) -> str:
+    """The library's message without its place in the library's own source."""
+    text = " ".join(str(error).split())
+    return (text.rpartition("] ")[2] if text.startswith("[") else text)[:500] or type(error).__name__
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The engine's loop with grammars: real xgrammar, a model that costs nothing and proposes tokens at random."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine import EngineLoop
+from gantline_runtime.grammar import compiler as grammar_compiler
+from gantline_runtime.grammar.compiler import GrammarCompiler, InvalidGrammar
+from gantline_runtime.grammar.requests import Grammars
+from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
+from gantline_runtime.tokenizer import Tokenizer
+
+from tests.runtime.engine_support import VOCAB, FakeExecutor, drain, expected_tokens, request, tokens_of
+from tests.runtime.server_fakes import write_model
+
+EOS = 257
+"""`<|end|>` of the byte tokenizer."""
+
+
+def regex(pattern: str) -> str:
+    return json.dumps({"type": "structural_tag", "format": {"type": "regex", "pattern": pattern}})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("grammar") / "bytes")
+
+
+@pytest.fixture(scope="module")
+def grammars(model: Path) -> Iterator[Grammars]:
+    """Shared by the module's engines, so that the compiler starts once."""
+    grammars = Grammars(model, vocab_size=VOCAB, eos_token_ids=(EOS,), max_rows=9, pinned=False)
+    yield grammars
+    grammars.close()
+
+
+def make_engine(grammars: Grammars, *, depth: int = 1, **settings: Any) -> tuple[EngineLoop, FakeExecutor]:
+    defaults = {"session_len": 256, "num_cache_blocks": 64, "block_size": 16, "max_batch_size": 8, "max_prefill_token_num": 64}
+    executor = FakeExecutor(EngineConfig(**{**defaults, **settings}), depth=depth)
+    return EngineLoop(executor, vocab_size=VOCAB, eos_token_ids=(EOS,), grammars=grammars), executor
+
+
+def constrained(name: str, grammar: str, count: int = 100, prompt: int = 1, **sampling: Any) -> EngineRequest:
+    params = SamplingParams(max_new_tokens=count, temperature=0.0, **sampling)
+    return EngineRequest(request_id=name, prompt_ids=[prompt, 2, 3], sampling=params, grammar=grammar)
+
+
+def text_of(model: Path, outputs: list[TokenOutput]) -> str:
+    return Tokenizer.load(model).decode([token for token in tokens_of(outputs) if token != EOS])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_answers_match_their_grammars_beside_free_ones_whatever_is_preempted_or_aborted(
+    model: Path, grammars: Grammars, depth: int
+) -> None:
+    patterns = [r"[a-z]{3,40}(x|yy)", r"(ab|cd)*!", r"-?[0-9]{1,30}(\.[0-9]{2})?", r"é{2,9}世?"]
+    preemptions = 0
+    for seed in range(12):
+        rng = random.Random(seed)
+        engine, _ = make_engine(grammars, depth=depth, num_cache_blocks=rng.choice([10, 16, 64]), session_len=128)
+        free = {f"free-{i}": [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))] for i in range(4)}
+        bound = {f"bound-{i}": rng.choice(patterns) for i in range(6)}
+        requests = [request(name, prompt, 40) for name, prompt in free.items()]
+        requests += [constrained(name, regex(pattern), prompt=rng.randrange(VOCAB)) for name, pattern in bound.items()]
+        rng.shuffle(requests)
+        outputs: dict[str, list[TokenOutput]] = {}
+        aborted = set(rng.sample(sorted(bound), 2))
+        while requests or engine.has_work():
+            if requests and rng.random() < 0.3:
+                engine.add_request(requests.pop())
+            if rng.random() < 0.02 and (leaving := aborted - {r.request_id for r in requests}):
+                engine.abort(min(leaving))
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).append(output)
+            engine.check_integrity()
+        preemptions += engine.stats().num_preemptions
+        for name, prompt in free.items():
+            assert tokens_of(outputs[name]) == expected_tokens(prompt, 40)
+        for name, pattern in bound.items():
+            last = outputs[name][-1] if name in outputs else None
+            if last is None or last.finish_reason is None:
+                assert name in aborted
+            elif last.finish_reason == "stop":
+                assert tokens_of(outputs[name])[-1] == EOS and re.fullmatch(pattern, text_of(model, outputs[name]))
+            else:
+                assert last.finish_reason == "length" and len(tokens_of(outputs[name])) == 100
+    assert preemptions > 0
+
+
+def test_only_sampling_waits_for_a_mask(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a grammar the next forward pass is launched before the last step's tokens are read; without one, its sampling too."""
+    engine, executor = make_engine(grammars)
+    events: list[str] = []
+    launch, read = executor.launch, executor.read
+
+    def observed_launch(step: Any, cache: Any, masks: Any = None) -> Any:
+        def observed_masks() -> Any:
+            mask = masks()
+            events.append("mask")
+            return mask
+
+        events.append("forward")
+        pending = launch(step, cache, observed_masks if masks is not None else None)
+        events.append("sample")
+        return pending
+
+    monkeypatch.setattr(executor, "launch", observed_launch)
+    monkeypatch.setattr(executor, "read", lambda pending: (events.append("read"), read(pending))[1])
+    engine.add_request(constrained("a", regex("[ab]{4}")))
+    drain(engine)
+    assert events[:3] == ["forward", "mask", "sample"]
+    assert events[3:7] == ["forward", "read", "mask", "sample"]
+    events.clear()
+    engine.add_request(request("b", [1, 2], 3))
+    drain(engine)
+    assert events[:5] == ["forward", "sample", "forward", "sample", "read"]
+
+
+def test_a_token_sampled_past_the_end_moves_no_matcher(grammars: Grammars) -> None:
+    """A grammar that ends at once, again and again: what the overlapped step samples after the end is dropped."""
+    engine, _ = make_engine(grammars)
+    for i in range(20):
+        engine.add_request(constrained(f"r{i}", regex("[ab]"), prompt=i))
+    outputs = drain(engine)
+    assert all(len(tokens_of(parts)) == 2 and parts[-1].finish_reason == "stop" for parts in outputs.values()) and len(outputs) == 20
+
+
+def test_the_grammars_end_is_the_answers_even_if_end_tokens_are_ignored(grammars: Grammars) -> None:
+    engine, _ = make_engine(grammars)
+    engine.add_request(constrained("a", regex("[ab]{3}"), ignore_eos=True))
+    parts = drain(engine)["a"]
+    assert parts[-1].finish_reason == "stop" and len(tokens_of(parts)) == 4
+
+
+def test_a_model_without_end_tokens_ends_with_its_grammar(model: Path) -> None:
+    grammars = Grammars(model, vocab_size=VOCAB, eos_token_ids=(), max_rows=9, pinned=False)
+    engine, _ = make_engine(grammars)
+    engine.eos_token_ids = ()
+    engine.add_request(constrained("a", regex("[ab]{3}")))
+    parts = drain(engine)["a"]
+    engine.close()
+    assert parts[-1].finish_reason == "stop" and len(tokens_of(parts)) == 3
+
+
+def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone(grammars: Grammars) -> None:
+    engine, _ = make_engine(grammars)
+    engine.add_request(constrained("bad", regex("[a-")))
+    engine.add_request(request("good", [1, 2], 5))
+    outputs = drain(engine)
+    assert (outputs["bad"][-1].finish_reason, outputs["bad"][-1].error_code) == ("error", "invalid_grammar") and outputs["bad"][-1].error
+    assert tokens_of(outputs["good"]) == expected_tokens([1, 2], 5)
+
+
+def test_requests_that_need_no_compilation_overtake_one_that_does(model: Path) -> None:
+    grammars = Grammars(model, vocab_size=VOCAB, eos_token_ids=(EOS,), max_rows=9, pinned=False)  # its compiler is not started yet
+    engine, _ = make_engine(grammars)
+    engine.add_request(constrained("first", regex("[ab]{3}")))
+    engine.add_request(request("second", [1, 2], 5))
+    order = []
+    while engine.has_work():
+        order += [output.request_id for output in engine.step() if output.finish_reason is not None]
+    engine.close()
+    assert order == ["second", "first"]
+
+
+def test_a_request_that_left_while_its_grammar_was_compiled_leaves_nothing(model: Path) -> None:
+    grammars = Grammars(model, vocab_size=VOCAB, eos_token_ids=(EOS,), max_rows=9, pinned=False)
+    engine, _ = make_engine(grammars)
+    engine.add_request(constrained("a", regex("[ab]{3}")))
+    engine.step()
+    assert engine.abort("a") and not engine.has_work() and grammars.num_compiling == 0
+    engine.check_integrity()
+    engine.close()
+
+
+# ---- the compiler
+
+
+def test_the_same_text_is_compiled_once_and_the_kept_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_compiler, "CACHE_ENTRIES", 2)
+    compiler = GrammarCompiler(model, vocab_size=VOCAB, stop_token_ids=[EOS], num_workers=1)
+    texts = [regex(f"[ab]{{{n}}}") for n in (1, 2, 3)]
+    futures = [compiler.submit(text) for text in (texts[0], texts[0], texts[1], texts[2])]
+    assert futures[0] is futures[1] and compiler.num_compilations == 3
+    for text, future in zip((texts[0], texts[0], texts[1], texts[2]), futures, strict=True):
+        future.result(60)
+        compiler.release(text)
+    assert compiler.submit(texts[2]) is futures[3] and compiler.num_compilations == 3
+    assert compiler.submit(texts[0]) is not futures[0] and compiler.num_compilations == 4
+    compiler.close()
+
+
+ENDLESS = regex("(" * 9 + "a{1,40}" + "".join(f"{char}?){{1,40}}" for char in "bcdefghij"))
+
+
+def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiles(model: Path) -> None:
+    compiler = GrammarCompiler(model, vocab_size=VOCAB, stop_token_ids=[EOS], num_workers=1, timeout_s=1.0)
+    compiler.submit(regex("a")).result(60)
+    began = time.monotonic()
+    future = compiler.submit(ENDLESS)
+    with pytest.raises(InvalidGrammar, match="longer than 1 s"):
+        future.result(60)
+    assert time.monotonic() - began < 5
+    compiler.submit(regex("b")).result(60)
+    compiler.close()
