@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from gantline_runtime.batch import BatchLimits, pack_batch
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.engine import EngineLoop
+from gantline_runtime.engine_loop import EngineLoop
 from gantline_runtime.executor import MemoryReport
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import EngineRequest, SamplingParams

@@ -41,10 +41,16 @@ class EngineConfig:
     session_len: int | None = _option(None, "Longest prompt plus output, in tokens. auto: the model's limit, less if memory demands it.")
     max_batch_size: int = _option(256, "Most requests that run at once; past it they wait.")
     max_waiting: int = _option(1024, "Most requests that wait; past it a client gets 429 with Retry-After.")
+    max_waiting_tokens: int | None = _option(
+        None, "Most predicted tokens (prompt and answer) of requests that wait; past it 429. auto: 16 times what the cache holds."
+    )
     cache_max_entry_count: float = _option(0.8, "Share of the memory free after loading the weights that the KV cache takes.")
     num_cache_blocks: int | None = _option(None, "KV cache size in blocks, instead of a share of free memory.")
     block_size: int = _option(64, "Tokens in one block of the KV cache; a power of two, 16 or more.")
     max_prefill_token_num: int = _option(8192, "Tokens of one step: decoding requests first, chunks of prompts fill the rest.")
+    max_step_ms: float = _option(
+        50.0, "Milliseconds that a step with decoding requests is to take: chunks of prompts are cut to it, by prediction. 0: no limit."
+    )
     enable_prefix_caching: bool = _option(True, "Reuse the cached blocks of a prompt's beginning.")
     eager_mode: bool = _option(False, "Never use CUDA graphs.")
 
@@ -54,6 +60,9 @@ class EngineConfig:
         _require(self.session_len is None or 1 <= self.session_len <= 1 << 24, "session_len", self.session_len, "1 or more tokens")
         _require(1 <= self.max_batch_size <= 4096, "max_batch_size", self.max_batch_size, "1 to 4096")
         _require(0 <= self.max_waiting <= 1_000_000, "max_waiting", self.max_waiting, "0 to 1,000,000")
+        limit = self.max_waiting_tokens
+        _require(limit is None or 0 <= limit <= 1 << 40, "max_waiting_tokens", limit, "0 or more")
+        _require(0 <= self.max_step_ms <= 60_000, "max_step_ms", self.max_step_ms, "0 to 60,000 milliseconds")
         share = self.cache_max_entry_count
         _require(0.0 < share < 1.0, "cache_max_entry_count", share, "a number between 0 and 1, both excluded")
         _require(self.num_cache_blocks is None or self.num_cache_blocks >= 1, "num_cache_blocks", self.num_cache_blocks, "1 or more")
@@ -71,6 +80,9 @@ class ServerConfig:
     served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
     drain_timeout: float = _option(120.0, "Seconds that running streams may go on after SIGTERM.")
     drain_delay: float = _option(3.0, "Seconds after SIGTERM in which new requests are still taken: endpoints lag behind readiness.")
+    request_timeout: float | None = _option(
+        None, "Most seconds that an answer may take, from its admission; a request's `timeout` may shorten it. auto: no limit."
+    )
     max_body_bytes: int = _option(8 << 20, "Largest HTTP body accepted, in bytes.")
     step_timeout: float = _option(30.0, "Seconds without a sign of the engine after which /health is 503. More where steps are slow: CPUs.")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least severe message that is logged.")
@@ -81,6 +93,8 @@ class ServerConfig:
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
         _require(0 <= self.drain_timeout <= 86400, "drain_timeout", self.drain_timeout, "0 to 86400 seconds")
         _require(0 <= self.drain_delay <= 600, "drain_delay", self.drain_delay, "0 to 600 seconds")
+        limit = self.request_timeout
+        _require(limit is None or 0.0 < limit <= 86400, "request_timeout", limit, "more than 0, at most 86400 seconds")
         _require(1.0 <= self.step_timeout <= 86400, "step_timeout", self.step_timeout, "1 to 86400 seconds")
         _require(1024 <= self.max_body_bytes <= 1 << 30, "max_body_bytes", self.max_body_bytes, "1 KiB to 1 GiB")
 

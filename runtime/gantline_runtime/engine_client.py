@@ -55,11 +55,13 @@ class EngineUnavailable(Exception):
 
 
 class RequestFailed(Exception):
-    """The engine refused or gave up this request alone. `code` is `queue_full`, `invalid` or `error`."""
+    """This request alone was refused or given up. `code` is `queue_full` (then `retry_after_s` says when to try again), `invalid`,
+    `deadline` or `error`."""
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, message: str, code: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class RequestGroup:
@@ -103,14 +105,15 @@ class RequestGroup:
 
     def _push(self, output: TokenOutput) -> None:
         if output.finish_reason == "error":
-            self._fail(RequestFailed(output.error or "no cause was given", "error"))
+            self.fail(RequestFailed(output.error or "no cause was given", "error"))
             return
         if output.finish_reason is not None:
             self._running.discard(output.request_id)
         self._pending.append(output)
         self._arrived.set()
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End all that is unfinished with `error`; what has arrived is still handed out."""
         self._failure = self._failure or error
         self._arrived.set()
         self.close()
@@ -213,7 +216,7 @@ class EngineClient:
     def fail_all(self, error: EngineUnavailable) -> None:
         """End every request with `error`."""
         for group in set(self._groups.values()):
-            group._fail(error)
+            group.fail(error)
 
     def _submit(self, request: EngineRequest, group: RequestGroup) -> None:
         if self.died.done() or self._closing:
@@ -255,7 +258,7 @@ class EngineClient:
             case RequestRefused():
                 group = self._groups.pop(message.request_id, None)
                 if group is not None:
-                    group._fail(RequestFailed(message.message, message.code))
+                    group.fail(RequestFailed(message.message, message.code, message.retry_after_s))
             case EngineProgress():
                 self._on_progress(message)
             case EngineReady():

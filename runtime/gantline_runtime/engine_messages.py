@@ -66,6 +66,8 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    seconds_until_room: float = 0.0
+    """When the next of those that wait for a place in the queue would find one."""
     cache_usage: float = 0.0
     """Share of the KV cache's blocks that requests hold, 0 to 1; blocks that are only kept for reuse are free."""
     num_cache_blocks: int = 0
@@ -93,6 +95,8 @@ class RequestRefused(msgspec.Struct, tag="refused", frozen=True, kw_only=True):
     request_id: str
     code: Literal["queue_full", "invalid", "error"]
     message: str
+    retry_after_s: float = 0.0
+    """With `queue_full`: when to try again."""
 
 
 class EngineFailed(msgspec.Struct, tag="failed", frozen=True, kw_only=True):

@@ -131,7 +131,13 @@ class EngineServer:
         try:
             engine.add_request(request)
         except Exception as error:
-            self._send_to(peer, RequestRefused(request_id=request.request_id, code=_refusal_code(error), message=str(error)))
+            refusal = RequestRefused(
+                request_id=request.request_id,
+                code=_refusal_code(error),
+                message=str(error),
+                retry_after_s=getattr(error, "retry_after_s", 0.0),
+            )
+            self._send_to(peer, refusal)
             if _refusal_code(error) == "error":
                 log.exception("a request could not be added", extra=logs.fields(request_id=request.request_id))
         else:
@@ -195,6 +201,7 @@ class _Phases:
 _COPIED = (
     "num_running",
     "num_waiting",
+    "seconds_until_room",
     "cache_usage",
     "num_cache_blocks",
     "prefix_hit_rate",

@@ -14,7 +14,7 @@ from pathlib import Path
 from gantline_runtime.errors import GantlineError
 from gantline_runtime.termination import Reason, TerminationMessage
 
-__all__ = ["OutOfMemoryKills", "describe_exception", "describe_exit"]
+__all__ = ["OutOfMemoryKills", "describe_exception", "describe_exit", "is_fatal"]
 
 _MAX_TEXT = 1000
 
@@ -70,6 +70,12 @@ def describe_exception(error: BaseException) -> TerminationMessage:
         if matches(error):
             return TerminationMessage(reason, text, cure)
     return TerminationMessage(Reason.INTERNAL_ERROR, text, "This is a defect of Gantline; please report it with the log.")
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether an engine whose step raised `error` cannot go on. A GPU in error stays so until its process ends, and a rank that is gone
+    does not come back; running out of memory, or a shape that nobody foresaw, concerns the requests of that step alone."""
+    return isinstance(error, GantlineError) or describe_exception(error).reason in (Reason.CUDA_ERROR, Reason.DRIVER_TOO_OLD)
 
 
 def describe_exit(returncode: int, *, killed_for_memory: bool) -> TerminationMessage:

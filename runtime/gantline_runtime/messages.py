@@ -68,6 +68,11 @@ class EngineRequest(msgspec.Struct, tag="request", frozen=True, kw_only=True):
     grammar: str = ""
     """What the answer must match, as a structural tag of xgrammar in JSON; empty: anything. Where it ends, the answer ends, whatever
     `ignore_eos` says; `min_new_tokens` must be 0 with it."""
+    tenant: str = ""
+    """Whose it is (the name of an API key): tenants that wait take turns, in proportion to their `weight`."""
+    weight: float = 1.0
+    priority: int = 0
+    """The lower, the earlier it runs, before anyone's turn."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort", frozen=True):

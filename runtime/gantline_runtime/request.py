@@ -25,7 +25,11 @@ __all__ = ["QueueFull", "RequestRejected", "Sequence"]
 
 
 class QueueFull(Exception):
-    """As many requests wait as the engine is allowed to hold; the caller should answer 429 and have the client try again."""
+    """As many requests wait as may; the caller should answer 429 and have the client try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class RequestRejected(ValueError):
@@ -64,7 +68,9 @@ class Sequence:
         "num_sampled",
         "pooled",
         "pooling",
+        "predicted_tokens",
         "preempted",
+        "priority",
         "prompt_len",
         "read_end",
         "request_id",
@@ -72,7 +78,9 @@ class Sequence:
         "seed",
         "slot",
         "stop_ids",
+        "tenant",
         "tokens",
+        "weight",
     )
 
     def __init__(
@@ -81,6 +89,9 @@ class Sequence:
         sampling = request.sampling
         self.request_id = request.request_id
         self.sampling: SamplingParams = sampling
+        self.tenant, self.weight, self.priority = request.tenant, request.weight, request.priority
+        self.predicted_tokens = 0
+        """What it is expected to take of the cache at its end; set when it is queued."""
         self.arrival = arrival
         self.arrived_at = time.monotonic()
         self.admitted_at: float | None = None

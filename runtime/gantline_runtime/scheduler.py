@@ -1,9 +1,10 @@
 """Which tokens the next step computes. All policy is on this page.
 
 One token budget a step. Sequences that decode come first, one token each; what is left of the budget goes to chunks of prompts, in
-the order of arrival, so that a long prompt delays nobody's next token by more than one step. A sequence is admitted when the cache
-has blocks for all its tokens and one more for each that runs. When a decoding sequence needs a block and none is free, the running
-sequence that is cheapest to compute again is preempted; never the oldest, so that something always finishes.
+the order of admission, cut so that the step takes no longer than those that decode should wait (`pacing.py`). Who is admitted next is
+said in `waiting.py`, who may wait at all in `admission.py`. A sequence is admitted when the cache has blocks for all its tokens and one
+more for each that runs. When a decoding sequence needs a block and none is free, a running sequence is preempted: one of the lowest
+priority, of those the cheapest to compute again; never the oldest, so that something always finishes.
 
 Steps overlap: `schedule` may be called while the results of earlier steps are outstanding, and `postprocess` takes results in the
 order of their steps. Blocks of a sequence are released only when no step in flight includes it.
@@ -14,15 +15,19 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gantline_runtime.admission import Admission
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import ErrorCode, PromptLogprobs, TokenLogprobs, TokenOutput
-from gantline_runtime.request import QueueFull, RequestRejected, Sequence
+from gantline_runtime.pacing import Pacer, StepLoad
+from gantline_runtime.request import RequestRejected, Sequence
+from gantline_runtime.waiting import WaitingQueue
 
 __all__ = ["PromptRead", "Scheduler", "Step"]
 
@@ -53,16 +58,18 @@ class Step:
     sample_rows: list[int] = field(default_factory=list)
     reads: list[PromptRead] = field(default_factory=list)
     num_tokens: int = 0
+    load: StepLoad = field(default_factory=StepLoad)
 
 
 class Scheduler:
-    def __init__(self, cache: CacheManager, *, max_running: int, max_waiting: int, max_tokens: int) -> None:
+    def __init__(self, cache: CacheManager, *, max_running: int, max_tokens: int, admission: Admission, pacer: Pacer) -> None:
         """`max_running` may not exceed the rows of `cache.tables` nor `max_tokens`, the budget of one step."""
         self.cache = cache
         self.max_running = min(max_running, max_tokens)
-        self.max_waiting = max_waiting
         self.max_tokens = max_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.admission = admission
+        self.pacer = pacer
+        self.waiting = WaitingQueue()
         self.prefilling: deque[Sequence] = deque()
         self.decoding: list[Sequence] = []
         self.leaving: set[Sequence] = set()
@@ -88,10 +95,10 @@ class Scheduler:
         """Queue a sequence. Raises QueueFull, or RequestRejected if its identifier is in use."""
         if sequence.request_id in self.sequences:
             raise RequestRejected(f"a request {sequence.request_id!r} is running already")
-        if len(self.waiting) >= self.max_waiting + len(self._free_slots):
-            raise QueueFull(f"{len(self.waiting)} requests are waiting")
+        sequence.predicted_tokens = self.admission.predict(sequence.prompt_len, sequence.max_new_tokens)
+        self.admission.check(sequence, self.waiting, len(self._free_slots))
         self.sequences[sequence.request_id] = sequence
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def abort(self, request_id: str) -> bool:
         """End a request; no output follows. Its blocks are free at once, or when the step in flight is over."""
@@ -117,14 +124,16 @@ class Scheduler:
         self._schedule_decodes(step)
         step.num_decodes = step.num_tokens
         for sequence in list(self.prefilling):
-            if step.num_tokens >= self.max_tokens:
-                break
-            self._schedule_chunk(step, sequence)
-        while step.num_tokens < self.max_tokens and (admitted := self._admit_next()):
+            if not self._schedule_chunk(step, sequence):
+                return step
+        while self._has_room(step) and (admitted := self._admit_next()):
             self._schedule_chunk(step, admitted)
         if step.reads:
             step.reads.sort(key=lambda read: read.sequence.pooling is not None)
         return step if step.num_tokens else None
+
+    def _has_room(self, step: Step) -> bool:
+        return step.num_tokens < self.max_tokens and self.pacer.chunk(step.load, 0, self.max_tokens) > 0
 
     def _schedule_decodes(self, step: Step) -> None:
         block_size = self.cache.block_size
@@ -139,14 +148,19 @@ class Scheduler:
             sequence.num_computed = computed + 1
             sequence.num_sampled += 1
             sequence.in_flight += 1
-        step.num_tokens = len(step.sequences)
+        step.num_tokens = step.load.decodes = len(step.sequences)
+        step.load.decode_context = sum(step.starts)
         step.query_lens = [1] * step.num_tokens
         step.samples = step.sequences.copy()
         step.sample_rows = list(range(step.num_tokens))
 
-    def _schedule_chunk(self, step: Step, sequence: Sequence) -> None:
+    def _schedule_chunk(self, step: Step, sequence: Sequence) -> bool:
+        """Add what fits of a prompt; False if nothing does."""
         start, length = sequence.num_computed, sequence.length
-        count = min(length - start, self.max_tokens - step.num_tokens)
+        count = self.pacer.chunk(step.load, start, min(length - start, self.max_tokens - step.num_tokens))
+        if not count:
+            return False
+        step.load.add_chunk(start, count)
         step.sequences.append(sequence)
         step.starts.append(start)
         step.query_lens.append(count)
@@ -163,6 +177,7 @@ class Scheduler:
                 sequence.num_sampled += 1
                 step.samples.append(sequence)
                 step.sample_rows.append(step.num_tokens - 1)
+        return True
 
     def _schedule_read(self, step: Step, sequence: Sequence, start: int, count: int) -> None:
         """Read what is wanted of the chunk that was just added. A request for nothing but its prompt ends with the prompt's last chunk."""
@@ -175,13 +190,13 @@ class Scheduler:
 
     def _admit_next(self) -> Sequence | None:
         """Take the first waiting sequence that is ready into the running ones, if there is room."""
-        sequence = next((s for s in self.waiting if s.ready), None) if self._free_slots else None
-        if sequence is None:
+        sequence = self.waiting.first()
+        if sequence is None or not self._free_slots:
             return None
         if sequence.in_flight or not self.cache.admit(sequence, self._free_slots[-1], reserve=self.num_running):
             return None
         self._free_slots.pop()
-        self.waiting.remove(sequence)
+        self.waiting.take(sequence)
         self.prefilling.append(sequence)
         if sequence.admitted_at is None:
             sequence.admitted_at = time.monotonic()
@@ -206,12 +221,12 @@ class Scheduler:
         return any(self.cache.num_exclusive(s) for s in self.leaving)
 
     def _cheapest_victim(self, step: Step) -> Sequence | None:
-        """The running sequence, of those not in `step` yet, with the fewest tokens to compute again; the youngest of equals."""
+        """Of the running sequences that are not in `step` yet: the lowest priority, the fewest tokens to compute again, the youngest."""
         chosen = set(step.sequences)
         running = [*self.decoding, *self.prefilling]
         oldest = min(running, key=_arrival)
         candidates = [s for s in running if s is not oldest and s not in chosen and s.num_sampled < s.max_new_tokens]
-        costs = [(self._recompute_cost(s), -s.arrival, s) for s in candidates if self.cache.num_exclusive(s)]
+        costs = [(-s.priority, self._recompute_cost(s), -s.arrival, s) for s in candidates if self.cache.num_exclusive(s)]
         return min(costs)[-1] if costs else None
 
     def _recompute_cost(self, sequence: Sequence) -> int:
@@ -224,11 +239,7 @@ class Scheduler:
         sequence.preempted = True
         sequence.num_computed = 0
         self._leave(sequence)
-        self._requeue(sequence)
-
-    def _requeue(self, sequence: Sequence) -> None:
-        """Back among the waiting, in the order of arrival."""
-        self.waiting.insert(sum(s.arrival < sequence.arrival for s in self.waiting), sequence)
+        self.waiting.put_back(sequence)
 
     # ---- results
 
@@ -304,6 +315,33 @@ class Scheduler:
             embedding=embedding,
         )
 
+    def give_up(self, step: Step, failures: Mapping[Sequence, str]) -> list[TokenOutput]:
+        """End the sequences of a step that could not be computed, with their cause; before `postprocess` of that step.
+
+        What they were to write is not in the cache, so whoever shares it from the same step on is computed anew.
+        """
+        outputs: list[TokenOutput] = []
+        lost: set[int] = set()
+        for sequence, start in zip(step.sequences, step.starts, strict=True):
+            failed, misled = sequence in failures, not lost.isdisjoint(sequence.blocks)
+            if not failed and not misled:
+                continue
+            lost |= self.cache.disown(sequence, start)
+            sequence.num_computed = start
+            if sequence in step.samples:
+                step.samples.remove(sequence)
+                sequence.num_sampled -= 1
+            for read in [read for read in step.reads if read.sequence is sequence]:
+                step.reads.remove(read)
+                sequence.num_read = read.start
+            if sequence.finish_reason is not None:
+                continue
+            if failed:
+                outputs.append(self.fail(sequence.request_id, failures[sequence]))
+            else:
+                self._preempt(sequence)
+        return outputs
+
     def _publish_known(self, sequence: Sequence) -> None:
         """Publish blocks whose tokens have reached the host and whose keys and values are computed."""
         self.cache.publish(sequence, min(sequence.num_computed, len(sequence.tokens)))
@@ -312,6 +350,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         del self.sequences[sequence.request_id]
+        self.admission.ended(sequence)
         if sequence.slot < 0 or sequence in self.leaving:  # never admitted, or preempted (perhaps with a step in flight)
             self.waiting.remove(sequence)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gantline_runtime.batch import BatchLimits, BatchShape, pack_batch, segments
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.engine import EngineLoop
+from gantline_runtime.engine_loop import EngineLoop
 from gantline_runtime.executor import MemoryReport
 from gantline_runtime.graph_classes import GraphClasses
 from gantline_runtime.kv_cache import CacheManager
@@ -169,6 +169,7 @@ def fake_engine(*, depth: int = 1, padded: bool = False, **settings: Any) -> tup
         "block_size": 16,
         "max_batch_size": 8,
         "max_prefill_token_num": 64,
+        "max_step_ms": 0.0,
     }
     executor = FakeExecutor(EngineConfig(**{**defaults, **settings}), depth=depth, padded=padded)
     return EngineLoop(executor, vocab_size=VOCAB, eos_token_ids=(EOS,)), executor

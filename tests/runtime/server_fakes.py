@@ -1,6 +1,6 @@
 """An engine whose model costs nothing, and byte tokenizers: the server's tests need neither weights nor torch.
 
-`EchoEngine` has the interface of `LLMEngine` and the real scheduler and cache. Its model repeats the prompt's last message, byte by
+`EchoEngine` is the real loop, scheduler and cache over an executor that only repeats. Its model repeats the prompt's last message, byte by
 byte, and then ends; `script.json` in the model's folder changes that (see `Script`).
 """
 
@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import tokenizers
 from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine_loop import EngineLoop
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import EngineRequest, PromptLogprobs, TokenLogprobs, TokenOutput
-from gantline_runtime.request import RequestRejected, Sequence
-from gantline_runtime.scheduler import PromptRead, Scheduler
+from gantline_runtime.request import Sequence
+from gantline_runtime.scheduler import PromptRead, Step
 from gantline_runtime.termination import Reason
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -55,7 +57,7 @@ class Script:
     tokens_per_output: int = 1
     load_seconds: float = 0.0
     fail_at: str = ""
-    """load, step (the one after the first ten), or a request whose prompt has the byte 1: what raises."""
+    """load, step (the one after the first ten), or request and launch (for a prompt that has the byte 1): what raises."""
     error: str = "RuntimeError: scripted"
     session_len: int = 4096
     num_cache_blocks: int = 256
@@ -80,11 +82,6 @@ class _Progress:
 
 
 @dataclass
-class _StepTimes:
-    schedule_s: float = 0.0
-
-
-@dataclass
 class _Memory:
     weight_bytes: int = 1000
     cache_bytes: int = 2000
@@ -97,45 +94,64 @@ class _Memory:
     estimated_cache_bytes_per_token: int = 1
 
 
-@dataclass
-class _Stats:
-    num_running: int
-    num_waiting: int
-    cache_usage: float
-    num_cache_blocks: int
-    block_size: int
-    prefix_hit_rate: float
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_generated_tokens: int
-    num_preemptions: int
-    num_steps: int
-    step_times: _StepTimes = field(default_factory=_StepTimes)
-    memory: _Memory = field(default_factory=_Memory)
+class _EchoExecutor:
+    """Knows every answer from its beginning. A sequence whose prompt has the byte 1 raises, if the script says so."""
+
+    depth = 0
+    failed = False
+
+    def __init__(self, script: Script, config: EngineConfig) -> None:
+        self.script, self.config = script, config
+        assert config.session_len is not None and config.num_cache_blocks is not None
+        self.num_blocks = config.num_cache_blocks
+        self.limits: Any = SimpleNamespace(max_slots=config.max_batch_size, max_blocks=-(-config.session_len // config.block_size))
+        self.memory: Any = _Memory()
+        self.capture_seconds: list[float] = []
+        self.alphabet = {byte: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) for byte in [_byte_of(char)]}
+
+    def launch(self, step: Step, cache: CacheManager, masks: Any = None) -> Any:
+        cache.take_table_updates()
+        if self.script.fail_at == "launch" and any(self.alphabet[1] in s.tokens[: s.prompt_len] for s in step.sequences):
+            raise _exception(self.script.error)
+        tokens = [self._next_token(sequence) for sequence in step.samples]
+        logprobs = [_logprobs(token, s.sampling.num_logprobs) for token, s in zip(tokens, step.samples, strict=True)]
+        return tokens, logprobs, [_read(read) for read in step.reads]
+
+    def read(self, pending: Any) -> Any:
+        return pending
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _next_token(self, sequence: Sequence) -> int:
+        answer, position = self._answer(sequence.tokens[: sequence.prompt_len].tolist()), sequence.num_generated
+        biases = {token: bias for token, bias in sequence.sampling.logit_bias.items() if bias > 0}
+        if biases:
+            return max(biases, key=lambda token: biases[token])
+        goes_on = self.script.endless or sequence.sampling.ignore_eos or position < sequence.sampling.min_new_tokens
+        return answer[position % len(answer)] if position < len(answer) or goes_on else EchoEngine.END
+
+    def _answer(self, prompt: list[int]) -> list[int]:
+        if self.script.answer is not None:
+            return [self.alphabet[byte] for byte in self.script.answer]
+        body = prompt[:-1] if prompt[-1] == EchoEngine.ASSISTANT else prompt
+        last = max((i for i, token in enumerate(body) if token >= 256), default=-1)
+        return body[last + 1 :] or [self.alphabet[ord("?")]]
 
 
-class EchoEngine:
+class EchoEngine(EngineLoop):
     END, ASSISTANT = 257, 259
 
     def __init__(self, model_dir: str, config: EngineConfig, on_progress: Callable[[Any], None] | None = None) -> None:
-        self.script = Script(**json.loads((Path(model_dir) / "script.json").read_text()))
+        self.script = script = Script(**json.loads((Path(model_dir) / "script.json").read_text()))
         self._load(on_progress or (lambda _: None))
-        self.session_len = config.session_len or self.script.session_len
-        self.eos_token_ids = (self.END,)
-        size = config.block_size
-        self._cache = CacheManager(
-            num_blocks=self.script.num_cache_blocks,
-            block_size=size,
-            max_slots=config.max_batch_size,
-            max_blocks=-(-self.session_len // size),
-            prefix_caching=config.enable_prefix_caching,
-        )
-        self._scheduler = Scheduler(
-            self._cache, max_running=config.max_batch_size, max_waiting=config.max_waiting, max_tokens=config.max_prefill_token_num
-        )
-        self._alphabet = {byte: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) for byte in [_byte_of(char)]}
-        self._answers: dict[str, list[int]] = {}
-        self._counts = {"arrived": 0, "generated": 0, "steps": 0}
+        resolved = replace(config, session_len=config.session_len or script.session_len, num_cache_blocks=script.num_cache_blocks)
+        self.executor = _EchoExecutor(script, resolved)
+        super().__init__(self.executor, vocab_size=256 + len(SPECIAL), eos_token_ids=(self.END,))
+        self._num_calls = 0
 
     def _load(self, on_progress: Callable[[Any], None]) -> None:
         for i in range(10):
@@ -145,83 +161,24 @@ class EchoEngine:
                 raise _exception(self.script.error)
 
     def add_request(self, request: EngineRequest) -> None:
-        if not request.prompt_ids or len(request.prompt_ids) >= self.session_len:
-            raise RequestRejected("the prompt is empty or too long")
-        if self.script.fail_at == "request" and self._alphabet[1] in request.prompt_ids:
+        if self.script.fail_at == "request" and self.executor.alphabet[1] in request.prompt_ids:
             raise _exception(self.script.error)
-        self._scheduler.add(
-            Sequence(
-                msgspec.structs.replace(request, grammar=""),  # it says what its script says
-                arrival=self._counts["arrived"],
-                session_len=self.session_len,
-                eos_token_ids=self.eos_token_ids,
-            )
-        )
-        self._counts["arrived"] += 1
-        self._answers[request.request_id] = self._answer(request.prompt_ids)
-
-    def _answer(self, prompt: list[int]) -> list[int]:
-        if self.script.answer is not None:
-            return [self._alphabet[byte] for byte in self.script.answer]
-        body = prompt[:-1] if prompt[-1] == self.ASSISTANT else prompt
-        last = max((i for i, token in enumerate(body) if token >= 256), default=-1)
-        return body[last + 1 :] or [self._alphabet[ord("?")]]
-
-    def abort(self, request_id: str) -> bool:
-        self._answers.pop(request_id, None)
-        return self._scheduler.abort(request_id)
-
-    def has_work(self) -> bool:
-        return self._scheduler.has_work()
+        super().add_request(msgspec.structs.replace(request, grammar=""))  # it says what its script says
 
     def step(self) -> list[TokenOutput]:
         time.sleep(self.script.step_seconds)
-        self._counts["steps"] += 1
-        if self.script.fail_at == "step" and self._counts["steps"] > 10:
+        self._num_calls += 1
+        if self.script.fail_at == "step" and self._num_calls > 10:
             raise _exception(self.script.error)
         outputs: dict[str, list[TokenOutput]] = {}
         for _ in range(self.script.tokens_per_output):
-            step = self._scheduler.schedule()
-            if step is None:
-                break
-            wants = any(s.sampling.num_logprobs is not None for s in step.samples)
-            tokens = [self._next_token(s) for s in step.samples]
-            logprobs = [_logprobs(t, s.sampling.num_logprobs) for t, s in zip(tokens, step.samples, strict=True)] if wants else None
-            for output in self._scheduler.postprocess(step, tokens, logprobs, [_read(read) for read in step.reads]):
+            for output in super().step():
                 outputs.setdefault(output.request_id, []).append(output)
-        merged = [_merge(parts) for parts in outputs.values()]
-        self._counts["generated"] += sum(len(output.token_ids) for output in merged)
-        return merged
-
-    def _next_token(self, sequence: Sequence) -> int:
-        answer, position = self._answers[sequence.request_id], sequence.num_generated
-        biases = {token: bias for token, bias in sequence.sampling.logit_bias.items() if bias > 0}
-        if biases:
-            return max(biases, key=lambda token: biases[token])
-        if position < len(answer) or self.script.endless:
-            return answer[position % len(answer)]
-        if sequence.sampling.ignore_eos or position < sequence.sampling.min_new_tokens:
-            return answer[position % len(answer)]
-        return self.END
-
-    def stats(self) -> _Stats:
-        scheduler, cache = self._scheduler, self._cache
-        return _Stats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            cache_usage=cache.usage,
-            num_cache_blocks=cache.num_blocks,
-            block_size=cache.block_size,
-            prefix_hit_rate=cache.hit_rate,
-            num_prompt_tokens=cache.num_queried_tokens,
-            num_cached_tokens=cache.num_hit_tokens,
-            num_generated_tokens=self._counts["generated"],
-            num_preemptions=scheduler.num_preemptions,
-            num_steps=self._counts["steps"],
-        )
+        return [_merge(parts) for parts in outputs.values()]
 
     def close(self) -> None:
-        self._scheduler.check_integrity()
+        self.check_integrity()
+        super().close()
 
 
 def _merge(parts: list[TokenOutput]) -> TokenOutput:
@@ -235,6 +192,7 @@ def _merge(parts: list[TokenOutput]) -> TokenOutput:
         queue_seconds=parts[0].queue_seconds,
         prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs is not None), None),
         embedding=last.embedding,
+        error=last.error,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from gantline_runtime.engine import EngineLoop
+from gantline_runtime.engine_loop import EngineLoop
 from gantline_runtime.request import QueueFull, RequestRejected
 
 from tests.runtime.engine_support import EOS, VOCAB, drain, expected_tokens, fake_engine, request, tokens_of
@@ -216,17 +216,19 @@ def test_the_output_is_cut_to_what_the_session_leaves() -> None:
 @DEPTHS
 @pytest.mark.parametrize("steps_before", range(6))
 def test_an_aborted_request_frees_its_blocks_when_its_step_is_over_and_sends_nothing_more(depth: int, steps_before: int) -> None:
-    engine, _ = fake_engine(depth=depth, max_prefill_token_num=32)
+    engine, executor = fake_engine(depth=depth, max_prefill_token_num=32)
     engine.add_request(request("gone", list(range(100)), count=50))
     engine.add_request(request("stays", [9, 9, 9], count=20))
     seen = [output for _ in range(steps_before) for output in engine.step()]
     assert engine.abort("gone")
+    launched = len(executor.steps)
     assert not engine.abort("gone")
     engine.check_integrity()
     for _ in range(depth + 1):
         seen += (after := engine.step())
         engine.check_integrity()
         assert all(output.request_id != "gone" for output in after)
+    assert not any(s.request_id == "gone" for step in executor.steps[launched:] for s in step.sequences), "no step has it any more"
     assert not any(s.request_id == "gone" for s in (*engine._scheduler.leaving, *engine._scheduler.decoding, *engine._scheduler.prefilling))
     seen += [output for outputs in drain(engine).values() for output in outputs]
     assert tokens_of([o for o in seen if o.request_id == "stays"]) == expected_tokens([9, 9, 9], 20)

@@ -268,6 +268,22 @@ def test_a_stuck_engine_turns_health_and_a_busy_or_idle_one_does_not(tmp_path: P
         assert _stream(server, 10)[1] == "length"
 
 
+def test_a_request_that_the_engine_cannot_compute_fails_alone(tmp_path: Path) -> None:
+    """Its neighbours of the same step lose no token, and the server serves on."""
+    with running(write_model(tmp_path / "m", step_seconds=0.01, fail_at="launch", error="RuntimeError: shapes differ"), *FAST) as server:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            streams = [pool.submit(_stream, server, 100) for _ in range(4)]
+            _wait_for_first_tokens(server, 4)
+            for stream in (False, True):
+                failed = server.post("/v1/completions", {"prompt": "bad\x01", "stream": stream})
+                assert failed.status_code == 500 and failed.json()["error"]["code"] == "engine_error"
+                assert "shapes differ" in failed.json()["error"]["message"]
+            for future in streams:
+                assert future.result(30) == (("abcdef" * 17)[:100], "length", [])
+        assert server.get("/health").status_code == 200
+        wait_until(lambda: server.metric("gantline_kv_cache_usage_perc") == 0, what="the blocks are free")
+
+
 def test_the_engine_dies_with_its_server(tmp_path: Path) -> None:
     server = ServerProcess(write_model(tmp_path / "m", step_seconds=0.02), *FAST).wait_ready()
     engine = server.engine_pid

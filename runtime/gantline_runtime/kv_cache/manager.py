@@ -104,6 +104,20 @@ class CacheManager:
         sequence.slot = -1
         sequence.num_published = 0
 
+    def disown(self, sequence: Sequence, start: int) -> set[int]:
+        """Make the blocks from token `start` on unfindable: their keys and values were never written. Returns those blocks."""
+        lost = set(sequence.blocks[start // self.block_size :])
+        for block in lost & self.prefix.known_blocks():
+            self.prefix.forget(block)
+        sequence.num_published = min(sequence.num_published, start // self.block_size)
+        return lost
+
+    def resend_table(self, sequence: Sequence) -> None:
+        """Have the next table updates hold all of a sequence's blocks: the device may have missed some."""
+        first = sequence.slot * self.tables.shape[1]
+        for place, block in enumerate(sequence.blocks, first):
+            self._updates += (place, block)
+
     def num_exclusive(self, sequence: Sequence) -> int:
         """Blocks that only this sequence holds: what preempting it would free."""
         return sum(self.pool.refs[block] == 1 for block in sequence.blocks)

@@ -5,15 +5,13 @@ Bodies are those of OpenAI's API reference. A stream and a whole answer are put 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gantline_runtime.engine_client import RequestFailed
 from gantline_runtime.messages import FinishReason, PromptLogprobs, TokenLogprobs
 from gantline_runtime.server.errors import json_response
 from gantline_runtime.server.generation import Generation
@@ -22,7 +20,7 @@ from gantline_runtime.server.service import Service
 from gantline_runtime.server.sse import EventStream, encode_event, unless_client_leaves
 from gantline_runtime.tokenizer import Tokenizer
 
-__all__ = ["AnswerWriter", "WholeChoice", "answer", "chosen_logprob", "finite_logprob", "raise_queue_full", "token_logprobs"]
+__all__ = ["AnswerWriter", "WholeChoice", "answer", "chosen_logprob", "finite_logprob", "token_logprobs"]
 
 _LOWEST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON cannot say."""
@@ -129,27 +127,15 @@ async def answer(request: Request, service: Service, writer: AnswerWriter, *, st
     generation = writer.generation
     request.state.generation = generation
     try:
-        with raise_queue_full(service):
-            first = await unless_client_leaves(request, generation.next())
-            if stream:
-                return EventStream(writer.events(first), generation.close)  # which closes it from here on
-            response = json_response(await unless_client_leaves(request, writer.whole(first)))
+        first = await unless_client_leaves(request, generation.next())
+        if stream:
+            return EventStream(writer.events(first), generation.close)  # which closes it from here on
+        response = json_response(await unless_client_leaves(request, writer.whole(first)))
     except BaseException:
         generation.close()
         raise
     generation.close()
     return response
-
-
-@contextlib.contextmanager
-def raise_queue_full(service: Service) -> Iterator[None]:
-    """The engine's word that its queue is full becomes a 429 with the time to wait."""
-    try:
-        yield
-    except RequestFailed as error:
-        if error.code == "queue_full":
-            raise service.queue_full() from None
-        raise
 
 
 def token_logprobs(entry: TokenEntry) -> list[tuple[int, float]]:

@@ -5,12 +5,13 @@
     400 invalid_json, invalid_value, missing_parameter, unknown_parameter, unsupported_parameter, context_length_exceeded, invalid_template
     404 not_found, model_not_found     405 method_not_allowed
     408 request_timeout                413 body_too_large         415 unsupported_media_type
-    429 queue_full (Retry-After)       500 internal_error, engine_error
+    429 queue_full (Retry-After)       500 internal_error, engine_error     504 deadline_exceeded
     503 not_ready, draining, shutting_down, engine_dead, engine_stuck (Retry-After)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from gantline_runtime.engine_client import EngineUnavailable, RequestFailed
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.termination import Reason
 
-__all__ = ["ApiError", "json_response", "not_accepting", "respond", "translate", "translate_validation"]
+__all__ = ["ApiError", "json_response", "not_accepting", "queue_full", "respond", "translate", "translate_validation"]
 
 
 class ApiError(Exception):
@@ -79,6 +80,13 @@ def not_accepting(lifecycle: Lifecycle) -> ApiError:
     return ApiError(503, "The engine is not running; the server is about to end.", code="engine_dead", headers={"Retry-After": "10"})
 
 
+def queue_full(cause: str, retry_after_s: float) -> ApiError:
+    """Why a request may not even wait, and when to try again."""
+    wait = max(1, math.ceil(retry_after_s))
+    message = f"{cause[:1].upper()}{cause[1:]}; more may not wait. Try again in {wait} s."
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(wait)})
+
+
 def translate(error: Exception) -> ApiError | None:
     """The ApiError for an error of a lower layer, or None for what nobody foresaw: then it is our defect."""
     match error:
@@ -88,6 +96,10 @@ def translate(error: Exception) -> ApiError | None:
             return ApiError(503, "The server is shutting down. Send the request again.", code="shutting_down", headers={"Retry-After": "1"})
         case EngineUnavailable():
             return ApiError(500, f"{error} ({error.reason}). The server restarts; try again later.", code="engine_dead")
+        case RequestFailed(code="queue_full"):
+            return queue_full(str(error), error.retry_after_s)
+        case RequestFailed(code="deadline"):
+            return ApiError(504, str(error), code="deadline_exceeded")
         case RequestFailed(code="invalid"):
             return ApiError(400, str(error), code="invalid_value")
         case RequestFailed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,22 @@ class Choice:
 class Generation:
     """Choices in the order of their submission. `close` aborts what is unfinished and gives the places back; it may be called twice."""
 
-    def __init__(self, group: RequestGroup, metrics: Metrics, ticket: Ticket, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        group: RequestGroup,
+        metrics: Metrics,
+        ticket: Ticket,
+        *,
+        timeout_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """After `timeout_s` seconds from the ticket's admission, what is unfinished fails with the code `deadline`."""
         self._group, self._metrics, self._ticket, self._clock = group, metrics, ticket, clock
+        self._deadline: asyncio.TimerHandle | None = None
+        if timeout_s is not None:
+            error = RequestFailed(f"The answer was not complete after {timeout_s:g} s, as long as it was allowed to take.", "deadline")
+            remaining = max(0.0, ticket.taken_at + timeout_s - clock())
+            self._deadline = asyncio.get_running_loop().call_later(remaining, group.fail, error)
         self._failed = False
         self._choices: list[Choice] = []
         self._by_id: dict[str, Choice] = {}
@@ -121,6 +136,8 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._group.close()
         self._ticket.release()
         for choice in self._choices:

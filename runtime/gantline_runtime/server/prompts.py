@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.messages import SamplingParams
-from gantline_runtime.server.answers import raise_queue_full
 from gantline_runtime.server.body import parse_body
 from gantline_runtime.server.errors import ApiError, json_response
 from gantline_runtime.server.generation import Generation
@@ -105,8 +104,7 @@ async def _read(
         raise
     request.state.generation = generation
     try:
-        with raise_queue_full(service):
-            await unless_client_leaves(request, _drain(generation, on_delta))
+        await unless_client_leaves(request, _drain(generation, on_delta))
     finally:
         generation.close()
     return generation

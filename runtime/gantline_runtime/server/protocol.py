@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gantline_runtime.server.callers import BEST_PRIORITY
 from gantline_runtime.server.parameters import (
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
@@ -45,6 +46,7 @@ MAX_BAD_WORD_CHARS = 256
 MAX_BIASES = 4096
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 1 << 24
+MAX_TIMEOUT_S = 86_400
 _INT64 = 1 << 63
 
 
@@ -105,6 +107,8 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    timeout: float | None = Field(None, gt=0.0, le=MAX_TIMEOUT_S)
+    priority: int = Field(0, ge=BEST_PRIORITY, le=-BEST_PRIORITY)
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, Pooling, SamplingParams
-from gantline_runtime.server.errors import ApiError, not_accepting
+from gantline_runtime.server.callers import Caller, current_caller
+from gantline_runtime.server.errors import ApiError, not_accepting, queue_full
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.server.metrics import Metrics
@@ -33,9 +32,6 @@ from gantline_runtime.tokenizer import Tokenizer
 __all__ = ["Model", "Service", "Ticket", "new_request_id"]
 
 T = TypeVar("T")
-
-_RATE_WINDOW_S = 30.0
-_MAX_RETRY_AFTER_S = 60
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,6 @@ class Service:
         self.idle = asyncio.Event()
         """Set while no request is admitted."""
         self.idle.set()
-        self._ended_at: deque[float] = deque(maxlen=4096)
         # Encoding lets other threads run; two keep a long prompt from delaying the short ones, more would only compete with the engine.
         self._pool = ThreadPoolExecutor(max_workers=max(2, min(8, (os.cpu_count() or 2) // 2)), thread_name_prefix="tokenizer")
 
@@ -112,14 +107,14 @@ class Service:
             message = f"{count} choices are asked for at once; this server runs or queues at most {self._capacity}."
             raise ApiError(400, message, code="invalid_value", param="n")
         if self._num_admitted + count > self._capacity:
-            raise self.queue_full()
+            assert self.engine is not None
+            raise queue_full(f"{self._num_admitted} requests are running or waiting", self.engine.report.seconds_until_room)
         self._num_admitted += count
         self.idle.clear()
-        return Ticket(count, self._leave)
+        return Ticket(count, self._leave, current_caller.get())
 
     def _leave(self, count: int) -> None:
         self._num_admitted -= count
-        self._ended_at.append(time.monotonic())
         if not self._num_admitted:
             self.idle.set()
 
@@ -178,9 +173,14 @@ class Service:
         pooling: Pooling | None = None,
     ) -> Generation:
         """Send `fields.n` requests for each prompt, each with its prompt's `sampling`. Choice i of prompt p has the index p * n + i.
-        What is read of a prompt beside sampling is read by its first choice. The generation releases `ticket` when it is closed."""
+        What is read of a prompt beside sampling is read by its first choice. The generation releases `ticket` when it is closed.
+        Raises ApiError for a priority that the caller may not have."""
         assert self.model is not None and self.engine is not None
-        generation = Generation(self.engine.open_group(), self.metrics, ticket)
+        caller = ticket.caller
+        if fields.priority < caller.best_priority:
+            message = f"priority is {fields.priority}; this API key allows {caller.best_priority} and more."
+            raise ApiError(400, message, code="invalid_value", param="priority")
+        generation = Generation(self.engine.open_group(), self.metrics, ticket, timeout_s=self._timeout(fields.timeout))
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
                 for choice in range(fields.n):
@@ -192,6 +192,9 @@ class Service:
                         sampling=seeded(params, choice),
                         num_prompt_logprobs=num_prompt_logprobs if reads else None,
                         pooling=pooling,
+                        tenant=caller.name,
+                        weight=caller.weight,
+                        priority=fields.priority,
                     )
                     generation.submit(i, request, self._build_output(request, fields))
         except BaseException:
@@ -212,27 +215,17 @@ class Service:
             include_stop=fields.include_stop_str_in_output,
         )
 
-    def queue_full(self) -> ApiError:
-        wait = self._seconds_until_room()
-        message = f"{self._num_admitted} requests are running or waiting, as many as this server takes. Try again in {wait} s."
-        return ApiError(429, message, code="queue_full", headers={"Retry-After": str(wait)})
-
-    def _seconds_until_room(self) -> int:
-        """One over the rate at which requests ended lately: when the next place becomes free."""
-        now = time.monotonic()
-        while self._ended_at and self._ended_at[0] < now - _RATE_WINDOW_S:
-            self._ended_at.popleft()
-        if not self._ended_at:
-            return _MAX_RETRY_AFTER_S // 2
-        rate = len(self._ended_at) / max(1.0, now - self._ended_at[0])
-        return min(_MAX_RETRY_AFTER_S, max(1, math.ceil(1 / rate)))
+    def _timeout(self, wanted: float | None) -> float | None:
+        """Seconds that an answer may take: what the client wants, within what the server allows."""
+        return min((t for t in (wanted, self.config.request_timeout) if t is not None), default=None)
 
 
 class Ticket:
     """Places among the requests that a server takes, until released; releasing twice does nothing."""
 
-    def __init__(self, count: int, release: Callable[[int], None]) -> None:
+    def __init__(self, count: int, release: Callable[[int], None], caller: Caller) -> None:
         self.taken_at = time.monotonic()
+        self.caller = caller
         self._count = count
         self._release = release
 

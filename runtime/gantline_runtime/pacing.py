@@ -1,0 +1,148 @@
+"""How long a step will take, learned from the steps before it, and how much of a prompt fits in the time that is left.
+
+    seconds = base + [any prompt] * more + a * prompt tokens + b * pairs + c * decodes + d * decode context
+
+`pairs` counts, for each prompt token, the tokens that its attention reads; `decode context` sums the lengths of the sequences that
+decode. The six coefficients are fitted by least squares of relative errors to the last steps of each size of prompt, without any and from
+32 tokens up in powers of two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. Nothing is assumed
+about the device; until prompts have been seen, chunks are small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Pacer", "StepLoad"]
+
+_MIN_CHUNK = 32
+"""Tokens that a prompt gets on with in any step: on a GPU they cost next to nothing beside the weights that are read anyway."""
+_GRAIN = 64
+"""Chunks are multiples of it where they are longer: kernels work in tiles."""
+_FIRST_CHUNK = 512
+"""Until `_MIN_SAMPLES` steps with prompts have been measured."""
+_MIN_SAMPLES = 4
+_LEAST_SHARE = 1.5
+"""A step may take this many times what its decodes take, whatever the limit."""
+_KEPT = 24
+"""Steps of each size of prompt that the fit is made from; four times as many without a prompt."""
+_FIT_EVERY = 8
+_MOST_SURPRISE = 3.0
+"""A step that took longer than this times what was expected counts as that: it compiled a kernel, or the machine was busy elsewhere."""
+_SCALE = np.array([1.0, 1.0, 1e3, 1e6, 1e2, 1e5])
+"""Typical sizes of the six terms, so that they weigh alike where the steps seen do not tell them apart."""
+_RIDGE = 1e-4
+
+
+@dataclass
+class StepLoad:
+    """What a step is made of, as far as its time depends on it."""
+
+    prompt_tokens: int = 0
+    pairs: float = 0.0
+    decodes: int = 0
+    decode_context: int = 0
+
+    def add_chunk(self, start: int, count: int) -> None:
+        self.prompt_tokens += count
+        self.pairs += count * (start + count / 2)
+
+    def terms(self) -> NDArray[np.float64]:
+        has_prompt = float(self.prompt_tokens > 0)
+        return np.array([1.0, has_prompt, self.prompt_tokens, self.pairs, self.decodes, self.decode_context]) / _SCALE
+
+
+class Pacer:
+    """Chooses chunks so that steps with decodes take at most `max_step_s`; 0 for no limit.
+
+    Where decoding alone takes most of that, prompts get half as long as decoding does: they must get on too.
+    """
+
+    def __init__(self, max_step_s: float) -> None:
+        self._max_step_s = max_step_s
+        self._samples: dict[int, deque[tuple[NDArray[np.float64], float]]] = {}
+        """By size of prompt: 0 for none, else the number of bits of its tokens."""
+        self._coefficients = np.zeros(len(_SCALE))
+        self._until_fit = 1
+        self._num_with_prompts = 0
+        self._most_prompt_tokens = 0
+
+    @property
+    def _knows_prompts(self) -> bool:
+        return self._num_with_prompts >= _MIN_SAMPLES
+
+    def predict(self, load: StepLoad) -> float:
+        """Seconds that a step of `load` takes."""
+        return float(load.terms() @ self._coefficients)
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learn from a step that is over."""
+        if seconds <= 0.0 or not math.isfinite(seconds):
+            return
+        expected = self.predict(load)
+        if expected > 0.0 and (self._knows_prompts or not load.prompt_tokens):
+            seconds = min(seconds, _MOST_SURPRISE * expected)
+        size = max(load.prompt_tokens, _MIN_CHUNK).bit_length() if load.prompt_tokens else 0
+        self._samples.setdefault(size, deque(maxlen=_KEPT if size else 4 * _KEPT)).append((load.terms(), seconds))
+        self._num_with_prompts += load.prompt_tokens > 0
+        self._most_prompt_tokens = max(self._most_prompt_tokens, load.prompt_tokens)
+        self._until_fit -= 1
+        if self._until_fit <= 0:
+            self._fit()
+
+    def _fit(self) -> None:
+        samples = [sample for kept in self._samples.values() for sample in kept]
+        self._until_fit = _FIT_EVERY if len(samples) >= _FIT_EVERY else 1
+        times = np.array([seconds for _, seconds in samples])
+        rows = np.array([terms for terms, _ in samples]) / times[:, None]
+        self._coefficients = _fit_positive(rows, len(samples))
+
+    def chunk(self, load: StepLoad, start: int, wanted: int) -> int:
+        """How many of `wanted` tokens, from position `start` of a prompt, to add to a step of `load`. The first prompt of a step gets on in
+        any case; for a further one there may be no room, 0."""
+        if not self._max_step_s or not load.decodes:
+            return wanted
+        count = self._room(load, start)
+        if count >= wanted:
+            return wanted
+        if count > _GRAIN:
+            return count - count % _GRAIN
+        return min(wanted, max(count, _MIN_CHUNK)) if not load.prompt_tokens else 0
+
+    def _room(self, load: StepLoad, start: int) -> int:
+        if not self._knows_prompts:
+            return max(0, _FIRST_CHUNK - load.prompt_tokens)
+        _, more, per_token, per_pair, *_ = self._coefficients / _SCALE
+        decoding = self.predict(StepLoad(decodes=load.decodes, decode_context=load.decode_context))
+        left = max(self._max_step_s, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else float(more))
+        fits = _largest_count(left, float(per_token + per_pair * start), float(per_pair) / 2)
+        return min(fits, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
+
+
+def _largest_count(seconds: float, linear: float, quadratic: float) -> int:
+    """The largest n with `linear * n + quadratic * n^2 <= seconds`."""
+    if seconds <= 0.0:
+        return 0
+    if quadratic * seconds <= 1e-12 * linear * linear or quadratic <= 0.0:
+        return int(min(seconds / linear, 1 << 30)) if linear > 0.0 else 1 << 30
+    return int((math.sqrt(linear * linear + 4.0 * quadratic * seconds) - linear) / (2.0 * quadratic))
+
+
+def _fit_positive(rows: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Coefficients, none negative, that bring `rows @ coefficients` closest to one. Terms that would be negative are left out, the worst
+    first."""
+    used = list(range(rows.shape[1]))
+    gram, target = rows.T @ rows / count, rows.sum(axis=0) / count
+    ridge = _RIDGE * max(float(np.trace(gram)), 1e-300) / len(used)
+    while True:
+        part = np.linalg.solve(gram[np.ix_(used, used)] + ridge * np.eye(len(used)), target[used])
+        if part.min() >= 0.0 or len(used) == 1:
+            break
+        del used[int(part.argmin())]
+    result = np.zeros(rows.shape[1])
+    result[used] = np.maximum(part, 0.0)
+    return result
