@@ -1,7 +1,8 @@
 """Random arrivals, lengths, cancellations and sampling settings at a full cache: `python -m benchmarks.soak --model DIR [--minutes 5]`.
 
 Ends with every request accounted for, every block free and the cache's integrity clean; exits with 1 otherwise. Every finished request has
-the number of tokens that was asked for, and no token of an aborted one is heard of again.
+the number of tokens that was asked for, and no token of an aborted one is heard of again. With --blocks few, preemption is frequent; with
+--share 0.9 and none, memory is as scarce as it gets. A minute of each is the short form.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.engine import LLMEngine
+from gantline_runtime.engine import EngineLoop, LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams
 from gantline_runtime.request import QueueFull
 
@@ -33,6 +35,7 @@ class _Ledger:
     finished: int = 0
     aborted: int = 0
     refused: int = 0
+    longest_step_s: float = 0.0
 
 
 def _random_sampling(rng: random.Random, count: int) -> SamplingParams:
@@ -50,7 +53,7 @@ def _random_sampling(rng: random.Random, count: int) -> SamplingParams:
     return SamplingParams(**settings)
 
 
-def _arrive(engine: LLMEngine, ledger: _Ledger, rng: random.Random, shared: list[int], vocab: int) -> None:
+def _arrive(engine: EngineLoop, ledger: _Ledger, rng: random.Random, shared: list[int], vocab: int) -> None:
     longest = min(engine.session_len - 2, 8192)
     length = min(longest, max(1, int(rng.lognormvariate(5.5, 1.2))))
     kept = rng.randrange(length) if rng.random() < 0.4 else 0
@@ -58,8 +61,9 @@ def _arrive(engine: LLMEngine, ledger: _Ledger, rng: random.Random, shared: list
     count = min(engine.session_len - length, max(1, int(rng.lognormvariate(5.0, 1.0))))
     sampling = _random_sampling(rng, count)
     name = f"soak-{ledger.added}"
+    read = rng.randint(0, 5) if rng.random() < 0.03 else None
     try:
-        engine.add_request(EngineRequest(request_id=name, prompt_ids=prompt, sampling=sampling))
+        engine.add_request(EngineRequest(request_id=name, prompt_ids=prompt, sampling=sampling, num_prompt_logprobs=read))
     except QueueFull:
         ledger.refused += 1
         return
@@ -67,8 +71,11 @@ def _arrive(engine: LLMEngine, ledger: _Ledger, rng: random.Random, shared: list
     ledger.wanted[name] = 0 if sampling.stop_token_ids else count
 
 
-def _step(engine: LLMEngine, ledger: _Ledger) -> None:
-    for output in engine.step():
+def _step(engine: EngineLoop, ledger: _Ledger) -> None:
+    started = time.perf_counter()
+    outputs = engine.step()
+    ledger.longest_step_s = max(ledger.longest_step_s, time.perf_counter() - started)
+    for output in outputs:
         name = output.request_id
         if name not in ledger.wanted:
             raise AssertionError(f"{name} is heard of after its end")
@@ -81,7 +88,7 @@ def _step(engine: LLMEngine, ledger: _Ledger) -> None:
             ledger.finished += 1
 
 
-def soak(engine: LLMEngine, *, seconds: float, vocab: int, seed: int = 0) -> _Ledger:
+def soak(engine: EngineLoop, *, seconds: float, vocab: int, seed: int = 0) -> _Ledger:
     """Run for `seconds`, then to the end. Raises AssertionError for anything that is wrong."""
     rng, ledger = random.Random(seed), _Ledger()
     shared = [rng.randrange(vocab) for _ in range(8192)]
@@ -113,15 +120,25 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--blocks", type=int, help="cache blocks; few make preemption frequent")
+    parser.add_argument("--share", type=float, default=0.9, help="cache_max_entry_count")
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "torch"), default="auto")
     parser.add_argument("--max-batch-size", type=int, default=256)
     options = parser.parse_args()
-    config = EngineConfig(backend=options.backend, max_batch_size=options.max_batch_size, num_cache_blocks=options.blocks)
+    config = EngineConfig(
+        backend=options.backend,
+        max_batch_size=options.max_batch_size,
+        num_cache_blocks=options.blocks,
+        cache_max_entry_count=options.share,
+    )
     engine = LLMEngine(options.model, config)
     vocab = json.loads((options.model / "config.json").read_text())["vocab_size"]
     ledger = soak(engine, seconds=options.minutes * 60, vocab=vocab)
-    counts = {name: value for name, value in asdict(ledger).items() if isinstance(value, int)}
-    print(json.dumps({**counts, "preemptions": engine.stats().num_preemptions, "tokens": engine.stats().num_generated_tokens}))
+    counts = {name: value for name, value in asdict(ledger).items() if isinstance(value, (int, float))}
+    stats = engine.stats()
+    more = {"preemptions": stats.num_preemptions, "tokens": stats.num_generated_tokens, "steps": stats.num_steps}
+    captures = {"captures": stats.num_captures, "longest_capture_s": stats.longest_capture_s}
+    memory = {"free_bytes": torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None, "memory": asdict(stats.memory)}
+    print(json.dumps({**counts, **more, **captures, **memory}))
     engine.close()
     return 0
 
