@@ -169,7 +169,7 @@ class EngineLoop:
             max_blocks=executor.limits.max_blocks,
             prefix_caching=config.enable_prefix_caching,
         )
-        self._pacer = Pacer(config.max_step_ms / 1000)
+        self.pacer = Pacer(config.max_step_ms / 1000)
         capacity = executor.num_blocks * config.block_size
         most_tokens = config.max_waiting_tokens if config.max_waiting_tokens is not None else _QUEUED_CACHES * capacity
         self._admission = Admission(max_waiting=config.max_waiting, max_waiting_tokens=most_tokens)
@@ -178,7 +178,7 @@ class EngineLoop:
             max_running=config.max_batch_size,
             max_tokens=config.max_prefill_token_num,
             admission=self._admission,
-            pacer=self._pacer,
+            pacer=self.pacer,
         )
         self._grammars = grammars
         self._clock = clock
@@ -321,7 +321,7 @@ class EngineLoop:
         seconds, self._last_done = now - max(flight.launched_at, self._last_done), now
         self._counters.times.device_s += seconds
         if len(self._executor.capture_seconds) == flight.num_captures:  # capturing a graph says nothing of running it
-            self._pacer.observe(flight.step.load, seconds)
+            self.pacer.observe(flight.step.load, seconds)
         return self._account(flight.step, *result)
 
     def _account(

@@ -63,7 +63,7 @@ class Pacer:
     """
 
     def __init__(self, max_step_s: float) -> None:
-        self._max_step_s = max_step_s
+        self.max_step_s = max_step_s
         self._samples: dict[int, deque[tuple[NDArray[np.float64], float]]] = {}
         """By size of prompt: 0 for none, else the number of bits of its tokens."""
         self._coefficients = np.zeros(len(_SCALE))
@@ -104,7 +104,7 @@ class Pacer:
     def chunk(self, load: StepLoad, start: int, wanted: int) -> int:
         """How many of `wanted` tokens, from position `start` of a prompt, to add to a step of `load`. The first prompt of a step gets on in
         any case; for a further one there may be no room, 0."""
-        if not self._max_step_s or not load.decodes:
+        if not self.max_step_s or not load.decodes:
             return wanted
         count = self._room(load, start)
         if count >= wanted:
@@ -118,7 +118,7 @@ class Pacer:
             return max(0, _FIRST_CHUNK - load.prompt_tokens)
         _, more, per_token, per_pair, *_ = self._coefficients / _SCALE
         decoding = self.predict(StepLoad(decodes=load.decodes, decode_context=load.decode_context))
-        left = max(self._max_step_s, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else float(more))
+        left = max(self.max_step_s, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else float(more))
         fits = _largest_count(left, float(per_token + per_pair * start), float(per_pair) / 2)
         return min(fits, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
 

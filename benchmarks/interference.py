@@ -1,0 +1,133 @@
+"""How much long prompts delay those who decode: `python -m benchmarks.interference --model DIR [--limits 50 twice 0]`.
+
+64 requests decode at a context of 1000 tokens; then 4 prompts of 30,000 tokens arrive at once. For each limit (`max_step_ms`; `twice` is
+twice the undisturbed step, 0 none) it prints the time between tokens of the 64 while the prompts are computed, and the prompts' first-token
+times. Prompts are random and prefixes are not reused. The first pass, with shorter prompts, is thrown away: it compiles kernels, captures
+graphs and teaches the prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine import LLMEngine
+from gantline_runtime.messages import EngineRequest, SamplingParams
+
+_QUIET_STEPS = 60
+"""Undisturbed steps before the prompts arrive; their median is the undisturbed step."""
+_MOST_SECONDS = 20.0
+"""A pass that takes longer is given up, with what it has."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Milliseconds."""
+
+    limit: float
+    undisturbed: float
+    between_p50: float
+    between_p99: float
+    between_max: float
+    first_tokens: list[float]
+    steps: int
+
+
+class _Crowd:
+    """Adds requests of random tokens, and steps the engine."""
+
+    def __init__(self, engine: LLMEngine, vocab_size: int) -> None:
+        self.engine = engine
+        self._random = random.Random(0)
+        self._vocab_size = vocab_size
+        self._names: list[str] = []
+
+    def add(self, name: str, length: int, count: int) -> None:
+        prompt = [self._random.randrange(self._vocab_size) for _ in range(length)]
+        sampling = SamplingParams(max_new_tokens=count, temperature=0.0, ignore_eos=True)
+        self._names.append(name)
+        self.engine.add_request(EngineRequest(request_id=name, prompt_ids=prompt, sampling=sampling))
+
+    def step(self) -> tuple[list[str], float]:
+        """Who got a token, and when."""
+        outputs = self.engine.step()
+        failed = next((output for output in outputs if output.finish_reason == "error"), None)
+        if failed is not None:
+            raise RuntimeError(f"{failed.request_id}: {failed.error}")
+        return [output.request_id for output in outputs], time.perf_counter()
+
+    def leave(self) -> None:
+        for name in self._names:
+            self.engine.abort(name)
+        self._names.clear()
+        while self.engine.has_work():
+            self.engine.step()
+
+
+def run_pass(crowd: _Crowd, limit_ms: float | None, *, decoding: int, context: int, prompts: int, length: int) -> Pass:
+    """`limit_ms` None: twice the undisturbed step, once that is known."""
+    pacer = crowd.engine.pacer
+    pacer.max_step_s = 0.0  # the ones that will decode come in as fast as they can
+    for i in range(decoding):
+        crowd.add(f"decode-{i}", context, 20_000)
+    last: dict[str, float] = {}
+    while len(last) < decoding:
+        names, now = crowd.step()
+        last.update(dict.fromkeys(names, now))
+    quiet: list[float] = []
+    while len(quiet) < _QUIET_STEPS:
+        names, now = crowd.step()
+        quiet.append(now - last[names[0]])
+        last.update(dict.fromkeys(names, now))
+    undisturbed = statistics.median(quiet)
+    pacer.max_step_s = 2 * undisturbed if limit_ms is None else limit_ms / 1000
+    for i in range(prompts):
+        crowd.add(f"prompt-{i}", length, 64)
+    gaps, first, began, steps = [], {}, time.perf_counter(), 0
+    while len(first) < prompts and time.perf_counter() - began < _MOST_SECONDS:
+        names, now = crowd.step()
+        steps += 1
+        for name in names:
+            if name.startswith("prompt"):
+                first.setdefault(name, now - began)
+            else:
+                gaps.append(now - last[name])
+                last[name] = now
+    limit = 1000 * pacer.max_step_s
+    crowd.leave()
+    gaps.sort()
+    ms = [round(1000 * x, 2) for x in (undisturbed, gaps[len(gaps) // 2], gaps[int(0.99 * len(gaps))], gaps[-1])]
+    return Pass(round(limit, 2), *ms, sorted(round(1000 * x) for x in first.values()), steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--limits", nargs="+", default=["50", "twice", "0"])
+    parser.add_argument("--decoding", type=int, default=64)
+    parser.add_argument("--context", type=int, default=1000, help="tokens of those that decode")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--length", type=int, default=30_000)
+    options = parser.parse_args()
+    facts = json.loads((options.model / "config.json").read_text())
+    session_len = min(facts["max_position_embeddings"], max(options.length, options.context + 20_000) + 64)
+    config = EngineConfig(backend=options.backend, session_len=session_len, max_batch_size=128, enable_prefix_caching=False)
+    engine = LLMEngine(options.model, config)
+    crowd = _Crowd(engine, facts["vocab_size"])
+    sizes = {"decoding": options.decoding, "context": options.context, "prompts": options.prompts}
+    print("warm-up", json.dumps(asdict(run_pass(crowd, 50.0, length=max(64, options.length // 4), **sizes))), flush=True)
+    for limit in options.limits:
+        found = run_pass(crowd, None if limit == "twice" else float(limit), length=options.length, **sizes)
+        print(json.dumps({"asked": limit, **asdict(found), "captures": engine.stats().num_captures}), flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
