@@ -218,6 +218,7 @@ def _first_problem(path: str) -> tuple[str, str]:
         "/v1/chat/completions": ("missing_parameter", "messages"),
         "/v1/completions": ("missing_parameter", "prompt"),
         "/v1/embeddings": ("missing_parameter", "input"),
+        "/v1/responses": ("missing_parameter", "input"),
         "/v1/encode": ("missing_parameter", "input"),
         "/get_ppl": ("missing_parameter", "input"),
         "/tokenize": ("unknown_parameter", "surprise"),

@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.messages import FinishReason, PromptLogprobs, TokenLogprobs
-from gantline_runtime.server.errors import json_response
+from gantline_runtime.server.errors import ApiError, json_response
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
 from gantline_runtime.server.service import Service
-from gantline_runtime.server.sse import EventStream, encode_event, unless_client_leaves
+from gantline_runtime.server.sse import DONE, EventStream, encode_event, unless_client_leaves
 from gantline_runtime.tokenizer import Tokenizer
 
 __all__ = ["AnswerWriter", "WholeChoice", "answer", "chosen_logprob", "finite_logprob", "token_logprobs"]
@@ -51,6 +51,9 @@ class WholeChoice:
 class AnswerWriter:
     """`frame` holds the members that every object of the answer repeats: id, object, created, model."""
 
+    ending = DONE
+    """What a stream ends with when nothing failed."""
+
     def __init__(
         self, generation: Generation, tokenizer: Tokenizer, frame: dict[str, Any], *, include_usage: bool, return_token_ids: bool = False
     ) -> None:
@@ -59,6 +62,10 @@ class AnswerWriter:
         self.frame = frame
         self.include_usage = include_usage
         self.return_token_ids = return_token_ids
+
+    def failure(self, error: ApiError) -> bytes:
+        """A stream's last event, when something failed."""
+        return encode_event(error.body())
 
     def build_opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says of a choice before its first text."""
@@ -129,7 +136,7 @@ async def answer(request: Request, service: Service, writer: AnswerWriter, *, st
     try:
         first = await unless_client_leaves(request, generation.next())
         if stream:
-            return EventStream(writer.events(first), generation.close)  # which closes it from here on
+            return EventStream(writer.events(first), generation.close, ending=writer.ending, failure=writer.failure)  # which closes it
         response = json_response(await unless_client_leaves(request, writer.whole(first)))
     except BaseException:
         generation.close()

@@ -18,7 +18,7 @@ from gantline_runtime.server.sampling import num_new_tokens
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import unless_client_leaves
 
-__all__ = ["create_chat_completion"]
+__all__ = ["ChatWriter", "create_chat_completion", "start_chat"]
 
 
 async def create_chat_completion(request: Request) -> Response:
@@ -30,16 +30,16 @@ async def create_chat_completion(request: Request) -> Response:
     ticket = service.admit(fields.n)
     request_id = new_request_id("chatcmpl")
     try:
-        generation = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket))
+        generation = await unless_client_leaves(request, start_chat(service, model, request_id, fields, ticket))
     except BaseException:
         ticket.release()
         raise
     kind = "chat.completion.chunk" if fields.stream else "chat.completion"
     frame = {"id": request_id, "object": kind, "created": int(time.time()), "model": model.name}
-    return await answer(request, service, _ChatWriter(generation, model, frame, fields), stream=fields.stream)
+    return await answer(request, service, ChatWriter(generation, model, frame, fields), stream=fields.stream)
 
 
-async def _start(service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket) -> Generation:
+async def start_chat(service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket) -> Generation:
     prompt = await service.encode_chat(fields.messages, fields.chat_template_kwargs)
     wanted = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
     sampling = await service.build_sampling(
@@ -50,7 +50,7 @@ async def _start(service: Service, model: Model, request_id: str, fields: ChatRe
     return service.start(request_id, [prompt], [sampling], fields, ticket)
 
 
-class _ChatWriter(AnswerWriter):
+class ChatWriter(AnswerWriter):
     def __init__(self, generation: Generation, model: Model, frame: dict[str, Any], fields: ChatRequest) -> None:
         super().__init__(generation, model.tokenizer, frame, include_usage=fields.include_usage, return_token_ids=fields.return_token_ids)
         self._wants_logprobs = fields.logprobs

@@ -140,11 +140,14 @@ def translate_validation(error: pydantic.ValidationError) -> ApiError:
     return ApiError(400, text, code=_CODES.get(kind, kind if kind == "unsupported_parameter" else "invalid_value"), param=param or None)
 
 
+_UNION_MEMBERS = frozenset({"str", "constrained-str"})
+
+
 def _path(location: Sequence[int | str]) -> str:
     """`messages[0].content` for ("messages", 0, "content"); the names that pydantic gives to the members of a union are left out."""
     path = ""
     for part in location:
-        if isinstance(part, str) and "[" in part:
+        if isinstance(part, str) and ("[" in part or part in _UNION_MEMBERS):
             continue
         if isinstance(part, int):
             path += f"[{part}]"

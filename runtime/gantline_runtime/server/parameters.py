@@ -19,6 +19,7 @@ __all__ = [
     "UNSUPPORTED_EXTRAS",
     "UNSUPPORTED_GENERATE",
     "UNSUPPORTED_MESSAGE",
+    "UNSUPPORTED_RESPONSES",
     "drop_harmless",
     "unsupported",
 ]
@@ -81,6 +82,24 @@ UNSUPPORTED_EXTRAS: dict[str, tuple[Any, ...]] = {
 UNSUPPORTED_GENERATE: dict[str, tuple[Any, ...]] = {"n": (1,), "stream_options": ()}
 
 UNSUPPORTED_EMBEDDING: dict[str, tuple[Any, ...]] = {"dimensions": (), "priority": (0,), "truncate_prompt_tokens": ()}
+
+UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "max_tokens": (),
+    "max_tool_calls": (),
+    "moderation": (),
+    "n": (1,),
+    "previous_response_id": (),
+    "prompt": (),
+    "return_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "truncation": ("disabled",),
+}
 
 UNSUPPORTED_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),

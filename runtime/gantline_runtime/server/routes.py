@@ -9,9 +9,10 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gantline_runtime.server import chat, completions, documents, generate, prompts, system, text
+from gantline_runtime.server import chat, completions, documents, generate, prompts, responses, system, text
 from gantline_runtime.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gantline_runtime.server.protocol_prompts import EmbeddingRequest, EncodeRequest, GenerateRequest, PerplexityRequest
+from gantline_runtime.server.protocol_responses import ResponsesRequest
 
 __all__ = ["ROUTES", "Endpoint"]
 
@@ -38,6 +39,7 @@ class Endpoint:
 ROUTES = (
     Endpoint("POST", "/v1/chat/completions", chat.create_chat_completion, "Answer messages", ChatRequest, streams=True),
     Endpoint("POST", "/v1/completions", completions.create_completion, "Continue texts", CompletionRequest, streams=True),
+    Endpoint("POST", "/v1/responses", responses.create_response, "Answer a conversation of items", ResponsesRequest, streams=True),
     Endpoint("POST", "/v1/embeddings", prompts.create_embeddings, "Turn texts into vectors", EmbeddingRequest),
     Endpoint("GET", "/v1/models", system.list_models, "The model that is served"),
     Endpoint("GET", "/v1/models/{model:path}", system.show_model, "One model by its name"),

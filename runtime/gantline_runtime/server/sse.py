@@ -29,28 +29,37 @@ class ClientLeft(Exception):
     """Nobody waits for the answer any more."""
 
 
-def encode_event(body: Any) -> bytes:
-    """One event. Three characters that Unicode calls line ends are escaped: some clients split a stream's text there, in mid-event."""
+def encode_event(body: Any, *, name: str | None = None) -> bytes:
+    """One event, with a name if it has one. Three characters that Unicode calls line ends are escaped: some clients split a stream's text
+    there, in mid-event."""
     data = _encode(body)
     for raw, escaped in _UNICODE_LINE_ENDS:
         data = data.replace(raw, escaped)
-    return b"data: " + data + b"\n\n"
+    return (b"" if name is None else b"event: " + name.encode() + b"\n") + b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends the events that `events` yields, then `[DONE]`.
+    """Sends the events that `events` yields, then `ending`.
 
-    An error in mid-stream becomes an event with the usual error body, and then the stream ends without `[DONE]`: it did not complete.
-    `close` is called on every way out, also when the client left before the first event.
+    An error in mid-stream becomes the event that `failure` makes of it, usually with the error's body, and then the stream ends without
+    `ending`: it did not complete. `close` is called on every way out, also when the client left before the first event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        *,
+        ending: bytes = DONE,
+        failure: Callable[[ApiError], bytes] = lambda error: encode_event(error.body()),
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._ending, self._failure = ending, failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send_events(send))
@@ -68,7 +77,7 @@ class EventStream(Response):
 
     async def _send_events(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        last = DONE
+        last = self._ending
         try:
             async for event in self._events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -76,7 +85,7 @@ class EventStream(Response):
             known = translate(error)
             if known is None:
                 log.exception("a stream failed")
-            last = encode_event((known or ApiError(500, "The server failed; its log says more.", code="internal_error")).body())
+            last = self._failure(known or ApiError(500, "The server failed; its log says more.", code="internal_error"))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
