@@ -86,7 +86,7 @@ class GraphClasses:
         if not self._decodes:
             return None
         count = self._decodes[-1]
-        return BatchShape(count, count, count, count, 0, 1, self._contexts[-1], 1)
+        return BatchShape(count, count, count, count, 0, 1, self._contexts[-1], padded=1)
 
     def _largest_mixed(self) -> BatchShape | None:
         if not self._tokens:
@@ -94,7 +94,7 @@ class GraphClasses:
         tokens = self._tokens[-1]
         decodes = min(self._mixed_decodes[-1], tokens)
         count = decodes + _PROMPTS[-1]
-        return BatchShape(tokens, count, decodes, count, 0, tokens, self._contexts[-1], 1)
+        return BatchShape(tokens, count, decodes, count, 0, tokens, self._contexts[-1], padded=1)
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int | None:

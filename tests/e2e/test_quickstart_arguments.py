@@ -83,7 +83,7 @@ def test_images_are_built_by_the_first_builder_that_works(
 def test_an_image_is_named_by_its_content_so_that_changed_code_is_pulled(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "buildah").write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\n[ $1 != images ] || echo sha256:0123456789abcdef\n")
+    (tmp_path / "buildah").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ $1 != images ] || echo sha256:0123456789abcdef\n')
     (tmp_path / "buildah").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(quickstart, "STATE", tmp_path)

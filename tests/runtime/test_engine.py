@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from gantline_runtime.batch import BatchShape
+from gantline_runtime.batch import BatchLimits, BatchShape
+from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.distributed import RankError
 from gantline_runtime.engine import LLMEngine, Progress
 from gantline_runtime.errors import CapacityError, CheckpointError, ConfigurationError, SourceError
 from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.model_runner import ModelRunner
+from gantline_runtime.parallel import Parallel
 from safetensors.torch import load_file, save_file
 
 from tests.runtime.checkpoints import write_checkpoint
@@ -101,10 +104,6 @@ def test_a_damaged_checkpoint_is_refused_with_the_culprit_named(broken: Path, da
 
 
 def test_a_file_that_shrinks_after_it_was_judged_is_named(broken: Path) -> None:
-    from gantline_runtime.checkpoint import open_checkpoint
-    from gantline_runtime.layers.weights import BuildContext
-    from gantline_runtime.parallel import Parallel
-
     checkpoint = open_checkpoint(broken)
     os.truncate(broken / "model.safetensors", 100_000)
     build = BuildContext(dtype=torch.float32, device=torch.device("cpu"), backend="torch")
@@ -152,6 +151,18 @@ def test_padding_batches_to_the_classes_of_graphs_changes_no_token_and_no_logpro
         for ours, theirs in zip(padded_results[name], outputs, strict=True):
             assert ours.logprobs is not None and theirs.logprobs is not None
             assert ours.logprobs[0].chosen == pytest.approx(theirs.logprobs[0].chosen, abs=1e-4)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 8])
+def test_the_batches_that_memory_is_measured_with_run(model: Path, max_batch_size: int) -> None:
+    """On a GPU their peak is what is kept free; here they only run, as a GPU's kernels would see them."""
+    build = BuildContext(dtype=torch.float32, device=torch.device("cpu"), backend="torch")
+    runner = ModelRunner(open_checkpoint(model), session_len=512, build=build, parallel=Parallel())
+    limits = BatchLimits(max_tokens=96, max_slots=max_batch_size + 1, max_blocks=32)
+    runner.allocate(1, 16, limits, graphs=False)
+    with torch.inference_mode():
+        runner._run_largest(limits, 16)
+        runner._run_largest_classes(limits, 16)
 
 
 # ---- settings and memory

@@ -30,6 +30,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 VOCAB = 32_000
 LONGEST = 32_768
 BATCHES = (1, 17, 256)
+_SIZES = ("num_tokens", "num_sequences", "num_decodes", "max_query_len", "max_context_len", "padded")
 MODELS: dict[int, tuple[str, dict[str, Any]]] = {
     64: ("llama", {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 1024}),
     128: ("qwen3", {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 2048}),
@@ -80,6 +81,8 @@ def test_a_padded_batch_holds_the_batch_and_its_class_is_its_own(max_sequences: 
         assert padded.num_decodes >= exact.num_decodes and padded.num_prompts >= exact.num_prompts
         assert (padded.num_samples, padded.num_updates) == (exact.num_samples, exact.num_updates)
         assert classes.pad(padded) == padded
+        assert any(all(getattr(largest, name) >= getattr(padded, name) for name in _SIZES) for largest in classes.largest())
+    assert all(classes.pad(largest) == largest for largest in classes.largest())
 
 
 # ---- against transformers
