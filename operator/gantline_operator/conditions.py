@@ -62,6 +62,7 @@ class Reason(StrEnum):
     WAITING_FOR_CAPACITY = "WaitingForCapacity"
     WAITING_FOR_VOLUME = "WaitingForVolume"
     RETRYING = "Retrying"
+    ROLLED_BACK = "RolledBack"
     ROLLING_OUT = "RollingOut"
     STARTING = "Starting"
     NOT_AVAILABLE = "NotAvailable"

@@ -4,7 +4,7 @@
     inspect   Job, unless status.model has the facts of this source
     plan      pure; what was planned before stands as long as it fits
     prepare   fetch and quantize Jobs, unless status.artefacts has their results
-    roll out  Service, Deployment, ... of the revision; or, until that is ready, the previous revision as it was
+    roll out  Service, Deployment, ... of the revision; or, until that can be or once it has failed, the previous revision as it was
     clean up  prune, and a time to live for finished Jobs
     status    written only if it changed
 
@@ -23,12 +23,15 @@ from gantline_operator import resources
 from gantline_operator.client import Object
 from gantline_operator.conditions import Reason
 from gantline_operator.plan import Plan
-from gantline_operator.plan_status import to_status
+from gantline_operator.plan_status import from_status, to_status
 from gantline_operator.pod_state import Trouble
 from gantline_operator.preparation import Preparation
 from gantline_operator.reconcile_pass import CHILD_KINDS, sentence
 from gantline_operator.resources import ModelLocation
+from gantline_operator.rollback import RolloutRecord, advance
+from gantline_operator.rollout_strategy import Strategy, choose_strategy
 from gantline_operator.spec import SpecError, parse_service
+from gantline_operator.status import read_rollout
 
 __all__ = ["Reconcile"]
 
@@ -79,14 +82,30 @@ class Reconcile(Preparation):
         if self.paused:
             self._found |= {"one_node": location.one_node, "current": await self._serves(mark)}
             return
+        self._found["one_node"] = location.one_node
+        record = RolloutRecord.from_status(self.recorded.get("rollout"))
+        if self.spec.rollout.auto_rollback and record.gives_up(mark) and self._revision(record.good) is not None:
+            await self._roll_back(record)
+            return
+        await self._advance(mark, planned, location)
+        record = advance(record, mark, read_rollout(self.children.live.get(("Deployment", self.name))), self.server_pods)
+        self._found["rollout_record"] = {**self._found["rollout_record"], **record.to_status()}
+        if record.gives_up(mark):
+            self._look_again(0.0)  # the decision is written down first: a restart in between must come to the same
+
+    async def _advance(self, mark: str, planned: Plan, location: ModelLocation) -> None:
+        """Apply revision `mark`, whose template and strategy are those that it began with."""
         stored = self._revision(mark)
-        template = stored["data"].get("template") if stored else None
-        objects = resources.serving(self.owner, planned, location, self.cluster.rendering, template=template)
+        data: Mapping[str, Any] = stored["data"] if stored else {}
+        strategy = self._strategy(stored, planned, location)
+        objects = resources.serving(
+            self.owner, planned, location, self.cluster.rendering, strategy=strategy.name, template=data.get("template")
+        )
         if stored is None:
             template = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]
-            await self.children.ensure(self._build_revision(mark, {"template": template, "objects": objects, "plan": to_status(planned)}))
-        self._found["one_node"] = location.one_node
-        self._found["revision"] = mark
+            parts = {"template": template, "objects": objects, "plan": to_status(planned), "strategy": strategy.to_stored()}
+            await self.children.ensure(self._build_revision(mark, parts))
+        self._found |= {"revision": mark, "rollout_record": {"strategy": strategy.name, "why": strategy.why}}
         applied = await self.children.apply(objects)
         self._found["current"] = applied
         generation = self.parent["metadata"].get("generation", 0)
@@ -94,9 +113,25 @@ class Reconcile(Preparation):
             await self.children.prune(self._kept(objects, mark))
             self.memory.pruned = (generation, mark)
 
-    async def _keep_serving(self) -> None:
-        """While the new revision is being prepared, or cannot be: the previous one as it was, at the scale that is asked for now."""
-        mark = self.recorded.get("revision", "")
+    def _strategy(self, stored: Object | None, planned: Plan, location: ModelLocation) -> Strategy:
+        """Chosen from the facts of the moment in which a revision begins, with the service's own pods where they are; then it stands."""
+        if stored is not None:
+            on_cpu = not planned.placement.resource and not location.one_node
+            return Strategy.from_stored(stored["data"].get("strategy"), on_cpu=on_cpu)
+        return choose_strategy(self.spec, planned, self.cluster.facts(self.key, ()), one_node=location.one_node)
+
+    async def _roll_back(self, record: RolloutRecord) -> None:
+        """The last good revision serves until the spec asks for another one than that which failed."""
+        cure = "Change the spec, or set the annotation gantline.io/restartedAt, to try again."
+        message = f"Revision {record.failed} was given up, and {record.good} serves instead: {record.cause}"
+        self._found |= {"rolled_back": Trouble(Reason.ROLLED_BACK, message, cure), "rollout_record": record.to_status()}
+        good = self._revision(record.good)
+        self.cluster.reserve(self.key, self.spec, from_status(good["data"].get("plan") or {}, self.spec) if good else None)
+        await self._keep_serving(record.good)
+
+    async def _keep_serving(self, mark: str = "") -> None:
+        """While the new revision is being prepared, or cannot be: the previous one (or `mark`) as it was, at the scale asked for now."""
+        mark = mark or self.recorded.get("revision", "")
         stored = self._revision(mark)
         if stored is None:
             if mark:

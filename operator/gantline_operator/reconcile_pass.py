@@ -96,6 +96,10 @@ class Pass:
         self.children = Children(self.cluster.client, owner, CHILD_KINDS, self.memory.uids, paused=self.paused, count=self.cluster.count)
         self.artefacts = {item["kind"]: item for item in self.recorded.get("artefacts") or []}
 
+    @property
+    def server_pods(self) -> list[PodState]:
+        return [pod for pod in self.pods if pod.role == "server"]
+
     async def _look(self) -> None:
         """What decisions need. A service without a status is new: what a killed operator may have made for it is found by name."""
         if not self.recorded:
@@ -124,7 +128,8 @@ class Pass:
     def _build_status(self) -> Object:
         problems: list[Problem] = list(self.children.problems)
         deployment = self.children.live.get(("Deployment", self.name))
-        values = {"revision": self.recorded.get("revision", ""), "model": self.recorded.get("model"), **self._found}
+        kept = {"revision": self.recorded.get("revision", ""), "model": self.recorded.get("model")}
+        values = {**kept, "rollout_record": self.recorded.get("rollout") or {}, **self._found}
         if "current" not in self._found:
             values.setdefault("record", Record.from_status(self.recorded.get("stages")))
         if "spec_trouble" in self._found:

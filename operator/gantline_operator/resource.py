@@ -264,8 +264,17 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSpec:
-    """How pods are replaced."""
+    """How pods are replaced by those of another revision."""
 
+    strategy: str = declare(
+        Choice(("Auto", "Surge", "Drain")),
+        "Surge: a new pod is ready before an old one goes, which takes a free place. Drain: an old pod goes first. "
+        "Auto: Surge where a place is free when the revision begins, else Drain; status.rollout says which, and why.",
+        default="Auto",
+    )
+    auto_rollback: bool = declare(
+        Flag(), "Return to the revision that was ready last when a new one does not come up; changing the spec tries again.", default=True
+    )
     drain_timeout: float = declare(Duration(86400), "How long running streams of a pod that is replaced may go on.", default="120s")
 
 

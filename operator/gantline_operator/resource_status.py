@@ -22,6 +22,7 @@ __all__ = [
     "QuantizationFactsStatus",
     "RejectedStatus",
     "RequirementStatus",
+    "RolloutStatus",
     "StageStatus",
     "StartupStatus",
 ]
@@ -163,6 +164,17 @@ class StartupStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutStatus:
+    """How revisions follow one another."""
+
+    strategy: str | None = declare(_WORD, "Surge or Drain, for the current revision.")
+    why: str | None = declare(_SENTENCE, "Why this strategy.")
+    good: str | None = declare(Text(64), "The revision that was wholly ready last.")
+    failed: str | None = declare(Text(64), "The revision that was given up; it is not tried again before the spec asks for another.")
+    cause: str | None = declare(_SENTENCE, "Why it was given up.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageStatus:
     """The stage that is not done yet: its Job is under way, or failed."""
 
@@ -204,6 +216,7 @@ class InferenceServiceStatus:
     plan: PlanStatus | None = declare(Object(PlanStatus), PlanStatus.__doc__ or "")
     stages: tuple[StageStatus, ...] | None = declare(ListOf(Object(StageStatus), 8, key="name"), StageStatus.__doc__ or "")
     artefacts: tuple[ArtefactStatus, ...] | None = declare(ListOf(Object(ArtefactStatus), 8, key="kind"), ArtefactStatus.__doc__ or "")
+    rollout: RolloutStatus | None = declare(Object(RolloutStatus), RolloutStatus.__doc__ or "")
     startup: StartupStatus | None = declare(Object(StartupStatus), StartupStatus.__doc__ or "")
     conditions: tuple[ConditionStatus, ...] | None = declare(
         ListOf(Object(ConditionStatus), 16, key="type"), "Findings, one of each type."

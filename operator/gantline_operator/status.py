@@ -79,6 +79,10 @@ class Findings:
     current: bool = False
     """Whether that is the one that the spec asks for."""
     rollout: Rollout | None = None
+    rollout_record: Mapping[str, str] = field(default_factory=dict)
+    """`status.rollout`: the strategy, the last good revision, and the one that was given up."""
+    rolled_back: Trouble | None = None
+    """The revision that the spec asks for was given up, and the last good one serves."""
     one_node: bool = False
     """All replicas have to share a node, because of the volume."""
     pods: Sequence[PodState] = field(default=())
@@ -128,6 +132,7 @@ def build_status(found: Findings, previous: Mapping[str, Any], now: datetime) ->
         "plan": dict(found.plan) if found.plan else None,
         "stages": [found.record.to_status()] if found.record else None,
         "artefacts": [dict(item) for item in found.artefacts] or None,
+        "rollout": dict(found.rollout_record) or None,
         "startup": _startup(found, previous.get("startup")),
         "conditions": conditions,
     }
@@ -257,7 +262,7 @@ def _servable(found: Findings) -> Condition:
 
 def _ready(found: Findings, blocking: Sequence[Condition], scheduled: Condition | None) -> Condition:
     kind = ConditionType.READY
-    after = " The previous revision still serves." if found.servable and not found.current else ""
+    after = " The previous revision still serves." if found.servable and not found.current and not found.rolled_back else ""
     for reason, message in _obstacles(found, blocking, scheduled):
         return Condition(kind, "False", reason, f"{message}{after}".strip())
     assert found.rollout is not None, "without an obstacle there is a Deployment"
@@ -278,6 +283,8 @@ def _obstacles(found: Findings, blocking: Sequence[Condition], scheduled: Condit
     for condition in sorted(blocking, key=lambda part: part.type is not ConditionType.MODEL_READY):
         if condition.status != "True":
             yield condition.reason, condition.message
+    if found.rolled_back:
+        yield Reason.ROLLED_BACK, found.rolled_back.text
     trouble = _serving_trouble(found)
     if trouble is not None:
         yield trouble.reason, trouble.text
@@ -315,7 +322,7 @@ def _progressing(found: Findings, ready: Condition) -> Condition:
         return Condition(kind, "False", Reason.PAUSED, _PAUSED)
     if ready.status == "True" or ready.reason is Reason.SCALED_TO_ZERO:
         return Condition(kind, "False", Reason.COMPLETE, "Nothing is left to do.")
-    if found.suspended or found.spec_trouble or found.problems or found.plan_trouble or found.quality_trouble:
+    if found.suspended or found.spec_trouble or found.problems or found.plan_trouble or found.quality_trouble or found.rolled_back:
         return Condition(kind, "False", ready.reason, ready.message)
     if found.stage is not None and isinstance(found.stage[1], Failed):
         retries = found.stage[1].retry_at is not None
@@ -336,6 +343,8 @@ def _troubles(found: Findings) -> Iterable[Trouble]:
         yield Trouble(problem.reason, problem.message)
     if found.quality_trouble:
         yield found.quality_trouble
+    if found.rolled_back:
+        yield found.rolled_back
     step = found.stage[1] if found.stage is not None else None
     if isinstance(step, Failed):
         yield step.trouble

@@ -248,7 +248,7 @@ def assert_converged(cluster: ApiCluster, name: str, namespace: str, expected: l
     """The oracle: live == desired, nothing extra, observedGeneration == generation, and no resourceVersion moves any more."""
     wait_reason(cluster, name, namespace, "Ready")
     wait(lambda: children(cluster, namespace) == expected, what=lambda: (children(cluster, namespace), expected))
-    wait(lambda: _settled(cluster, namespace, quiet_s), what=lambda: "resourceVersions keep moving")
+    wait(lambda: settled(cluster, namespace, quiet_s), what=lambda: "resourceVersions keep moving")
     parent = cluster.client.get(f"{_path('inferenceservices', namespace)}/{name}")
     assert parent["status"]["observedGeneration"] == parent["metadata"]["generation"]
     assert {item["observedGeneration"] for item in parent["status"]["conditions"]} == {parent["metadata"]["generation"]}
@@ -259,7 +259,7 @@ def assert_converged(cluster: ApiCluster, name: str, namespace: str, expected: l
                 assert [owner["uid"] for owner in owners if owner.get("controller")] == [parent["metadata"]["uid"]]
 
 
-def _settled(cluster: ApiCluster, namespace: str, quiet_s: float) -> bool:
+def settled(cluster: ApiCluster, namespace: str, quiet_s: float) -> bool:
     before = versions(cluster, namespace)
     time.sleep(quiet_s)
     return versions(cluster, namespace) == before

@@ -11,6 +11,7 @@ import yaml
 from gantline_operator import resources
 from gantline_operator.plan_types import Placement, Plan, Requirement
 from gantline_operator.resources import ModelLocation, Object, Parent, Settings
+from gantline_operator.rollout_strategy import StrategyName
 from gantline_operator.spec import parse_service
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.sizing import MemoryEstimate
@@ -115,7 +116,8 @@ class Case:
 
     def objects(self) -> list[Object]:
         claim = [resources.cache_claim(self.parent, SETTINGS, 3 * GIB // 2)] if self.makes_claim else []
-        return [*claim, *self.jobs(), *resources.serving(self.parent, self.plan, self.model(), SETTINGS)]
+        strategy: StrategyName = "Drain" if self.plan.placement.resource or self.model().one_node else "Surge"
+        return [*claim, *self.jobs(), *resources.serving(self.parent, self.plan, self.model(), SETTINGS, strategy=strategy)]
 
 
 def parent_of(manifest: Mapping[str, Any], *, namespace: str = "team", restarted_at: str = "") -> Parent:

@@ -16,6 +16,7 @@ from gantline_operator import resources
 from gantline_operator.resources import MissingImage, ModelLocation, Mount, Parent
 from gantline_operator.resources.naming import content_hash, job_name
 from gantline_operator.resources.quantities import bytes_quantity, cpu_quantity, overlay
+from gantline_operator.rollout_strategy import StrategyName
 from gantline_operator.spec import parse_spec
 from gantline_runtime.cli import COMMANDS
 from gantline_runtime.config import EngineConfig, ServerConfig, from_arguments
@@ -178,28 +179,26 @@ def test_ranks_of_one_pod_get_shared_memory_and_a_single_one_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "replicas", "one_node", "expected"),
+    ("strategy", "replicas", "one_node", "expected"),
     [
-        (False, 1, False, (1, 0)),
-        (False, 3, False, (1, 0)),
-        (False, 1, True, "Recreate"),
-        (False, 3, True, "Recreate"),
-        (True, 1, False, "Recreate"),
-        (True, 0, False, "Recreate"),
-        (True, 2, False, (0, 1)),
-        (True, 2, True, "Recreate"),
+        ("Surge", 1, False, (1, 0)),
+        ("Surge", 3, True, (1, 0)),
+        ("Drain", 0, False, "Recreate"),
+        ("Drain", 1, False, "Recreate"),
+        ("Drain", 3, True, "Recreate"),
+        ("Drain", 2, False, (0, 1)),
     ],
 )
-def test_a_rollout_needs_no_gpu_and_no_node_that_may_not_be_there(on_gpu: bool, replicas: int, one_node: bool, expected: Any) -> None:
+def test_a_revision_takes_over_by_its_strategy(strategy: StrategyName, replicas: int, one_node: bool, expected: Any) -> None:
     case = changed(CASES["cpu-from-image"], replicas=replicas)
     location = ModelLocation("/m", (), one_node)
-    objects = resources.serving(case.parent, GPU_PLAN if on_gpu else CPU_PLAN, location, SETTINGS)
-    strategy = next(item for item in objects if item["kind"] == "Deployment")["spec"]["strategy"]
+    objects = resources.serving(case.parent, GPU_PLAN, location, SETTINGS, strategy=strategy)
+    made = next(item for item in objects if item["kind"] == "Deployment")["spec"]["strategy"]
     if expected == "Recreate":
-        assert strategy == {"type": "Recreate"}
+        assert made == {"type": "Recreate"}
     else:
         surge, unavailable = expected
-        assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable}}
+        assert made == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": unavailable}}
 
 
 @pytest.mark.parametrize(("replicas", "suspend", "budgets"), [(1, False, 0), (2, False, 1), (2, True, 0), (0, False, 0)])
@@ -406,7 +405,7 @@ def test_the_image_and_what_the_cluster_has_free_are_no_part_of_the_revision() -
 
 def test_a_template_that_was_kept_is_used_as_it_is() -> None:
     case, kept = CASES["quickstart"], {"metadata": {"labels": {"kept": "yes"}}, "spec": {}}
-    objects = resources.serving(case.parent, case.plan, case.model(), SETTINGS, template=kept)
+    objects = resources.serving(case.parent, case.plan, case.model(), SETTINGS, strategy="Drain", template=kept)
     assert pod_template(next(item for item in objects if item["kind"] == "Deployment")) == kept
 
 
@@ -445,7 +444,7 @@ def test_a_retry_is_a_job_of_its_own() -> None:
 def test_an_image_that_is_not_set_is_named() -> None:
     without = replace(SETTINGS, images={"cpu": "x"})
     with pytest.raises(MissingImage, match=r"runtime\.images\.cuda"):
-        resources.serving(CASES["gpu-from-claim"].parent, GPU_PLAN, CASES["gpu-from-claim"].model(), without)
+        resources.serving(CASES["gpu-from-claim"].parent, GPU_PLAN, CASES["gpu-from-claim"].model(), without, strategy="Drain")
     with pytest.raises(MissingImage, match=r"runtime\.images\.cuda"):
         resources.fetch_job(CASES["hub-to-gpu"].parent, GPU_STAGE, without)
 

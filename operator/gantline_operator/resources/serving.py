@@ -14,6 +14,7 @@ from gantline_operator.resources.context import ModelLocation, Parent, Settings
 from gantline_operator.resources.naming import GROUP, Object, content_hash, labels, metadata, pod_selector, service_account_name
 from gantline_operator.resources.placement import build_base, cpu_threads, same_node, volume_labels
 from gantline_operator.resources.pod import PodBase, build_container, build_pod
+from gantline_operator.rollout_strategy import StrategyName
 
 __all__ = ["PAUSED", "RESTARTED_AT", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s"]
 
@@ -29,7 +30,13 @@ _EXIT_ALLOWANCE_S = 30  # from the end of the drain time to the end of the proce
 
 
 def serving(
-    parent: Parent, plan: Plan, model: ModelLocation, settings: Settings, *, template: Object | None = None
+    parent: Parent,
+    plan: Plan,
+    model: ModelLocation,
+    settings: Settings,
+    *,
+    strategy: StrategyName,
+    template: Object | None = None,
 ) -> list[Object]:
     """All objects that serve `model`, in the order in which they are applied.
 
@@ -39,7 +46,7 @@ def serving(
     mark = revision(parent, plan, model)
     wanted = template if template is not None else build_template(parent, plan, model, settings)
     budget = [_disruption_budget(parent, settings)] if replicas(parent) > 1 else []
-    deployment = _deployment(parent, plan, model, settings, wanted, mark)
+    deployment = _deployment(parent, plan, model, settings, wanted, mark, strategy)
     return [service_account(parent, settings), _service(parent, settings), deployment, *budget]
 
 
@@ -147,7 +154,13 @@ def _get(path: str) -> Object:
 
 
 def _deployment(
-    parent: Parent, plan: Plan, model: ModelLocation, settings: Settings, template: Mapping[str, Any], mark: str
+    parent: Parent,
+    plan: Plan,
+    model: ModelLocation,
+    settings: Settings,
+    template: Mapping[str, Any],
+    mark: str,
+    strategy: StrategyName,
 ) -> Object:
     marks = labels(parent.name, "server", version=settings.version, revision=mark)
     return {
@@ -158,21 +171,21 @@ def _deployment(
             "replicas": replicas(parent),
             "revisionHistoryLimit": 2,
             "progressDeadlineSeconds": startup_budget_s(plan) + _PULL_ALLOWANCE_S,
-            "strategy": _strategy(replicas(parent), plan, model),
+            "strategy": _strategy(replicas(parent), model, strategy),
             "selector": {"matchLabels": pod_selector(parent.name, "server")},
             "template": dict(template),
         },
     }
 
 
-def _strategy(count: int, plan: Plan, model: ModelLocation) -> Object:
-    """Surge where a further pod costs only CPU and memory. On GPUs replicas are replaced one by one in place: a spare GPU is not to be
-    counted on. First all go, then all come: a single replica on GPUs, and a volume that ties pods to a node that may not hold both.
-    """
-    if model.one_node or (plan.placement.resource and count <= 1):
+def _strategy(count: int, model: ModelLocation, strategy: StrategyName) -> Object:
+    """Surge: one more pod first. Drain: replicas are replaced one by one in place; first all go, then all come, where there is only one, or
+    where a volume ties pods to a node that may not hold both."""
+    if strategy == "Surge":
+        return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    if model.one_node or count <= 1:
         return {"type": "Recreate"}
-    surge, missing = (0, 1) if plan.placement.resource else (1, 0)
-    return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge, "maxUnavailable": missing}}
+    return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
 
 
 def _service(parent: Parent, settings: Settings) -> Object:
