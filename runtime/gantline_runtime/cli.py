@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fetch": ("gantline_runtime.commands.fetch", "download a model, resumable"),
     "quantize": ("gantline_quant.command", "make a smaller checkpoint of a model"),
     "plan": ("gantline_operator.plan_command", "what the operator would decide for a service and a cluster"),
+    "api-key": ("gantline_runtime.commands.api_key", "make an API key for serve"),
     "check-env": ("gantline_runtime.commands.check_env", "versions, devices, what works here and what is missing"),
 }
 """Name -> (module, one line for `gantline --help`). Modules are named, not imported: the runtime imports neither quant nor operator."""

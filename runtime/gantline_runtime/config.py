@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,10 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "Address to listen on; in a pod 0.0.0.0.")
     port: int = _option(8000, "Port to listen on; 0 picks a free one and prints it.")
     served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
+    api_keys: str | None = _option(None, "File of API keys, or a folder with one in each file (a mounted Secret). auto: anyone may ask.")
+    tls_cert: str | None = _option(None, "Certificate and its chain, a PEM file; read again when it changes. auto: no TLS.")
+    tls_key: str | None = _option(None, "Private key of --tls-cert, a PEM file without a passphrase.")
+    cors_origins: str | None = _option(None, "Web origins, separated by commas, whose pages may ask; * for all. auto: none.")
     drain_timeout: float = _option(120.0, "Seconds that running streams may go on after SIGTERM.")
     drain_delay: float = _option(3.0, "Seconds after SIGTERM in which new requests are still taken: endpoints lag behind readiness.")
     request_timeout: float | None = _option(
@@ -91,12 +96,25 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
+        together = (self.tls_cert is None) == (self.tls_key is None)
+        _require(together, "tls_key", self.tls_key, "tls_cert and tls_key together, or neither")
+        _require(
+            all(map(_is_origin, self.cors_origin_list)), "cors_origins", self.cors_origins, "origins such as https://example.org, or *"
+        )
         _require(0 <= self.drain_timeout <= 86400, "drain_timeout", self.drain_timeout, "0 to 86400 seconds")
         _require(0 <= self.drain_delay <= 600, "drain_delay", self.drain_delay, "0 to 600 seconds")
         limit = self.request_timeout
         _require(limit is None or 0.0 < limit <= 86400, "request_timeout", limit, "more than 0, at most 86400 seconds")
         _require(1.0 <= self.step_timeout <= 86400, "step_timeout", self.step_timeout, "1 to 86400 seconds")
         _require(1024 <= self.max_body_bytes <= 1 << 30, "max_body_bytes", self.max_body_bytes, "1 KiB to 1 GiB")
+
+    @property
+    def cors_origin_list(self) -> list[str]:
+        return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip()]
+
+
+def _is_origin(text: str) -> bool:
+    return text == "*" or re.fullmatch(r"https?://[^/\s,*]+", text) is not None
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:

@@ -262,6 +262,7 @@ def test_a_stuck_engine_turns_health_and_a_busy_or_idle_one_does_not(tmp_path: P
             assert 0.4 < seconds < 5
             health = server.get("/health").json()
             assert health["error"]["code"] == "engine_stuck" and health["state"] == "ready"
+            assert server.get("/ready").json()["error"]["code"] == "engine_stuck", "nor is it sent requests"
         finally:
             os.kill(engine, signal.SIGCONT)
         wait_until(lambda: server.get("/health").status_code == 200, 10, "health recovers")

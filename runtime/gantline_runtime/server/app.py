@@ -6,17 +6,21 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gantline_runtime import logs
+from gantline_runtime.server.access import Access
+from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.errors import ApiError, not_found, respond, translate
 from gantline_runtime.server.routes import ROUTES
 from gantline_runtime.server.service import Service
@@ -30,13 +34,25 @@ _PROBES = frozenset({"/health", "/ready", "/metrics"})
 _CLIENT_CLOSED = 499
 """nginx's status for a client that left; nobody receives it, but the log and the metrics tell."""
 
+_CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["Authorization", "Content-Type", "X-Request-Id"],
+    "expose_headers": ["X-Request-Id", "Retry-After"],
+}
+
 log = logging.getLogger("gantline.access")
 
 
-def create_app(service: Service, version: str) -> Starlette:
+def create_app(service: Service, version: str, *, keys: ApiKeys | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
+    """`keys` None: anyone may ask. `cors_origins`: whose web pages may, `*` for all."""
+    middleware = [Middleware(_Observer, service=service)]
+    if keys is not None:
+        middleware.append(Middleware(Access, keys=keys))
+    if cors_origins:  # outermost, so that pages can read errors too, and preflights need no key
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), **_CORS))
     app = Starlette(
         routes=[Route(route.path, route.handler, methods=[route.method]) for route in ROUTES],
-        middleware=[Middleware(_Observer, service=service)],
+        middleware=middleware,
         exception_handlers={HTTPException: _handle_http_exception},
     )
     app.router.redirect_slashes = False
@@ -97,10 +113,12 @@ class _Observer:
         self._service.metrics.http(route, request.method if request.method in ("GET", "POST") else "other", status)
         quiet = route in _PROBES and status in (200, 503)
         extra: dict[str, Any] = {}
+        if hasattr(request.state, "api_key"):
+            extra["api_key"] = request.state.api_key
         generation = getattr(request.state, "generation", None)
         if generation is not None:
             usage = generation.usage()
-            extra = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+            extra.update({name: usage[name] for name in ("prompt_tokens", "completion_tokens")})
             extra["finish_reasons"] = generation.finish_reasons
         log.log(
             logging.DEBUG if quiet else logging.INFO,

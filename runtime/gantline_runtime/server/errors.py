@@ -3,6 +3,7 @@
 `message` names cause and cure, `param` the field at fault (`messages[2].content`) or null, `code` is for programs:
 
     400 invalid_json, invalid_value, missing_parameter, unknown_parameter, unsupported_parameter, context_length_exceeded, invalid_template
+    401 missing_api_key, invalid_api_key
     404 not_found, model_not_found     405 method_not_allowed
     408 request_timeout                413 body_too_large         415 unsupported_media_type
     429 queue_full (Retry-After)       500 internal_error, engine_error     504 deadline_exceeded
@@ -28,6 +29,9 @@ from gantline_runtime.termination import Reason
 __all__ = ["ApiError", "json_response", "not_accepting", "queue_full", "respond", "translate", "translate_validation"]
 
 
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
 class ApiError(Exception):
     """An error with its HTTP status; `str(error)` is the message."""
 
@@ -49,8 +53,8 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        if self.status == 429:
-            return "rate_limit_error"
+        if self.status in _TYPES:
+            return _TYPES[self.status]
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:

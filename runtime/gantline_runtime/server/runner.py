@@ -11,25 +11,21 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from gantline_runtime import logs
 from gantline_runtime.chat_template import TemplateError
 from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient, EngineUnavailable, RequestFailed
 from gantline_runtime.engine_messages import EngineProgress, EngineReady
-from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, SamplingParams
 from gantline_runtime.pooling import load_pooling
-from gantline_runtime.server.app import create_app
+from gantline_runtime.server.front import FLUSH_S, Front
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.server.metrics import Metrics
 from gantline_runtime.server.service import Model, Service
@@ -37,12 +33,7 @@ from gantline_runtime.server.template_process import TemplateRenderer
 from gantline_runtime.termination import Reason, TerminationMessage
 from gantline_runtime.tokenizer import Tokenizer
 
-__all__ = ["Announcer", "Runner", "bind_socket"]
-
-_KEEP_ALIVE_S = 75
-"""Longer than proxies keep idle connections (60 s for nginx), so that they close first and no request meets a closing connection."""
-_FLUSH_S = 2.0
-"""For last answers and error events to reach their clients."""
+__all__ = ["Announcer", "Runner"]
 
 log = logging.getLogger("gantline.server")
 
@@ -69,10 +60,10 @@ class Runner:
         announcer: Announcer | None = None,
         engine: str | None = None,
     ) -> None:
-        """Raises ConfigurationError if the port cannot be had. Makes the event loop's objects: call it on the loop."""
+        """Raises ConfigurationError if the port cannot be had, or a file of the server's settings cannot be used. Makes the event loop's
+        objects: call it on the loop."""
         self._model_dir, self._engine_config, self._config, self._engine_name = model_dir, engine_config, config, engine
         self._announcer = announcer or Announcer()
-        self._socket = bind_socket(config.host, config.port)
         self.lifecycle = Lifecycle()
         self._metrics = Metrics(version)
         self._service = Service(engine_config, config, self.lifecycle, self._metrics)
@@ -81,24 +72,20 @@ class Runner:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._interrupted = False
-        self._http = _HttpServer(_uvicorn_config(create_app(self._service, version)))
+        self._front = Front(self._service, config, version=version)
 
     @property
     def url(self) -> str:
-        host, port = self._socket.getsockname()[:2]
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        return f"http://{shown}:{port}"
+        return self._front.url
 
     async def run(self) -> TerminationMessage:
         """Serve until told to stop or until the engine dies; the result says which. Raises GantlineError if the model cannot be served."""
         with self._signals():
-            serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
             try:
-                self._announcer.listening(self.url)
-                return await self._live()
+                async with self._front.serving():
+                    self._announcer.listening(self.url)
+                    return await self._live()
             finally:
-                self._http.should_exit = True
-                await asyncio.gather(serving, return_exceptions=True)
                 await self._engine.close()
                 await self._service.close()
 
@@ -186,7 +173,7 @@ class Runner:
     async def _die(self, message: TerminationMessage) -> TerminationMessage:
         """The engine is gone and every open request has been given an error: let the errors reach the clients."""
         self.lifecycle.enter(State.DEAD)
-        await self._wait_until_idle(_FLUSH_S)
+        await self._wait_until_idle(FLUSH_S)
         return message
 
     async def _drain(self) -> TerminationMessage:
@@ -202,7 +189,7 @@ class Runner:
             return await self._die(self._engine.died.result())
         unfinished = self._service.num_admitted
         self._engine.fail_all(EngineUnavailable("the server is shutting down", Reason.DRAINED))
-        await self._wait_until_idle(_FLUSH_S, hurry=False)
+        await self._wait_until_idle(FLUSH_S, hurry=False)
         log.info("drained", extra=logs.fields(unfinished=unfinished, seconds=round(time.monotonic() - began, 1)))
         text = "all requests were answered" if not unfinished else f"{unfinished} requests were cut off after {config.drain_timeout:g} s"
         return TerminationMessage(Reason.DRAINED, text)
@@ -248,40 +235,3 @@ async def _with_template(model: Model, source: str) -> Model:
         log.warning("chat completions will be refused", extra=logs.fields(cause=str(error)))
         return replace(model, template_problem=f"{str(error)[:1].upper()}{str(error)[1:]}.")
     return replace(model, renderer=renderer)
-
-
-class _HttpServer(uvicorn.Server):
-    """Signals are the runner's business."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _uvicorn_config(app: Any) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(_FLUSH_S),
-    )
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to `host` (a name or an address, also IPv6). Raises ConfigurationError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        # Listen now: who connects while the model loads is queued by the kernel, not refused.
-        bound.listen(2048)
-    except OSError as error:
-        cause = f"cannot listen on {host}:{port}: {error.strerror or error}"
-        raise ConfigurationError(cause, cure="Give another --port (0 picks a free one) or --host.") from None
-    return bound

@@ -19,10 +19,7 @@ async def health(request: Request) -> Response:
     body = service.lifecycle.describe()
     if service.lifecycle.state is State.DEAD:
         raise ApiError(503, "The engine is not running; the server is about to end.", code="engine_dead", extra=body)
-    silent, limit = service.seconds_of_silence(), service.config.step_timeout
-    if silent > limit:
-        message = f"The engine has made no progress for {silent:.0f} s, more than step_timeout ({limit:g} s). Restart the server."
-        raise ApiError(503, message, code="engine_stuck", extra=body)
+    _check_progress(service)
     return json_response(body)
 
 
@@ -34,7 +31,15 @@ async def ready(request: Request) -> Response:
         error.extra = service.lifecycle.describe()
         error.headers.pop("Connection", None)
         raise error
+    _check_progress(service)
     return json_response(service.lifecycle.describe())
+
+
+def _check_progress(service: Service) -> None:
+    silent, limit = service.seconds_of_silence(), service.config.step_timeout
+    if silent > limit:
+        message = f"The engine has made no progress for {silent:.0f} s, more than step_timeout ({limit:g} s). Restart the server."
+        raise ApiError(503, message, code="engine_stuck", extra=service.lifecycle.describe())
 
 
 async def metrics(request: Request) -> Response:

@@ -1,0 +1,40 @@
+"""Who may ask what: API keys in front of every endpoint but those that probes and people need before they have one."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gantline_runtime.server.api_keys import ApiKeys
+from gantline_runtime.server.callers import current_caller
+from gantline_runtime.server.errors import ApiError
+
+__all__ = ["OPEN_PATHS", "Access"]
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/docs", "/openapi.json"})
+"""Never ask for a key: probes and scrapers have none, and these tell nothing of anyone's requests."""
+
+
+class Access:
+    """Sets `current_caller` for the request's task. Raises ApiError 401."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            caller = self._keys.find(_bearer(Headers(scope=scope)))
+            if caller is None:
+                raise ApiError(401, "This API key is not known here.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            scope.setdefault("state", {})["api_key"] = caller.name
+            current_caller.set(caller)
+        await self._app(scope, receive, send)
+
+
+def _bearer(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        message = "An API key is missing. Send it as the header Authorization: Bearer KEY."
+        raise ApiError(401, message, code="missing_api_key", headers={"WWW-Authenticate": "Bearer"})
+    return key.strip()

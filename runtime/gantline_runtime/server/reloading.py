@@ -1,0 +1,70 @@
+"""Files that may change while the server runs: API keys and certificates, as Kubernetes renews mounted Secrets in place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gantline_runtime import logs
+
+__all__ = ["Reloader"]
+
+_PERIOD_S = 2.0
+
+log = logging.getLogger("gantline.server")
+
+
+@dataclass
+class _Watched:
+    paths: Sequence[Path]
+    reload: Callable[[], None]
+    seen: tuple[object, ...] = field(default=())
+
+
+class Reloader:
+    """Calls `reload` within a few seconds of a change. What it raises is logged, and the old content stays in use."""
+
+    def __init__(self) -> None:
+        self._watched: list[_Watched] = []
+
+    def watch(self, paths: Sequence[Path], reload: Callable[[], None]) -> None:
+        """The content of `paths` is in use already."""
+        self._watched.append(_Watched(paths, reload, _fingerprint(paths)))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while self._watched:
+            await asyncio.sleep(_PERIOD_S)
+            for watched in self._watched:
+                self._look(watched)
+
+    def _look(self, watched: _Watched) -> None:
+        now = _fingerprint(watched.paths)
+        if now == watched.seen:
+            return
+        watched.seen = now
+        fields = logs.fields(paths=[str(path) for path in watched.paths])
+        try:
+            watched.reload()
+        except Exception as error:
+            log.error(
+                "a changed file cannot be used; the old content stays in use", extra=logs.fields(cause=str(error), **fields["fields"])
+            )
+        else:
+            log.info("a changed file was loaded", extra=fields)
+
+
+def _fingerprint(paths: Sequence[Path]) -> tuple[object, ...]:
+    """Changes with any file's content, and with what a folder holds. Links are followed: through them a mounted Secret is replaced."""
+    return tuple(_stat(file) for path in paths for file in ([path, *sorted(path.iterdir())] if path.is_dir() else [path]))
+
+
+def _stat(path: Path) -> tuple[str, int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return str(path), 0, 0, 0
+    return str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size
