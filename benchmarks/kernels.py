@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -219,28 +220,29 @@ def _rope_case(rows: int, backend: str, *, normed: bool) -> Case:
     return Case(f"rope {rows}{' + norms' if normed else ''}", make, copied=2.0 * rows * (HEADS + 2 * KV_HEADS) * DIM * 2)
 
 
+_LIMITS: dict[str, tuple[int | None, float | None, float | None]] = {
+    "top-k and top-p": (50, 0.9, None), "top-p": (None, 0.9, None), "top-k": (50, None, None), "min-p": (None, None, 0.05),
+    "no limit": (None, None, None), "top-k 5000 and top-p": (5000, 0.9, None),
+}  # fmt: skip
+
+
 def sampling_cases(backend: str) -> Iterator[Case]:
-    rows, size = 256, 4.0 * 256 * VOCABULARY
     for shape, spread in (("peaked", 8.0), ("flat", 0.5)):
+        yield _sampling_case(f"argmax {shape}", spread, lambda logits: lambda: api.argmax(logits, backend=backend))
+        for name, limits in _LIMITS.items():
+            yield _sampling_case(f"{name} {shape}", spread, partial(_limited, limits=limits, backend=backend))
 
-        def greedy(_: int, spread: float = spread) -> Run:
-            logits = torch.randn(rows, VOCABULARY, device="cuda") * spread
-            return lambda: api.argmax(logits, backend=backend)
 
-        def limited(_: int, spread: float = spread) -> Run:
-            logits = torch.randn(rows, VOCABULARY, device="cuda") * spread
-            uniforms, ones = torch.rand(rows, device="cuda"), torch.ones(rows, device="cuda")
-            top_k, top_p = torch.full((rows,), 50, device="cuda"), torch.full((rows,), 0.9, device="cuda")
-            return lambda: api.sample(logits, uniforms, ones, top_k, top_p, None, backend=backend)
+def _sampling_case(name: str, spread: float, make: Callable[[torch.Tensor], Run]) -> Case:
+    rows = 256
+    return Case(name, lambda _: make(torch.randn(rows, VOCABULARY, device="cuda") * spread), read=4.0 * rows * VOCABULARY)
 
-        def nucleus(_: int, spread: float = spread) -> Run:
-            logits = torch.randn(rows, VOCABULARY, device="cuda") * spread
-            uniforms, ones = torch.rand(rows, device="cuda"), torch.ones(rows, device="cuda")
-            return lambda: api.sample(logits, uniforms, ones, None, ones * 0.9, None, backend=backend)
 
-        yield Case(f"argmax {shape}", greedy, read=size)
-        yield Case(f"top-k and top-p {shape}", limited, read=size)
-        yield Case(f"top-p {shape}", nucleus, read=size)
+def _limited(logits: torch.Tensor, *, limits: tuple[int | None, float | None, float | None], backend: str) -> Run:
+    uniforms, temperature = torch.rand(len(logits), device="cuda"), torch.ones(len(logits), device="cuda")
+    top_k, top_p, min_p = (None if x is None else torch.full((len(logits),), x, device="cuda") for x in limits)
+    top_k = None if top_k is None else top_k.int()
+    return lambda: api.sample(logits, uniforms, temperature, top_k, top_p, min_p, backend=backend)
 
 
 def linear_cases(backend: str) -> Iterator[Case]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gantline_kernels import api, cuda_backend, library, reference
+from gantline_kernels import api, library, reference
+from gantline_kernels.hopper_linear import MAX_ROWS, hopper_linear
 from gantline_kernels.triton_kernels.linear import one_row_linear
 
 from benchmarks import ceilings
@@ -25,7 +26,7 @@ from benchmarks import ceilings
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 HEAD = (128256, 4096)
 LAYERS = 8
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _READ = 4.4e12
 _LARGEST_ERROR = 0.06
 """Of results of size 4 at most, in bfloat16: twice its rounding and the sums' order."""
@@ -46,30 +47,29 @@ def one_row(options: dict[str, Any]) -> Linear:
     return lambda x, w, b: one_row_linear(x, w, b, **options)
 
 
-def hopper(per_sm: int) -> Linear:
-    """The CUDA kernel wherever it can run, with inputs split until about so many blocks run on each multiprocessor; 0: as it chooses."""
+HOPPER: list[dict[str, Any]] = [
+    {},
+    {"ahead": 0, "lead": 1 << 20},
+    {"ahead": 0},
+    {"ahead": 8},
+    {"ahead": 12},
+    {"lead": 3},
+    {"lead": 6},
+    {"pieces": 2},
+]
 
-    def run(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        rows, (outputs, inputs) = x.shape[0], w.shape
-        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        parts = cuda_backend.linear_parts(rows, inputs, outputs, sms) if not per_sm else max(1, min(8, sms * per_sm * 64 // outputs))
-        out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-        library.call(
-            "gantline_linear_hopper", 0, x.data_ptr(), x.stride(0), w.data_ptr(), None if b is None else b.data_ptr(), out.data_ptr(), 0,
-            rows, inputs, outputs, parts, torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
-        return out
 
-    return run
+def hopper(options: dict[str, Any]) -> Linear:
+    return lambda x, w, b: hopper_linear(x, w, b, **options)
 
 
 def variants(rows: int) -> Iterator[tuple[str, Linear]]:
     yield "cuBLAS", F.linear
     for backend in ("triton", "cuda"):
         yield f"api, {backend}", lambda x, w, b, backend=backend: api.linear(x, w, b, backend=backend)
-    if library.load() is not None:
-        for per_sm in (0, 2, 3, 8, 16):
-            yield f"cuda, {per_sm or 'own'} blocks", hopper(per_sm)
+    if library.load() is not None and rows <= MAX_ROWS:
+        for options in HOPPER:
+            yield f"cuda {options or ''}".strip(), hopper(options)
     if rows == 1:
         for options in ONE_ROW:
             yield f"one row {options or ''}".strip(), one_row(options)

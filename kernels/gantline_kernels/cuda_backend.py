@@ -7,6 +7,8 @@ from functools import cache
 import torch
 
 from gantline_kernels import library, triton_backend
+from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
+from gantline_kernels.hopper_sampling import fits_hopper_sample, hopper_sample
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_backend import (
     add_rms_norm,
@@ -16,7 +18,6 @@ from gantline_kernels.triton_backend import (
     mask_tokens,
     rms_norm,
     rope_and_cache_write,
-    sample,
     silu_and_mul,
 )
 from gantline_kernels.triton_kernels.decode import decode_attention
@@ -37,11 +38,8 @@ __all__ = [
 ]
 
 _HOPPER = (9, 0)
-_FEW_ROWS = 16
-_EVEN_SHARE = 0.9
-"""From 2 to so many rows our linear kernel is faster than cuBLAS, if its blocks keep the average multiprocessor so busy as the busiest
-(docs/perf-log.md, "Linear layers, few rows"): bandwidth is shared evenly by multiprocessors, so the busiest ends last."""
-_OUTPUTS, _CHUNK, _MAX_PARTS = 64, 64, 8
+_FEW_ROWS = range(2, 17)
+"""For so many rows our linear kernel is faster than cuBLAS (docs/perf-log.md, "Linear layers, few rows")."""
 _ROWS = 128
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
@@ -81,7 +79,7 @@ def paged_attention(
 def _has_hopper_prefill(q: torch.Tensor, block_size: int, logit_softcap: float) -> bool:
     fits = q.shape[2] in (64, 128) and q.dtype in _TYPES and block_size & (block_size - 1) == 0 and 16 <= block_size <= 1024
     aligned = q.stride(0) % 8 == 0 and q.data_ptr() % 16 == 0
-    return fits and aligned and not logit_softcap and _capability(q.device.index) == _HOPPER and library.load() is not None
+    return fits and aligned and not logit_softcap and _has_hopper_kernels(q.device)
 
 
 @cache
@@ -126,39 +124,22 @@ def _prefill_hopper(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
-    if not _has_hopper_linear(x, weight):
-        return triton_backend.linear(x, weight, bias, out_dtype)
-    rows, inputs = x.shape
-    outputs = weight.shape[0]
-    out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
-    parts = linear_parts(rows, inputs, outputs, _num_sms(x.device.index))
-    library.call(
-        "gantline_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
-        out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs, parts, torch.cuda.current_stream(x.device).cuda_stream,
-    )  # fmt: skip
-    return out
+    if x.shape[0] in _FEW_ROWS and fits_hopper_linear(x, weight) and _has_hopper_kernels(x.device):
+        return hopper_linear(x, weight, bias, out_dtype)
+    return triton_backend.linear(x, weight, bias, out_dtype)
 
 
-def _has_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    rows, (outputs, inputs) = x.shape[0], weight.shape
-    if not 2 <= rows <= _FEW_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype:
-        return False
-    fits = outputs % _OUTPUTS == 0 and inputs % _CHUNK == 0 and weight.is_contiguous()
-    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    if not (fits and aligned and _capability(x.device.index) == _HOPPER and library.load() is not None):
-        return False
-    return spreads_evenly(rows, inputs, outputs, _num_sms(x.device.index))
+def sample(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+) -> torch.Tensor:
+    run = hopper_sample if fits_hopper_sample(logits) and _has_hopper_kernels(logits.device) else triton_backend.sample
+    return run(logits, uniforms, temperature, top_k, top_p, min_p)
 
 
-@cache
-def spreads_evenly(rows: int, inputs: int, outputs: int, num_sms: int) -> bool:
-    """Whether the multiprocessors have about equally many blocks of the linear kernel."""
-    blocks = outputs // _OUTPUTS * linear_parts(rows, inputs, outputs, num_sms)
-    return blocks >= _EVEN_SHARE * num_sms * -(-blocks // num_sms)
-
-
-@cache
-def linear_parts(rows: int, inputs: int, outputs: int, num_sms: int) -> int:
-    """Blocks that share 64 outputs: as many as still run all at once, four to a multiprocessor (three past 32 rows)."""
-    slots = num_sms * (4 if rows <= 32 else 3)
-    return max(1, min(_MAX_PARTS, slots // (outputs // _OUTPUTS), inputs // _CHUNK))
+def _has_hopper_kernels(device: torch.device) -> bool:
+    return _capability(device.index) == _HOPPER and library.load() is not None

@@ -21,7 +21,13 @@ _SIGNATURES = {
         _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
         _LONG, _INT, _INT, _INT, _INT, _INT, _LONG, _INT, _INT, _INT, _INT, _FLOAT, _INT, _POINTER,
     ],
-    "gantline_linear_hopper": [_INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER],
+    "gantline_linear_hopper": [
+        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT,
+        _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER,
+    ],
+    "gantline_sample_hopper": [
+        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER,
+    ],
 }  # fmt: skip
 
 

@@ -253,6 +253,34 @@ def test_linear(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Non
         assert largest_error(got, reference.linear(x, weight, b)) < (1e-4 if out_dtype else 2 * TOLERANCE[dtype])
 
 
+@pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
+@pytest.mark.parametrize("rows", [2, 9, 16])
+def test_linear_in_a_chain_repeats_itself_in_and_out_of_a_graph(rows: int) -> None:
+    """Kernels that start before the one ahead of them ends must wait for what it writes."""
+    shapes = [(6144, 1024), (520, 6144), (28672, 520), (1024, 28672)]
+    weights = [(torch.randn(shape, device=DEVICE) / shape[1] ** 0.5).bfloat16() for shape in shapes]
+    x = torch.randn(rows, 1024, device=DEVICE).bfloat16()
+
+    def chain() -> torch.Tensor:
+        y = x
+        for weight in weights * 3:
+            y = api.linear(y, weight, backend=BACKEND)
+        return y
+
+    expected = chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain()
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(captured, expected)
+        assert torch.equal(chain(), expected)
+    wide = x.float()
+    for weight in weights * 3:
+        wide = reference.linear(wide, weight)
+    assert largest_error(expected, wide) < 0.15
+
+
 _SIZES = [(3, 10), (2, 300)] + ([(1, 128256), (256, 128256)] if ON_GPU else [(1, 5000)])
 
 
@@ -311,6 +339,45 @@ def test_sampling(limits: tuple[int | None, float | None, float | None], rows: i
         assert kept[token] > 0, "a token that the limits drop"
         assert running[token] >= at - 1e-5
         assert token == 0 or running[token - 1] <= at + 1e-5
+
+
+@pytest.mark.parametrize("size", [2000, 40000] if ON_GPU else [300])
+def test_sampling_of_odd_rows_keeps_what_the_limits_say(size: int) -> None:
+    """One large logit and many equal ones; logits of every magnitude; forbidden by large finite values; a single allowed one."""
+    torch.manual_seed(0)
+    few_values = torch.randint(0, 3, (size,), device=DEVICE).float()
+    rows = [
+        torch.zeros(size, device=DEVICE).index_fill(0, torch.tensor([7], device=DEVICE), 12.0),
+        torch.randn(size, device=DEVICE) * 10.0 ** torch.randint(-30, 30, (size,), device=DEVICE),
+        torch.where(torch.arange(size, device=DEVICE) % 3 == 0, torch.randn(size, device=DEVICE), -1e9),
+        torch.full((size,), -torch.inf, device=DEVICE).index_fill(0, torch.tensor([size - 1], device=DEVICE), -5.0),
+        few_values,
+        few_values * 1e-4,
+    ]
+    logits, ones = torch.stack(rows), torch.ones(len(rows), device=DEVICE)
+    half = size // 2
+    limits = [(0, 0.9, 0.0), (50, 1.0, 0.0), (half, 1.0, 0.0), (half, 0.7, 0.0), (1, 0.5, 0.0), (0, 1.0, 0.1), (0, 0.999999, 0.0)]
+    for k, p, least in limits:
+        for at in (0.0, 0.31, 0.77, 0.99999):
+            got = api.sample(logits, ones * at, ones, (ones * k).int(), ones * p, ones * least, backend=BACKEND).cpu()
+            for i, row in enumerate(rows):
+                kept = reference.kept_probabilities(row, 1.0, k, p, least).cpu()
+                running, token = kept.cumsum(0) / kept.sum(), int(got[i])
+                assert kept[token] > 0, (i, k, p, least, at)
+                assert running[token] >= at - 2e-5
+                assert token == 0 or running[token - 1] <= at + 2e-5
+
+
+def test_sampling_does_not_depend_on_other_rows() -> None:
+    torch.manual_seed(1)
+    rows, size = (40, 30000) if ON_GPU else (5, 500)
+    logits, uniforms, ones = torch.randn(rows, size, device=DEVICE) * 2, torch.rand(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+    limits = ((ones * 5000).int(), ones * 0.9, ones * 0.001)
+    whole = api.sample(logits, uniforms, ones, *limits, backend=BACKEND)
+    for i in (0, rows // 2, rows - 1):
+        alone = api.sample(logits[i : i + 1], uniforms[i : i + 1], ones[:1], *(x[:1] for x in limits), backend=BACKEND)
+        assert torch.equal(alone, whole[i : i + 1])
+    assert torch.equal(whole, api.sample(logits, uniforms, ones, *limits, backend=BACKEND))
 
 
 def test_sampling_keeps_equals_of_the_last_kept() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from gantline_kernels import api, cuda_backend, reference
+from gantline_kernels import api, reference
+from gantline_kernels.hopper_linear import fits_hopper_linear
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
 from tests.kernels.cases import largest_error
 
 ROOT = Path(__file__).parents[2]
-H200_SMS = 132
 
 _COMPILE = """
 import sys, torch
@@ -47,13 +47,14 @@ def test_the_one_row_kernel_compiles_and_waits_for_earlier_kernels_only_if_it_st
     assert set(_run("-c", _COMPILE, "90", TRITON_CACHE_DIR=str(tmp_path)).splitlines()) == {"False 0", "True 2"}
 
 
-@pytest.mark.parametrize(
-    ("outputs", "inputs", "ours"),
-    [(6144, 4096, True), (4096, 4096, True), (28672, 4096, False), (4096, 14336, True), (128256, 4096, True)],
-)
-@pytest.mark.parametrize("rows", [2, 8, 16])
-def test_the_cuda_kernel_takes_the_shapes_that_it_was_measured_to_be_faster_at(rows: int, outputs: int, inputs: int, ours: bool) -> None:
-    assert cuda_backend.spreads_evenly(rows, inputs, outputs, H200_SMS) is ours
+@pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (1, 8), (1000, 200), (18944, 3584), (262144, 2304)])
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+def test_the_cuda_kernel_takes_any_shape_of_aligned_rows(rows: int, outputs: int, inputs: int) -> None:
+    x, weight = (torch.empty(n, inputs, dtype=torch.bfloat16, device="meta") for n in (rows, outputs))
+    assert fits_hopper_linear(x, weight)
+    assert not fits_hopper_linear(x.float(), weight.float())
+    assert not fits_hopper_linear(torch.empty(65, inputs, dtype=torch.bfloat16, device="meta"), weight)
+    assert not fits_hopper_linear(*(torch.empty(n, inputs + 4, dtype=torch.bfloat16, device="meta") for n in (rows, outputs)))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -67,6 +67,57 @@ __device__ __forceinline__ void copy_16(void* target, const void* source) {
 
 __device__ __forceinline__ void copy_16_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// ---- clusters ----
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// Every thread of every block of the cluster; what was written before is seen after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The address, in another block of the cluster, of what lies at `mine` here.
+__device__ __forceinline__ uint32_t remote_address(const void* mine, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ float4 remote_load(const float4* mine, int rank) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(remote_address(mine, rank))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint2 remote_load(const uint2* mine, int rank) {
+  uint2 value;
+  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(remote_address(mine, rank)) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void remote_store(float* mine, int rank, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote_address(mine, rank)), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ int remote_add(int* mine, int rank, int value) {
+  int before;
+  asm volatile("atom.shared::cluster.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(remote_address(mine, rank)), "r"(value) : "memory");
+  return before;
+}
+
 // ---- registers ----
 
 template <int count>

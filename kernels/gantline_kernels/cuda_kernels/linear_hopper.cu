@@ -1,11 +1,16 @@
 // Linear layers for few rows (up to 64), for Hopper (sm_90a): bound by reading the weights once.
 //
-// out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias. A block takes 64 outputs and a part of the inputs: the copy
-// engine streams its weights, and the rows of x that go with them, through a ring of stages; the matrix units take the weights as their
-// left operand, so that few rows waste little. The blocks that share outputs form a cluster and add their parts through each other's
-// shared memory, always in the same order, so results do not depend on timing. The grid is chosen so that all blocks run at once: what
-// counts is that enough bytes are under way everywhere until the end. The first weights are fetched before the kernel waits for the one
-// before it (programmatic dependent launch): they depend on nothing.
+// out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias. The matrix units take the weights as their left operand, so
+// that few rows waste little. A tile is 128 or 256 outputs, a chunk 64 inputs of it. A multiprocessor gets an even share of the bandwidth
+// however much it asks for, so what ends last is the busiest: each block, one to a multiprocessor, takes the same number of chunks,
+// counted through all tiles one after the other, whatever the shape. Where a tile is shared by several blocks, each leaves its sums in
+// scratch memory and counts itself; the last one to do so adds them in the blocks' order, so results do not depend on timing, and nobody
+// waits for another block.
+//
+// Weights depend on nothing, so a block may start before the kernel ahead of it ends (programmatic dependent launch): it fills its stages,
+// asks for `ahead` pieces more into the second-level cache, and only then waits. It lets its successor start when `lead` pieces are left to
+// ask for: earlier, and the successor's first weights only take this kernel's bandwidth; later, and memory idles in between. Two blocks fit
+// a multiprocessor.
 
 #include "host.cuh"
 #include "hopper.cuh"
@@ -13,39 +18,48 @@
 namespace gantline {
 namespace {
 
-constexpr int OUTPUTS = 64;  // of a block
-constexpr int PANEL = 64;    // inputs of a panel
-constexpr int PANELS = 1;  // of a stage; two (and fewer stages) were measured too: no difference
-constexpr int CHUNK = PANELS * PANEL;
+constexpr int OUTPUTS = 128;  // of a piece, which a stage holds; a tile has one or two
+constexpr int DEPTH = 64;     // inputs of a chunk
 constexpr int COMPUTE_THREADS = 128;
 constexpr int THREADS = COMPUTE_THREADS + 32;
-constexpr int MAX_PARTS = 8;
+constexpr int MAX_ROWS = 64;
+constexpr int MAX_TILES = 16384;
+constexpr int SHARED_LIMIT = 113 * 1024;  // so that two blocks fit
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000;  // weights are not met again before they would be evicted
 
 struct Arguments {
   void* out;
   const void* bias;  // or null
+  float4* sums;      // scratch: two tiles' sums of each block
+  int* counters;     // of each tile: blocks that have left their sums; zero between launches
   int rows;
   int outputs;
-  int chunks;  // of all inputs
-  int parts;   // blocks of a cluster
-  int wide;    // out is float32
+  int chunks;  // of a tile
+  int tiles;
+  int ahead;
+  int lead;
+  int wide;  // out is float32
 };
 
-template <int COLUMNS>
-constexpr int STAGES_FOR = COLUMNS <= 16 ? 5 : 4;
-
-template <typename T, int COLUMNS>
+template <typename T, int COLUMNS, int PIECES>
 struct __align__(1024) Shared {
-  struct Stage {
-    T weights[PANELS][OUTPUTS * PANEL];
-    T x[PANELS][COLUMNS * PANEL];
-  };
-  union {
-    Stage stage[STAGES_FOR<COLUMNS>];
-    float sums[COLUMNS][OUTPUTS];
-  };
-  uint64_t full[STAGES_FOR<COLUMNS>], empty[STAGES_FOR<COLUMNS>];
+  static constexpr int X_BYTES = COLUMNS * DEPTH * sizeof(T), PIECE_BYTES = OUTPUTS * DEPTH * sizeof(T);
+  static constexpr int STAGES = (SHARED_LIMIT - 2048 - (PIECES - 1) * X_BYTES) / (PIECE_BYTES + X_BYTES / PIECES);
+  static constexpr int X_STAGES = (STAGES + PIECES - 1) / PIECES;
+  T weights[STAGES][OUTPUTS * DEPTH];
+  T x[X_STAGES][COLUMNS * DEPTH];
+  uint64_t full[STAGES], empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
+  int is_last;
+};
+
+// A place in a ring of stages, and the parity of its current round.
+template <int SIZE>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == SIZE) stage = 0, parity ^= 1;
+  }
 };
 
 __device__ __forceinline__ void copy_once_box(void* target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
@@ -55,20 +69,12 @@ __device__ __forceinline__ void copy_once_box(void* target, const CUtensorMap* m
                : "memory");
 }
 
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+
 __device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ float load_from(const float* mine, int block) {
-  uint32_t address;
-  float value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
 
 // sums[64 x COLUMNS] += 64 outputs' weights times COLUMNS rows of x, inner 16.
 #define GANTLINE_FEW(type, name)                                                                                                        \
@@ -100,163 +106,278 @@ __device__ __forceinline__ float load_from(const float* mine, int block) {
 GANTLINE_FEW(__nv_bfloat16, "bf16")
 GANTLINE_FEW(__half, "f16")
 
-template <typename T, int COLUMNS>
-__device__ __forceinline__ void copy_weights(const CUtensorMap* map, Shared<T, COLUMNS>& shared, int stage, int chunk, int output) {
-  barrier_arrive_expect(&shared.full[stage], (OUTPUTS + COLUMNS) * CHUNK * sizeof(T));
-#pragma unroll
-  for (int i = 0; i < PANELS; ++i) copy_once_box(shared.stage[stage].weights[i], map, chunk * CHUNK + i * PANEL, output, &shared.full[stage]);
+// A block's share: the chunks from `first` to before `last`, counted through all tiles. The same formula tells every block others' shares.
+__device__ __forceinline__ int share_begin(const Arguments& args, int block) {
+  return static_cast<int>(static_cast<long long>(args.tiles) * args.chunks * block / gridDim.x);
 }
 
-template <typename T, int COLUMNS>
-__device__ __forceinline__ void copy_x(const CUtensorMap* map, Shared<T, COLUMNS>& shared, int stage, int chunk) {
-#pragma unroll
-  for (int i = 0; i < PANELS; ++i) copy_box(shared.stage[stage].x[i], map, chunk * CHUNK + i * PANEL, 0, &shared.full[stage]);
+// The block whose share a chunk is in.
+__device__ __forceinline__ int owner(const Arguments& args, int chunk) {
+  return static_cast<int>((static_cast<long long>(chunk + 1) * gridDim.x - 1) / (static_cast<long long>(args.tiles) * args.chunks));
 }
 
-template <typename T, int COLUMNS>
-__device__ void feed(const CUtensorMap* weight_map, const CUtensorMap* x_map, Shared<T, COLUMNS>& shared, int first, int last, int output) {
-  constexpr int STAGES = STAGES_FOR<COLUMNS>;
-  const int early = min(STAGES, last - first);
-  for (int i = 0; i < early; ++i) copy_weights(weight_map, shared, i, first + i, output);
+// The pieces of a share in order.
+template <int PIECES>
+struct Cursor {
+  int tile, chunk, piece = 0;
+  __device__ __forceinline__ void advance(int chunks) {
+    if (++piece < PIECES) return;
+    piece = 0;
+    if (++chunk == chunks) chunk = 0, ++tile;
+  }
+  __device__ __forceinline__ int column() const { return chunk * DEPTH; }
+  __device__ __forceinline__ int row() const { return (tile * PIECES + piece) * OUTPUTS; }
+};
+
+template <typename T, int COLUMNS, int PIECES>
+__device__ void feed(const CUtensorMap* weight_map, const CUtensorMap* x_map, Shared<T, COLUMNS, PIECES>& shared, const Arguments& args, int first, int last) {
+  using Stages = Shared<T, COLUMNS, PIECES>;
+  const int total = (last - first) * PIECES, early = min(Stages::STAGES, total), signal = max(0, total - args.lead);
+  Cursor<PIECES> at{first / args.chunks, first % args.chunks};
+  Ring<Stages::STAGES> ring;
+  Ring<Stages::X_STAGES> x_ring;
+  const auto copy_piece = [&] {
+    barrier_arrive_expect(&shared.full[ring.stage], Stages::PIECE_BYTES);
+    copy_once_box(shared.weights[ring.stage], weight_map, at.column(), at.row(), &shared.full[ring.stage]);
+    at.advance(args.chunks), ring.advance();
+  };
+  const Cursor<PIECES> start = at;
+  if (signal == 0) let_later_kernels_start();
+  for (int i = 0; i < early; ++i) copy_piece();
+  if (signal > 0 && signal <= early) let_later_kernels_start();
+  Cursor<PIECES> later = at;
+  for (int i = early; i < min(total, early + args.ahead); ++i) {
+    prefetch_box(weight_map, later.column(), later.row());
+    later.advance(args.chunks);
+  }
   wait_for_earlier_kernels();
-  for (int i = 0; i < early; ++i) copy_x(x_map, shared, i, first + i);
-  for (int chunk = first + early; chunk < last; ++chunk) {
-    const int at = chunk - first, stage = at % STAGES;
-    barrier_wait(&shared.empty[stage], ((at / STAGES) & 1) ^ 1);
-    copy_weights(weight_map, shared, stage, chunk, output);
-    copy_x(x_map, shared, stage, chunk);
+  Cursor<PIECES> of_x = start;
+  for (int i = 0; i < total; ++i) {
+    if (of_x.piece == 0) {
+      barrier_wait(&shared.x_empty[x_ring.stage], x_ring.parity ^ 1);
+      barrier_arrive_expect(&shared.x_full[x_ring.stage], Stages::X_BYTES);
+      copy_box(shared.x[x_ring.stage], x_map, of_x.column(), 0, &shared.x_full[x_ring.stage]);
+      x_ring.advance();
+    }
+    of_x.advance(args.chunks);
+    if (i >= early) {
+      barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      copy_piece();
+      if (i + 1 == signal) let_later_kernels_start();
+    }
   }
 }
 
-template <typename T, int COLUMNS>
-__device__ void compute(Shared<T, COLUMNS>& shared, int chunks) {
-  constexpr int STAGES = STAGES_FOR<COLUMNS>;
-  constexpr uint32_t STEP = sizeof(typename Shared<T, COLUMNS>::Stage) / 16;
+// A thread's sums of a tile, and where they lie in it.
+template <int COLUMNS, int PIECES>
+struct Sums {
+  static constexpr int QUADS = PIECES * COLUMNS / 4;  // float4s
+  float of[PIECES][2][COLUMNS / 2];                   // of each piece's upper and lower 64 outputs
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < QUADS * 4; ++i) (&of[0][0][0])[i] = 0.f;
+  }
+  __device__ __forceinline__ void add(int quad, float4 value) {
+    float* place = &of[0][0][0] + quad * 4;
+    place[0] += value.x, place[1] += value.y, place[2] += value.z, place[3] += value.w;
+  }
+  __device__ __forceinline__ float4 quad(int quad) const {
+    const float* place = &of[0][0][0] + quad * 4;
+    return make_float4(place[0], place[1], place[2], place[3]);
+  }
+};
+
+template <typename T, int COLUMNS, int PIECES>
+__device__ __forceinline__ void store(const Sums<COLUMNS, PIECES>& sums, const Arguments& args, int tile) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t all_weights = panel(shared.stage[0].weights[0], 16), all_x = panel(shared.stage[0].x[0], 16);
-  float sums[COLUMNS / 2];
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 2; ++i) sums[i] = 0.f;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int i = chunk % STAGES;
-    barrier_wait(&shared.full[i], (chunk / STAGES) & 1);
-    products_begin();
+  for (int half = 0; half < PIECES * 4; ++half) {  // the tile's halves of 64 outputs, of each the two of a thread
+    const int output = tile * PIECES * OUTPUTS + half / 2 * 64 + half % 2 * 8 + warp * 16 + lane / 4;
+    if (output >= args.outputs) continue;
+    const float bias = args.bias ? static_cast<float>(static_cast<const T*>(args.bias)[output]) : 0.f;
 #pragma unroll
-    for (int step = 0; step < CHUNK / 16; ++step) {
-      const int of_weights = (step / 4 * OUTPUTS * PANEL + step % 4 * 16) * sizeof(T) / 16, of_x = (step / 4 * COLUMNS * PANEL + step % 4 * 16) * sizeof(T) / 16;
-      product(sums, all_weights + i * STEP + of_weights, all_x + i * STEP + of_x, static_cast<const T*>(nullptr));
-    }
-    products_commit();
-    products_wait<0>();
-    hold(sums);
-    if (lane == 0) barrier_arrive(&shared.empty[i]);
-  }
-  named_sync<1, COMPUTE_THREADS>();  // the stages are done with: their memory takes the sums
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 2; ++i) {
-    const int row = i / 4 * 8 + lane % 4 * 2 + i % 2, output = warp * 16 + lane / 4 + (i % 4 >= 2 ? 8 : 0);
-    shared.sums[row][output] = sums[i];
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void add_and_store(const Arguments& args, const float (*sums)[OUTPUTS], int part, int first_output) {
-  for (int i = part * COMPUTE_THREADS + threadIdx.x; i < args.rows * OUTPUTS; i += args.parts * COMPUTE_THREADS) {
-    const int row = i / OUTPUTS, output = first_output + i % OUTPUTS;
-    float value = 0.f;
-    for (int p = 0; p < args.parts; ++p) value += load_from(&sums[row][i % OUTPUTS], p);
-    if (args.bias) value += static_cast<float>(static_cast<const T*>(args.bias)[output]);
-    const long long place = static_cast<long long>(row) * args.outputs + output;
-    if (args.wide) {
-      static_cast<float*>(args.out)[place] = value;
-    } else {
-      static_cast<T*>(args.out)[place] = static_cast<T>(value);
+    for (int i = 0; i < COLUMNS / 4; ++i) {
+      const int row = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      if (row >= args.rows) continue;
+      const float value = sums.of[half / 4][half / 2 % 2][i / 2 * 4 + half % 2 * 2 + i % 2] + bias;
+      const long long place = static_cast<long long>(row) * args.outputs + output;
+      if (args.wide) {
+        static_cast<float*>(args.out)[place] = value;
+      } else {
+        static_cast<T*>(args.out)[place] = static_cast<T>(value);
+      }
     }
   }
 }
 
-template <typename T, int COLUMNS>
-__global__ __launch_bounds__(THREADS) void few_rows(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map, const Arguments args) {
-  extern __shared__ unsigned char raw[];
-  auto& shared = *reinterpret_cast<Shared<T, COLUMNS>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
-  const int part = blockIdx.x, output = blockIdx.y * OUTPUTS;
-  const int first = static_cast<int>(static_cast<long long>(args.chunks) * part / args.parts);
-  const int last = static_cast<int>(static_cast<long long>(args.chunks) * (part + 1) / args.parts);
+// Leave this block's sums of a tile that others share, and if all have: add them up, in the blocks' order, and store.
+template <typename T, int COLUMNS, int PIECES>
+__device__ __forceinline__ void share(Sums<COLUMNS, PIECES>& sums, Shared<T, COLUMNS, PIECES>& shared, const Arguments& args, int tile, bool begins) {
+  constexpr int QUADS = Sums<COLUMNS, PIECES>::QUADS, BATCH = QUADS >= 8 ? 1 : 8 / QUADS;  // blocks whose sums are under way at once
+  const auto place = [&](int block, bool begins_there) { return args.sums + (2ll * block + !begins_there) * QUADS * COMPUTE_THREADS + threadIdx.x; };
+  float4* mine = place(blockIdx.x, begins);
+#pragma unroll
+  for (int i = 0; i < QUADS; ++i) __stcg(mine + i * COMPUTE_THREADS, sums.quad(i));
+  const int from = tile * args.chunks, first = owner(args, from), last = owner(args, from + args.chunks - 1);
+  __threadfence();
+  named_sync<1, COMPUTE_THREADS>();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES_FOR<COLUMNS>; ++i) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], COMPUTE_THREADS / 32);
+    shared.is_last = atomicAdd(&args.counters[tile], 1) == last - first;
+    if (shared.is_last) args.counters[tile] = 0;
+    __threadfence();
+  }
+  named_sync<1, COMPUTE_THREADS>();
+  if (!shared.is_last) return;
+  sums.clear();
+  for (int block = first; block <= last; block += BATCH) {
+    float4 parts[BATCH][QUADS];
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      const float4* theirs = place(min(block + b, last), share_begin(args, min(block + b, last)) >= from);
+#pragma unroll
+      for (int i = 0; i < QUADS; ++i) parts[b][i] = __ldcg(theirs + i * COMPUTE_THREADS);
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+#pragma unroll
+      for (int i = 0; i < QUADS; ++i) {
+        if (block + b <= last) sums.add(i, parts[b][i]);
+      }
+    }
+  }
+  store<T>(sums, args, tile);
+}
+
+template <typename T, int COLUMNS, int PIECES>
+__device__ void compute(Shared<T, COLUMNS, PIECES>& shared, const Arguments& args, int first, int last) {
+  using Stages = Shared<T, COLUMNS, PIECES>;
+  constexpr uint32_t PIECE = Stages::PIECE_BYTES / 16, X = Stages::X_BYTES / 16;
+  const int lane = threadIdx.x % 32;
+  const uint32_t all_weights = panel(shared.weights[0], 16), all_x = panel(shared.x[0], 16);
+  Ring<Stages::STAGES> ring;
+  Ring<Stages::X_STAGES> x_ring;
+  Sums<COLUMNS, PIECES> sums;
+  for (int at = first; at < last;) {
+    const int tile = at / args.chunks, end = min((tile + 1) * args.chunks, last), begin = at;
+    sums.clear();
+    for (; at < end; ++at) {
+      barrier_wait(&shared.x_full[x_ring.stage], x_ring.parity);
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece) {
+        barrier_wait(&shared.full[ring.stage], ring.parity);
+        hold(sums.of[piece][0]);
+        hold(sums.of[piece][1]);
+        products_begin();
+#pragma unroll
+        for (int step = 0; step < DEPTH / 16; ++step) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            product(sums.of[piece][half], all_weights + ring.stage * PIECE + half * (PIECE / 2) + step * 2, all_x + x_ring.stage * X + step * 2,
+                    static_cast<const T*>(nullptr));
+          }
+        }
+        products_commit();
+        products_wait<0>();
+        hold(sums.of[piece][0]);
+        hold(sums.of[piece][1]);
+        if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+        ring.advance();
+      }
+      if (lane == 0) barrier_arrive(&shared.x_empty[x_ring.stage]);
+      x_ring.advance();
+    }
+    if (end - begin == args.chunks) {
+      store<T>(sums, args, tile);
+    } else {
+      share(sums, shared, args, tile, begin == first);
+    }
+  }
+}
+
+template <typename T, int COLUMNS, int PIECES>
+__global__ __launch_bounds__(THREADS) void few_rows(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map, const Arguments args) {
+  using Stages = Shared<T, COLUMNS, PIECES>;
+  extern __shared__ unsigned char raw[];
+  auto& shared = *reinterpret_cast<Stages*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+  const int first = share_begin(args, blockIdx.x), last = share_begin(args, blockIdx.x + 1);
+  if (threadIdx.x == COMPUTE_THREADS) {
+    prefetch_map(&weight_map), prefetch_map(&x_map);
+    for (int i = 0; i < Stages::STAGES; ++i) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], COMPUTE_THREADS / 32);
+    for (int i = 0; i < Stages::X_STAGES; ++i) barrier_init(&shared.x_full[i], 1), barrier_init(&shared.x_empty[i], COMPUTE_THREADS / 32);
     barrier_init_visible();
   }
   __syncthreads();
-  let_later_kernels_start();
   if (threadIdx.x >= COMPUTE_THREADS) {
-    if (threadIdx.x == COMPUTE_THREADS) feed<T, COLUMNS>(&weight_map, &x_map, shared, first, last, output);
+    if (threadIdx.x == COMPUTE_THREADS) feed<T, COLUMNS, PIECES>(&weight_map, &x_map, shared, args, first, last);
     __syncwarp();
   } else {
-    compute<T, COLUMNS>(shared, last - first);
-  }
-  cluster_sync();
-  if (threadIdx.x < COMPUTE_THREADS) {
     wait_for_earlier_kernels();  // whoever writes must have waited
-    add_and_store<T>(args, shared.sums, part, output);
+    compute<T, COLUMNS, PIECES>(shared, args, first, last);
   }
-  cluster_sync();  // nobody leaves while others read its sums
 }
 
 template <typename T>
 bool make_map(CUtensorMap* map, const void* matrix, int rows, int columns, long long stride, int box_rows) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {stride * sizeof(T)};
-  const cuuint32_t box[2] = {PANEL, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {DEPTH, static_cast<cuuint32_t>(box_rows)};
   return encode_panels<T>(map, const_cast<void*>(matrix), sizes, strides, box);
 }
 
-template <typename T, int COLUMNS>
-int launch(const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, cudaStream_t stream) {
-  constexpr int bytes = sizeof(Shared<T, COLUMNS>) + 1024;
-  const cudaError_t error = raise_shared_memory<few_rows<T, COLUMNS>>(bytes);
+template <typename T, int COLUMNS, int PIECES>
+int launch(const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, int blocks, cudaStream_t stream) {
+  constexpr int bytes = sizeof(Shared<T, COLUMNS, PIECES>) + 1024;
+  static_assert(bytes <= SHARED_LIMIT, "two blocks must fit a multiprocessor");
+  const cudaError_t error = raise_shared_memory<few_rows<T, COLUMNS, PIECES>>(bytes);
   if (error != cudaSuccess) return error;
   CUtensorMap weight_map, x_map;
   if (!make_map<T>(&weight_map, weight, args.outputs, inputs, inputs, OUTPUTS) || !make_map<T>(&x_map, x, args.rows, inputs, x_stride, COLUMNS)) {
     return cudaErrorInvalidValue;
   }
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = args.parts;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(args.parts, args.outputs / OUTPUTS);
+  config.gridDim = dim3(blocks);
   config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, few_rows<T, COLUMNS>, weight_map, x_map, args);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, few_rows<T, COLUMNS, PIECES>, weight_map, x_map, args);
+}
+
+template <typename T, int PIECES>
+int launch_for_rows(const void* x, long long x_stride, const void* weight, int inputs, Arguments args, int blocks, cudaStream_t stream) {
+  args.tiles = (args.outputs + PIECES * OUTPUTS - 1) / (PIECES * OUTPUTS);
+  if (args.tiles > MAX_TILES || blocks > args.tiles * args.chunks) return cudaErrorInvalidValue;
+  if (args.rows <= 8) return launch<T, 8, PIECES>(x, x_stride, weight, inputs, args, blocks, stream);
+  if (args.rows <= 16) return launch<T, 16, PIECES>(x, x_stride, weight, inputs, args, blocks, stream);
+  if (args.rows <= 32) return launch<T, 32, PIECES>(x, x_stride, weight, inputs, args, blocks, stream);
+  return launch<T, 64, PIECES>(x, x_stride, weight, inputs, args, blocks, stream);
 }
 
 template <typename T>
-int launch_for_rows(const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, cudaStream_t stream) {
-  if (args.rows <= 8) return launch<T, 8>(x, x_stride, weight, inputs, args, stream);
-  if (args.rows <= 16) return launch<T, 16>(x, x_stride, weight, inputs, args, stream);
-  if (args.rows <= 32) return launch<T, 32>(x, x_stride, weight, inputs, args, stream);
-  return launch<T, 64>(x, x_stride, weight, inputs, args, stream);
+int launch_for_pieces(const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, int pieces, int blocks, cudaStream_t stream) {
+  return pieces == 1 ? launch_for_rows<T, 1>(x, x_stride, weight, inputs, args, blocks, stream)
+                     : launch_for_rows<T, 2>(x, x_stride, weight, inputs, args, blocks, stream);
 }
 
 }  // namespace
 }  // namespace gantline
 
 // `type` 0: bfloat16, 1: float16, of x, weight and bias; out likewise, or float32 if `wide`. x [rows, inputs] with `x_stride` elements
-// between rows, weight [outputs, inputs] contiguous; bias may be null. inputs and outputs are multiples of 64, rows at most 64, pointers
-// and strides of 16 bytes. `parts` (1 to 8, at most inputs / 64): blocks that share outputs. Returns a cudaError_t.
+// between rows, weight [outputs, inputs] contiguous; bias may be null. inputs and x_stride are multiples of 8, rows at most 64, pointers of
+// 16 bytes. `pieces` (1 or 2): a tile's 128 outputs. `blocks`: as many as multiprocessors, at most one for each chunk. `sums`: 2 * blocks *
+// pieces * 128 * (8, 16, 32 or 64 rows) float32; `counters`: a zero int32 for each tile, at most 16384; both for launches that follow each
+// other. `ahead` and `lead`: see above. Returns a cudaError_t.
 GANTLINE_EXPORT int gantline_linear_hopper(int type, const void* x, long long x_stride, const void* weight, const void* bias, void* out, int wide, int rows,
-                                           int inputs, int outputs, int parts, void* stream) {
-  if (rows < 1 || rows > 64 || inputs % gantline::CHUNK || outputs % gantline::OUTPUTS || parts < 1 || parts > gantline::MAX_PARTS ||
-      parts > inputs / gantline::CHUNK) {
-    return cudaErrorInvalidValue;
-  }
-  const gantline::Arguments args = {out, bias, rows, outputs, inputs / gantline::CHUNK, parts, wide};
+                                           int inputs, int outputs, void* sums, void* counters, int pieces, int blocks, int ahead, int lead, void* stream) {
+  if (rows < 1 || rows > gantline::MAX_ROWS || inputs < 8 || inputs % 8 || outputs < 1 || pieces < 1 || pieces > 2 || blocks < 1) return cudaErrorInvalidValue;
+  const int chunks = (inputs + gantline::DEPTH - 1) / gantline::DEPTH;
+  const gantline::Arguments args = {out, bias, static_cast<float4*>(sums), static_cast<int*>(counters), rows, outputs, chunks, 0, ahead, lead, wide};
   const auto on = static_cast<cudaStream_t>(stream);
-  return type == 0 ? gantline::launch_for_rows<__nv_bfloat16>(x, x_stride, weight, inputs, args, on)
-                   : gantline::launch_for_rows<__half>(x, x_stride, weight, inputs, args, on);
+  return type == 0 ? gantline::launch_for_pieces<__nv_bfloat16>(x, x_stride, weight, inputs, args, pieces, blocks, on)
+                   : gantline::launch_for_pieces<__half>(x, x_stride, weight, inputs, args, pieces, blocks, on);
 }

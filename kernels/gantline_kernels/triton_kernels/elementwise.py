@@ -1,21 +1,32 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Norms and the gated activation. Bound by memory: each input is read once, each output written once, one program to a row."""
+"""Norms and the gated activation. Bound by memory: each input is read once, each output written once, one program to a row.
+
+Small ones, which a launch's cost is most of, may start before the kernel ahead of them ends (`early.py`).
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gantline_kernels.triton_kernels.early import launch_options, starts_early
 
 __all__ = ["add_rms_norm", "rms_norm", "silu_and_mul"]
 
 
 @triton.jit
-def _rms_norm(x, residual, weight, out, x_stride, residual_stride, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm(
+    x, residual, weight, out, x_stride, residual_stride, size, eps, ADD: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < size
     gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     value = tl.load(x + row * x_stride + at, mask=inside, other=0.0)
     if ADD:
         total = value.to(tl.float32) + tl.load(residual + row * residual_stride + at, mask=inside, other=0.0).to(tl.float32)
@@ -45,9 +56,11 @@ def _launch_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
         return
     block = triton.next_power_of_2(size)
     stride = 0 if residual is None else residual.stride(0)
+    early = starts_early(x.device, rows)
     _rms_norm[(rows,)](
-        x, residual, weight, out, x.stride(0), stride, size, eps, ADD=residual is not None, BLOCK=block, num_warps=_warps(block)
-    )
+        x, residual, weight, out, x.stride(0), stride, size, eps,
+        ADD=residual is not None, EARLY=early, BLOCK=block, num_warps=_warps(block), **launch_options(early),
+    )  # fmt: skip
 
 
 def _warps(block: int) -> int:
@@ -56,7 +69,10 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _silu_and_mul(x, out, x_stride, size, BLOCK: tl.constexpr):
+def _silu_and_mul(x, out, x_stride, size, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -70,5 +86,9 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if rows:
         block = min(2048, triton.next_power_of_2(size))
-        _silu_and_mul[(rows, triton.cdiv(size, block))](x, out, x.stride(0), size, BLOCK=block, num_warps=max(1, min(4, block // 512)))
+        grid = (rows, triton.cdiv(size, block))
+        early = starts_early(x.device, grid[0] * grid[1])
+        _silu_and_mul[grid](
+            x, out, x.stride(0), size, EARLY=early, BLOCK=block, num_warps=max(1, min(4, block // 512)), **launch_options(early)
+        )
     return out

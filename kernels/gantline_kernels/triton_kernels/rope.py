@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Queries and keys normed and rotated, keys and values written to the cache, in one launch.
 
-A program takes a few heads of one token: first the programs of queries, then those of keys, then those of values.
+A program takes a few heads of one token: first the programs of queries, then those of keys, then those of values. Small launches may
+start before the kernel ahead of them ends (`early.py`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gantline_kernels.triton_kernels.early import launch_options, starts_early
 
 __all__ = ["rope_and_cache_write"]
 
 _HEADS_PER_PROGRAM = 8
+_PAIRS_PER_WARP = 256
+_MAX_WARPS = 4
 
 
 @triton.jit
@@ -47,8 +53,11 @@ def _store_halves(target, first, second, inside, half):
 def _rope_and_cache_write(
     q, k, v, out, cos_sin, positions, key_cache, value_cache, slots, q_weight, k_weight,
     q_stride, k_stride, v_stride, heads, kv_heads, half, block_size, eps,
-    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     query_groups = tl.cdiv(heads, HEADS)
@@ -99,11 +108,12 @@ def rope_and_cache_write(
         per_program = min(_HEADS_PER_PROGRAM, triton.next_power_of_2(max(heads, kv_heads)))
         grid = (tokens, triton.cdiv(heads, per_program) + 2 * triton.cdiv(kv_heads, per_program))
         half = triton.next_power_of_2(dim // 2)
+        early = starts_early(q.device, grid[0] * grid[1])
         _rope_and_cache_write[grid](
             q, k, v, out, cos_sin, positions, key_cache, value_cache, slots, q_norm_weight, k_norm_weight,
             q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, dim // 2, key_cache.shape[2], eps,
-            NORM_Q=q_norm_weight is not None, NORM_K=k_norm_weight is not None, HEADS=per_program, HALF=half,
-            num_warps=max(1, min(4, per_program * half // 256)),
+            NORM_Q=q_norm_weight is not None, NORM_K=k_norm_weight is not None, EARLY=early, HEADS=per_program, HALF=half,
+            num_warps=max(1, min(_MAX_WARPS, per_program * half // _PAIRS_PER_WARP)), **launch_options(early),
         )  # fmt: skip
     return out
 

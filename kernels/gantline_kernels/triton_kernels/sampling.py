@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gantline_kernels.triton_kernels.early import launch_options, starts_early
 
 __all__ = ["argmax", "sample"]
 
@@ -21,7 +24,10 @@ _SCRATCH = 32768
 
 
 @triton.jit
-def _argmax_parts(logits, part_value, part_index, stride, size, parts, PART: tl.constexpr, BLOCK: tl.constexpr):
+def _argmax_parts(logits, part_value, part_index, stride, size, parts, EARLY: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -39,7 +45,10 @@ def _argmax_parts(logits, part_value, part_index, stride, size, parts, PART: tl.
 
 
 @triton.jit
-def _argmax_join(part_value, part_index, out, size, parts, PARTS: tl.constexpr):
+def _argmax_join(part_value, part_index, out, size, parts, EARLY: tl.constexpr, PARTS: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     value = tl.load(part_value + row * parts + part, mask=part < parts, other=-float("inf"))
@@ -58,8 +67,13 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     value = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
     block = min(4096, part)
-    _argmax_parts[(rows, parts)](logits, value, index, logits.stride(0), size, parts, PART=part, BLOCK=block, num_warps=4)
-    _argmax_join[(rows,)](value, index, out, size, parts, PARTS=max(2, triton.next_power_of_2(parts)), num_warps=1)
+    early = starts_early(logits.device, rows * parts)
+    _argmax_parts[(rows, parts)](
+        logits, value, index, logits.stride(0), size, parts, EARLY=early, PART=part, BLOCK=block, num_warps=4, **launch_options(early)
+    )
+    _argmax_join[(rows,)](
+        value, index, out, size, parts, EARLY=early, PARTS=max(2, triton.next_power_of_2(parts)), num_warps=1, **launch_options(early)
+    )
     return out
 
 

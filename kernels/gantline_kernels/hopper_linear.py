@@ -1,0 +1,84 @@
+"""Linear layers for few rows by `cuda_kernels/linear_hopper.cu`: which it takes, its scratch memory, its launch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from gantline_kernels import library
+
+__all__ = ["MAX_ROWS", "fits_hopper_linear", "hopper_linear"]
+
+MAX_ROWS = 64
+_OUTPUTS, _DEPTH = 128, 64
+_MAX_TILES = 16384
+_TYPES = {torch.bfloat16: 0, torch.float16: 1}
+_AHEAD, _LEAD = 4, 0
+"""Pieces of 16 KB: how many a block asks for into the second-level cache while the kernel ahead runs, and how many it has yet to ask for
+when it lets its successor start (docs/perf-log.md, "Linear layers, few rows")."""
+_scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+_CAPTURED = -1
+
+
+def fits_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel can take these; the caller knows whether it is built, and the chip."""
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+    if not 1 <= rows <= MAX_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype or outputs > _MAX_TILES * _OUTPUTS:
+        return False
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    return aligned and inputs > 0 and inputs % 8 == 0 and weight.is_contiguous()
+
+
+def hopper_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    pieces: int = 1,
+    blocks: int = 0,
+    ahead: int = _AHEAD,
+    lead: int = _LEAD,
+) -> torch.Tensor:
+    """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N] in the type of x or `out_dtype`, for what `fits_hopper_linear`.
+
+    `pieces` (of 128 outputs in a tile, 1 or 2) and what follows are for tuning; blocks 0: one to each multiprocessor. Launches of one
+    stream follow each other, and so must replays of graphs: each has one scratch memory. Raises RuntimeError if the first call of a
+    device is captured in a graph (the scratch memory would be cleared by the graph's replay alone).
+    """
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+    out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    sums, counters = _scratch_of(x.device.index, stream)
+    tiles = -(-outputs // (_OUTPUTS * pieces))
+    blocks = min(blocks or num_sms(x.device.index), tiles * -(-inputs // _DEPTH))
+    library.call(
+        "gantline_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
+        out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs, sums.data_ptr(), counters.data_ptr(), pieces, blocks,
+        ahead, lead, stream,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _scratch_of(index: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and counters for launches that follow each other: of a stream, or of all graphs."""
+    if torch.cuda.is_current_stream_capturing():
+        if (index, _CAPTURED) not in _scratch:
+            raise RuntimeError("hopper_linear: call it once before capturing it in a CUDA graph")
+        return _scratch[index, _CAPTURED]
+    for owner in (_CAPTURED, stream):
+        if (index, owner) not in _scratch:
+            _scratch[index, owner] = _new_scratch(index)
+    return _scratch[index, stream]
+
+
+def _new_scratch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    device = torch.device("cuda", index)
+    sums = torch.empty(2 * num_sms(index) * 2 * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
+    return sums, torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
