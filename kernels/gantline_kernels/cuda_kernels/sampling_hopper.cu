@@ -458,24 +458,53 @@ __device__ __forceinline__ float widened(float value) { return value; }
 __device__ __forceinline__ float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float widened(__half value) { return __half2float(value); }
 
-// Four logits from `at` on; forbidden ones, and what lies outside the row, -infinity.
+// Four logits side by side; read once, so that they need not stay in any cache.
+__device__ __forceinline__ float4 load_aligned(const float* four) { return __ldcs(reinterpret_cast<const float4*>(four)); }
+
 template <typename T>
-__device__ __forceinline__ float4 load_four(const T* row, int at, int size, bool aligned) {
-  struct alignas(4 * sizeof(T)) Four { T of[4]; };
-  float values[4] = {-INFINITE, -INFINITE, -INFINITE, -INFINITE};
-  if (aligned && at + 4 <= size) {
-    const Four four = *reinterpret_cast<const Four*>(row + at);
+__device__ __forceinline__ float4 load_aligned(const T* four) {
+  const uint2 bits = __ldcs(reinterpret_cast<const uint2*>(four));
+  const T* of = reinterpret_cast<const T*>(&bits);
+  return {widened(of[0]), widened(of[1]), widened(of[2]), widened(of[3])};
+}
+
+// The same from any place; what lies outside the row is forbidden.
+template <typename T>
+__device__ __forceinline__ float4 load_any(const T* row, int at, int size) {
+  const auto one = [&](int i) { return i < size ? widened(row[i]) : -INFINITE; };
+  return {one(at), one(at + 1), one(at + 2), one(at + 3)};
+}
+
+// Four logits are taken over: forbidden ones become -infinity, and the others count for the largest and the least.
+__device__ __forceinline__ void take(float4* place, float4 four, float& largest, float& least) {
+  float values[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = widened(four.of[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (at + i < size) values[i] = widened(row[at + i]);
-    }
+  for (int i = 0; i < 4; ++i) {
+    const bool forbidden = values[i] < -LARGEST;
+    values[i] = forbidden ? -INFINITE : fminf(values[i], LARGEST);
+    largest = fmaxf(largest, values[i]), least = fminf(least, forbidden ? INFINITE : values[i]);
   }
+  *place = {values[0], values[1], values[2], values[3]};
+}
+
+// This thread's logits of a row: memory -> shared memory.
+template <typename T>
+__device__ __forceinline__ void load(const Row& row, const T* logits, int begin, int size, float& largest, float& least) {
+  const int lane = threadIdx.x % 32;
+  if (reinterpret_cast<uintptr_t>(logits) % (4 * sizeof(T)) == 0 && begin + row.steps * ROW_OF_WARP <= size) {
+    const T* from = logits + begin + lane * 4;
+    int i = 0;
+    for (; i + 4 <= row.steps; i += 4) {
+      float4 fours[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) values[i] = values[i] < -LARGEST ? -INFINITE : fminf(values[i], LARGEST);
-  return make_float4(values[0], values[1], values[2], values[3]);
+      for (int j = 0; j < 4; ++j) fours[j] = load_aligned(from + (i + j) * ROW_OF_WARP);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) take(row.mine + (i + j) * 32, fours[j], largest, least);
+    }
+    for (; i < row.steps; ++i) take(row.mine + i * 32, load_aligned(from + i * ROW_OF_WARP), largest, least);
+  } else {
+    for (int i = 0; i < row.steps; ++i) take(row.mine + i * 32, load_any(logits, begin + i * ROW_OF_WARP + lane * 4, size), largest, least);
+  }
 }
 
 template <typename T>
@@ -486,16 +515,8 @@ __global__ __launch_bounds__(THREADS, 3) void sample_row(const Arguments args) {
   Row row = {shared, reinterpret_cast<float4*>(shared.values + warp * args.stretch) + lane, args.stretch / ROW_OF_WARP, cluster_rank(), cluster_size()};
   const int me = row.rank * WARPS + warp, begin = me * args.stretch;
   const T* logits = static_cast<const T*>(args.logits) + line * args.stride;
-  const bool aligned = reinterpret_cast<uintptr_t>(logits) % (4 * sizeof(T)) == 0;
   float largest = -INFINITE, least = INFINITE;
-#pragma unroll 4
-  for (int i = 0; i < row.steps; ++i) {
-    const float4 four = load_four(logits, begin + i * ROW_OF_WARP + lane * 4, args.size, aligned);
-    row.mine[i * 32] = four;
-    const float values[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) largest = fmaxf(largest, values[j]), least = fminf(least, values[j] == -INFINITE ? INFINITE : values[j]);
-  }
+  load(row, logits, begin, args.size, largest, least);
   int chosen = row.find_range(largest, least);
   const float temperature = args.temperatures[line];
   float kept = row.high, goal = 0.f;

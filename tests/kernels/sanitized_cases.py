@@ -1,0 +1,109 @@
+"""Every kernel once or twice at small ragged shapes, for compute-sanitizer: `scripts/sanitize_kernels.sh` runs this file.
+
+Results are compared with the references as well, so that a kernel which the sanitizer stops does not pass for a clean one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from gantline_kernels import api, library, reference
+
+from tests.kernels.cases import largest_error, paged
+
+BF16, DEVICE = torch.bfloat16, "cuda"
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(BF16)
+
+
+def attention(backend: str) -> float:
+    worst = 0.0
+    for dim, window in ((128, 0), (64, 20)):
+        lengths = [(1, 70), (1, 1), (40, 40), (130, 150), (3, 64)]
+        case = paged(lengths, heads=8, kv_heads=2, dim=dim, block_size=16, dtype=BF16, device=DEVICE, window=window)
+        got = api.paged_attention(*case.arguments, **case.options, backend=backend)  # type: ignore[arg-type]
+        worst = max(worst, largest_error(got, case.expected()))
+    return worst
+
+
+def linear(backend: str) -> float:
+    worst = 0.0
+    for rows, inputs, outputs in ((1, 200, 130), (2, 520, 700), (9, 1000, 136), (16, 64, 64), (33, 520, 300)):
+        x, weight, bias = _randn(rows, inputs + 8)[:, :inputs], _randn(outputs, inputs) / inputs**0.5, _randn(outputs)
+        worst = max(worst, largest_error(api.linear(x, weight, bias, backend=backend), reference.linear(x, weight, bias)))
+    return worst
+
+
+def hopper_linear(_: str) -> float:
+    """Rows and tiles that `api.linear` leaves to the vendor's library."""
+    from gantline_kernels.hopper_linear import hopper_linear
+
+    worst = 0.0
+    for rows, pieces in ((1, 1), (17, 1), (17, 2), (64, 1), (50, 2)):
+        x, weight = _randn(rows, 520), _randn(700, 520) / 520**0.5
+        worst = max(worst, largest_error(hopper_linear(x, weight, None, pieces=pieces), reference.linear(x, weight)))
+    return worst
+
+
+def sampling(backend: str) -> float:
+    rows, size = 6, 9001
+    logits, uniforms, ones = torch.randn(rows, size, device=DEVICE), torch.rand(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+    wrong = (api.argmax(logits, backend=backend) != logits.argmax(dim=-1)).sum()
+    for k, p, least in ((0, 0.9, 0.0), (50, 0.8, 0.01), (3000, 0.9, 0.0)):
+        got = api.sample(logits, uniforms, ones, (ones * k).int(), ones * p, ones * least, backend=backend)
+        for i in range(rows):
+            wrong = wrong + (reference.kept_probabilities(logits[i], 1.0, k, p, least)[got[i]] <= 0)
+    return float(wrong)
+
+
+def elementwise(backend: str) -> float:
+    x, weight = _randn(5, 1000), _randn(1000)
+    normed, _ = api.add_rms_norm(x.clone(), x.clone(), weight, 1e-5, backend=backend)
+    worst = largest_error(normed, reference.add_rms_norm(x, x, weight, 1e-5)[0])
+    worst = max(worst, largest_error(api.silu_and_mul(x, backend=backend), reference.silu_and_mul(x)))
+    q, k, v = (t.unflatten(-1, (-1, 128)) for t in _randn(5, 8 * 128).split([512, 256, 256], dim=-1))
+    caches, expected = ([torch.zeros(3, 2, 16, 128, device=DEVICE, dtype=BF16) for _ in range(2)] for _ in range(2))
+    slots, at = torch.tensor([17, -1, 0, 47, 33], device=DEVICE), torch.arange(5, device=DEVICE, dtype=torch.int32)
+    table = torch.rand(9, 128, device=DEVICE)
+    got = api.rope_and_cache_write(q, k, v, table, at, *caches, slots, backend=backend)
+    return max(worst, largest_error(got, reference.rope_and_cache_write(q, k, v, table, at, *expected, slots)))
+
+
+def awq(backend: str) -> float:
+    qweight, qzeros = (torch.randint(-(2**31), 2**31 - 1, (n, 9), dtype=torch.int32, device=DEVICE) for n in (192, 3))
+    scales = _randn(3, 72) / 100
+    worst = 0.0
+    for rows in (3, 40):
+        x = _randn(rows, 192)
+        expected = reference.awq_linear(x, qweight, qzeros, scales, 64)
+        worst = max(worst, largest_error(api.awq_linear(x, qweight, qzeros, scales, 64, backend=backend), expected))
+    return worst
+
+
+CASES: dict[str, list[Callable[[str], float]]] = {
+    "cuda": [attention, linear, hopper_linear, sampling],
+    "triton": [attention, linear, sampling, elementwise, awq],
+}
+
+
+def main() -> int:
+    if library.load() is None:
+        print("the CUDA kernels are not built: run python -m gantline_kernels.build", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    ok = True
+    for backend in sys.argv[1:] or CASES:
+        for case in CASES[backend]:
+            error = case(backend)
+            torch.cuda.synchronize()
+            ok = ok and error < 0.06
+            print(f"{backend} {case.__name__}: largest error {error:.4f}", flush=True)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
