@@ -14,7 +14,7 @@ MAX_ROWS = 64
 _OUTPUTS, _DEPTH = 128, 64
 _MAX_TILES = 16384
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
-_AHEAD, _LEAD = 4, 0
+_AHEAD, _LEAD = 0, 1 << 20
 """Pieces of 16 KB: how many a block asks for into the second-level cache while the kernel ahead runs, and how many it has yet to ask for
 when it lets its successor start (docs/perf-log.md, "Linear layers, few rows")."""
 _scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}

@@ -19,10 +19,10 @@ constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int BINS = 1024;        // two for each thread
 constexpr int LIST = BINS;        // logits that are sorted: two for each thread
 constexpr int MAX_LEVELS = 64;    // each is at least three orders of magnitude finer; none but odd rows need more than three
-constexpr int MAX_MOVES = 2;
+constexpr int MAX_MOVES = 8;
 constexpr float REACH = 40.f;     // e^-40 of the likeliest token weighs nothing
 constexpr float ONE = 65536.f;    // a weight of one in fixed point, relative to its bin's upper edge; 65536 of them fit a block's bin
-constexpr float SLACK = 4e-5f;    // more than what fixed point loses of a sum
+constexpr float SLACK = 1e-5f;    // more than what fixed point errs by in a sum
 constexpr float LARGEST = 1e38f;  // below -LARGEST is forbidden; so that differences are finite
 constexpr float LOG2_E = 1.44269504f;
 constexpr float INFINITE = __builtin_huge_valf();
@@ -157,7 +157,7 @@ struct Row {
       uint32_t amount = 1;
       if (by_weight) {
         const float below = __saturatef((bins.hi - value) * bins.scale - bin) * step;
-        amount = static_cast<uint32_t>(ONE - ONE * below + (0.5f * ONE) * below * below);
+        amount = __float2uint_rn(ONE * (1.f - below * (1.f - below * (0.5f - below * (1.f / 6.f)))));  // e^-below, to 1e-7
       }
       atomicAdd(&shared.bins[bin], amount);
     });
