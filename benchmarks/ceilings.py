@@ -32,7 +32,7 @@ def graph_median_ms(run: Callable[[], object], repeats: int = 20) -> float:
 def measure() -> dict[str, float]:
     """{copy_TB_s, read_TB_s, bf16_TFLOP_s}: 4 GiB read and 4 GiB written (both counted), a 4 GiB sum, an 8192-cubed product of random data.
 
-    What is written is the negated source: a plain copy in a graph goes to the copy engines, which reach two thirds of the memory's rate.
+    What is written is the negated source: a plain copy in a graph goes to the copy engines, which reach four fifths of the rate.
     """
     copy, read = _memory_TB_s()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
