@@ -88,6 +88,12 @@ class ServerConfig:
     request_timeout: float | None = _option(
         None, "Most seconds that an answer may take, from its admission; a request's `timeout` may shorten it. auto: no limit."
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31"] = _option(
+        "auto", "How the model writes tool calls. auto: by its chat template."
+    )
+    reasoning_parser: Literal["auto", "none", "think", "mistral"] = _option(
+        "auto", "How the model marks its reasoning: think is <think>...</think>. auto: by its chat template."
+    )
     max_body_bytes: int = _option(8 << 20, "Largest HTTP body accepted, in bytes.")
     step_timeout: float = _option(30.0, "Seconds without a sign of the engine after which /health is 503. More where steps are slow: CPUs.")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least severe message that is logged.")

@@ -56,7 +56,7 @@ class EngineUnavailable(Exception):
 
 class RequestFailed(Exception):
     """This request alone was refused or given up. `code` is `queue_full` (then `retry_after_s` says when to try again), `invalid`,
-    `deadline` or `error`."""
+    `invalid_grammar`, `deadline` or `error`."""
 
     def __init__(self, message: str, code: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -105,7 +105,7 @@ class RequestGroup:
 
     def _push(self, output: TokenOutput) -> None:
         if output.finish_reason == "error":
-            self.fail(RequestFailed(output.error or "no cause was given", "error"))
+            self.fail(RequestFailed(output.error or "no cause was given", output.error_code))
             return
         if output.finish_reason is not None:
             self._running.discard(output.request_id)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.messages import FinishReason, PromptLogprobs, TokenLogprobs
+from gantline_runtime.parsers.events import ContentDelta, Event
 from gantline_runtime.server.errors import ApiError, json_response
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
@@ -34,10 +35,12 @@ class WholeChoice:
     entries: list[TokenEntry] = field(default_factory=list)
     tokens: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
         self.pieces.append(delta.text)
+        self.events.extend(delta.events if delta.events is not None else [ContentDelta(delta.text)])
         self.entries.extend(delta.entries)
         self.tokens.extend(delta.tokens)
         self.prompt_logprobs.extend(delta.prompt_logprobs)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gantline_runtime.messages import FinishReason
+from gantline_runtime.parsers.events import ArgumentsDelta, CallBegin, ContentDelta, Event, ReasoningDelta, gather
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
 from gantline_runtime.server.body import parse_body
+from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
+from gantline_runtime.server.output_plan import plan_output
 from gantline_runtime.server.protocol import ChatRequest
 from gantline_runtime.server.sampling import num_new_tokens
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import unless_client_leaves
+from gantline_runtime.server.structured import build_constraint
+from gantline_runtime.server.tools import new_tool_call, plan_tool_use
 
 __all__ = ["ChatWriter", "create_chat_completion", "start_chat"]
 
@@ -40,35 +46,77 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 async def start_chat(service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket) -> Generation:
-    prompt = await service.encode_chat(fields.messages, fields.chat_template_kwargs)
+    """Raises ApiError for what the model, its template or its context cannot do."""
+    constraint = build_constraint(fields.response_format, fields.structured_outputs)
+    use = plan_tool_use(fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls)
+    if use is not None and not use.held and not model.formats.takes_tools:
+        message = "tools: this model's chat template does not tell it of tools. With tool_choice required or a name it is made to call."
+        raise ApiError(400, message, code="unsupported_parameter", param="tools")
+    variables = {**model.formats.variables(fields.reasoning_effort), **fields.chat_template_kwargs}
+    text = await service.render_chat(fields.messages, variables, use.tools if use is not None else ())
+    prompt = await service.encode_prompt(text)
+    plan = plan_output(constraint, formats=model.formats, use=use, prompt=text, min_tokens=fields.min_tokens)
     wanted = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
     sampling = await service.build_sampling(
         fields,
         max_new_tokens=num_new_tokens(wanted, len(prompt), service.session_len, default=None, param="messages"),
         num_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
-    return service.start(request_id, [prompt], [sampling], fields, ticket)
+    return service.start(request_id, [prompt], [sampling], fields, ticket, plan=plan)
 
 
 class ChatWriter(AnswerWriter):
     def __init__(self, generation: Generation, model: Model, frame: dict[str, Any], fields: ChatRequest) -> None:
         super().__init__(generation, model.tokenizer, frame, include_usage=fields.include_usage, return_token_ids=fields.return_token_ids)
         self._wants_logprobs = fields.logprobs
+        self._id_length = model.formats.tools.id_length
+        self._called: set[int] = set()
+        """Choices that have called a tool."""
 
     def build_opening(self, index: int) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def build_chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        content = {"content": delta.text} if delta.text else {}
+    def build_chunks(self, index: int, delta: Delta) -> Iterable[dict[str, Any]]:
+        """One chunk for each event: a client's delta is content, reasoning, or calls. The last one tells the end."""
+        if not self.shows(delta):
+            return
+        events = delta.events if delta.events is not None else [ContentDelta(delta.text)] if delta.text else []
+        for event in events[:-1]:
+            yield {"index": index, "delta": self._delta(index, event), "logprobs": None, "finish_reason": None}
+        content = self._delta(index, events[-1]) if events else {}
         logprobs = self._logprobs(delta.entries) if delta.entries else None
-        choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-        return self.add_token_ids(choice, delta.tokens)
+        reason = self._finish_reason(index, delta.finish_reason)
+        choice = {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": reason}
+        yield self.add_token_ids(choice, delta.tokens)
+
+    def _delta(self, index: int, event: Event) -> dict[str, Any]:
+        match event:
+            case ContentDelta():
+                return {"content": event.text}
+            case ReasoningDelta():
+                return {"reasoning_content": event.text}
+            case CallBegin():
+                self._called.add(index)
+                return {"tool_calls": [{"index": event.index, **new_tool_call(event.name, "", self._id_length)}]}
+            case ArgumentsDelta():
+                return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+
+    def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        return "tool_calls" if reason == "stop" and index in self._called else reason
 
     def build_choice(self, index: int, whole: WholeChoice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": whole.text, "refusal": None}
+        content, reasoning, calls = gather(whole.events)
+        if calls:
+            self._called.add(index)
+        message: dict[str, Any] = {"role": "assistant", "content": None if calls and not content else content, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = [new_tool_call(name, arguments, self._id_length) for name, arguments in calls]
         logprobs = self._logprobs(whole.entries) if self._wants_logprobs else None
-        choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": whole.finish_reason}
+        reason = self._finish_reason(index, whole.finish_reason)
+        choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
         return self.add_token_ids(choice, whole.tokens)
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any]:

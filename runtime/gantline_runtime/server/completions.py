@@ -15,10 +15,12 @@ from gantline_runtime.server.echo import PromptEcho
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
+from gantline_runtime.server.output_plan import plan_output
 from gantline_runtime.server.protocol import CompletionRequest
 from gantline_runtime.server.sampling import num_new_tokens, require_token
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import unless_client_leaves
+from gantline_runtime.server.structured import build_constraint
 
 __all__ = ["create_completion"]
 
@@ -52,6 +54,8 @@ async def create_completion(request: Request) -> Response:
 async def _start(
     service: Service, model: Model, request_id: str, fields: CompletionRequest, ticket: Ticket
 ) -> tuple[Generation, list[list[int]]]:
+    constraint = build_constraint(fields.response_format, fields.structured_outputs)
+    plan = plan_output(constraint, min_tokens=fields.min_tokens)
     prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt, param="prompt") for prompt in fields.prompt]
     sampling = []
     for prompt in prompts:
@@ -63,7 +67,7 @@ async def _start(
     wanted = fields.logprobs if fields.echo else None
     if wanted is None and fields.max_tokens == 0:
         wanted = 0
-    return service.start(request_id, prompts, sampling, fields, ticket, num_prompt_logprobs=wanted), prompts
+    return service.start(request_id, prompts, sampling, fields, ticket, plan=plan, num_prompt_logprobs=wanted), prompts
 
 
 async def _echo(service: Service, model: Model, prompt: str | list[int]) -> str:

@@ -14,10 +14,12 @@ from gantline_runtime.server.body import parse_body
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta
+from gantline_runtime.server.output_plan import plan_output
 from gantline_runtime.server.protocol_prompts import GenerateRequest
 from gantline_runtime.server.sampling import num_new_tokens, require_token
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import encode_event, unless_client_leaves
+from gantline_runtime.server.structured import build_constraint
 
 __all__ = ["generate"]
 
@@ -38,6 +40,7 @@ async def generate(request: Request) -> Response:
 
 
 async def _start(service: Service, model: Model, fields: GenerateRequest, ticket: Ticket) -> Generation:
+    plan = plan_output(build_constraint(fields.response_format, fields.structured_outputs), min_tokens=fields.min_tokens)
     prompt, param = fields.input_ids, "input_ids"
     if prompt is None:
         assert fields.prompt is not None  # held by GenerateRequest
@@ -47,7 +50,7 @@ async def _start(service: Service, model: Model, fields: GenerateRequest, ticket
     require_token(max(prompt), model.tokenizer.vocab_size, param)
     limit = num_new_tokens(fields.max_tokens, len(prompt), service.session_len, default=None, param=param)
     sampling = await service.build_sampling(fields, max_new_tokens=limit, num_logprobs=0 if fields.return_logprob else None)
-    return service.start(new_request_id("gen"), [prompt], [sampling], fields, ticket)
+    return service.start(new_request_id("gen"), [prompt], [sampling], fields, ticket, plan=plan)
 
 
 class _GenerateWriter(AnswerWriter):

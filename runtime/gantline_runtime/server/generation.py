@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gantline_runtime.engine_client import EngineUnavailable, RequestFailed, RequestGroup
 from gantline_runtime.messages import EngineRequest, TokenOutput
+from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.metrics import Metrics
 from gantline_runtime.server.output import ChoiceOutput, Delta
 
@@ -40,10 +41,13 @@ class Generation:
         ticket: Ticket,
         *,
         timeout_s: float | None = None,
+        grammar_param: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """After `timeout_s` seconds from the ticket's admission, what is unfinished fails with the code `deadline`."""
+        """After `timeout_s` seconds from the ticket's admission, what is unfinished fails with the code `deadline`. `grammar_param` is the
+        field that the requests' grammar comes from, for its errors."""
         self._group, self._metrics, self._ticket, self._clock = group, metrics, ticket, clock
+        self._grammar_param = grammar_param
         self._deadline: asyncio.TimerHandle | None = None
         if timeout_s is not None:
             error = RequestFailed(f"The answer was not complete after {timeout_s:g} s, as long as it was allowed to take.", "deadline")
@@ -80,11 +84,14 @@ class Generation:
 
     async def next(self) -> list[tuple[int, Delta]]:
         """What has been added since the last call: (index of the choice, delta). Not to be called once `finished`.
-        Raises EngineUnavailable or RequestFailed."""
+        Raises EngineUnavailable, RequestFailed, or ApiError for a grammar that cannot be used."""
         try:
             arrived = await self._group.next()
-        except (EngineUnavailable, RequestFailed):
+        except (EngineUnavailable, RequestFailed) as error:
             self._failed = True
+            if isinstance(error, RequestFailed) and error.code == "invalid_grammar":
+                param = self._grammar_param
+                raise ApiError(400, f"{param}: {error}.", code="invalid_value", param=param) from None
             raise
         by_choice: dict[str, list[TokenOutput]] = {}
         for output in arrived:

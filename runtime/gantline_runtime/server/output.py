@@ -1,7 +1,7 @@
 """From an engine's tokens to what a client sees of one choice: text, log-probabilities, the reason it ended.
 
-    token ids ──> Detokenizer ──> StopStrings ──> Delta
-                  (whole characters)  (no part of a stop string)
+    token ids ──> Detokenizer ──> StopStrings ──> OutputParser ──> Delta
+                  (whole characters)  (no part of a stop string)  (reasoning, content, calls)
 
 Streams and whole answers go through the same object, token by token, so they cannot differ, however the tokens were grouped on their way.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from gantline_runtime.detokenizer import Detokenizer
 from gantline_runtime.messages import FinishReason, PromptLogprobs, TokenLogprobs, TokenOutput
+from gantline_runtime.parsers.events import Event, OutputParser, joined
 from gantline_runtime.stop_strings import StopStrings
 from gantline_runtime.tokenizer import Tokenizer
 
@@ -38,11 +39,13 @@ class Delta:
     entries: list[TokenEntry] = field(default_factory=list)
     tokens: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    events: list[Event] | None = None
+    """What a parser found in the text; None where there is none, and all text is content."""
     finish_reason: FinishReason | None = None
 
     @property
     def is_visible(self) -> bool:
-        return bool(self.text or self.entries or self.finish_reason is not None)
+        return bool((self.text if self.events is None else self.events) or self.entries or self.finish_reason is not None)
 
 
 class ChoiceOutput:
@@ -62,8 +65,13 @@ class ChoiceOutput:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        parser: OutputParser | None = None,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids, tokenizer.special_ids if skip_special_tokens else ())
+        """`shown_ids` are special tokens that are text, whatever `skip_special_tokens` says: `parser` reads them."""
+        skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else ()
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids, skipped)
+        self._parser = parser
         self._stops = StopStrings(stop)
         self._stop_ids = stop_ids
         self._min_tokens = min_tokens
@@ -81,6 +89,13 @@ class ChoiceOutput:
 
     def feed(self, outputs: Sequence[TokenOutput]) -> Delta:
         """Take what the engine sent. Once the delta has a finish reason, the engine's request may be closed."""
+        delta = self._read(outputs)
+        if self._parser is not None:
+            last = self._parser.finish if delta.finish_reason is not None else list
+            delta.events = joined([*self._parser.feed(delta.text), *last()])
+        return delta
+
+    def _read(self, outputs: Sequence[TokenOutput]) -> Delta:
         delta = Delta()
         for output in outputs:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)

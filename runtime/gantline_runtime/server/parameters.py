@@ -27,22 +27,15 @@ __all__ = [
 HARMLESS = ("metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user")
 """Bookkeeping of OpenAI's platform."""
 
-_TEXT_ONLY = ({"type": "text"},)
-
 UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "reasoning_effort": (),
-    "response_format": _TEXT_ONLY,
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -106,8 +99,6 @@ UNSUPPORTED_MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 """Members of a message. Clients send answers back as they got them, with these as null or empty."""
 

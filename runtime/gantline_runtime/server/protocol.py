@@ -20,6 +20,16 @@ from gantline_runtime.server.parameters import (
     drop_harmless,
     unsupported,
 )
+from gantline_runtime.server.protocol_formats import (
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+    ReasoningEffort,
+    ResponseFormat,
+    StructuredOutputs,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 
 __all__ = [
     "Body",
@@ -102,6 +112,8 @@ class SamplingFields(Body):
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
     min_new_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     bad_words: list[_BadWord] = Field([], max_length=MAX_BAD_WORDS)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -151,16 +163,36 @@ class Message(Body):
         list[_TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[_TextPart]), Field(max_length=MAX_MESSAGES)
     ] = []
     name: str | None = Field(None, max_length=256)
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS)
+    tool_call_id: str | None = Field(None, max_length=256)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
         return drop_harmless(body, UNSUPPORTED_MESSAGE, harmless=())
 
-    def for_template(self) -> dict[str, str]:
-        """`developer` is what OpenAI now calls `system`; templates know the older name. Parts of a content are joined by line ends."""
-        body = {"role": "system" if self.role == "developer" else self.role, "content": "\n".join(part.text for part in self.content)}
-        return {**body, "name": self.name} if self.name is not None else body
+    @model_validator(mode="after")
+    def _members_fit_the_role(self) -> Self:
+        for name, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise invalid(f"{name} belongs to messages of the role {role}, not {self.role}.", name)
+        return self
+
+    def for_template(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
+        """`developer` is what OpenAI now calls `system`; templates know the older name. Parts of a content are joined by line ends.
+
+        The arguments of calls are the objects that they spell, as most templates want them, or that text. Raises ValueError where they
+        spell none.
+        """
+        role = "system" if self.role == "developer" else self.role
+        body: dict[str, Any] = {"role": role, "content": "\n".join(part.text for part in self.content)}
+        for name in ("name", "reasoning_content", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                body[name] = value
+        if self.tool_calls:
+            body["tool_calls"] = [call.for_template(arguments_as_text=arguments_as_text) for call in self.tool_calls]
+        return body
 
 
 class ChatRequest(SamplingFields):
@@ -169,6 +201,10 @@ class ChatRequest(SamplingFields):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: dict[Annotated[str, Field(max_length=128)], Any] = Field({}, max_length=64)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: ReasoningEffort | None = None
 
     @model_validator(mode="before")
     @classmethod

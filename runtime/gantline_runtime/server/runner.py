@@ -28,6 +28,7 @@ from gantline_runtime.pooling import load_pooling
 from gantline_runtime.server.front import FLUSH_S, Front
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.server.metrics import Metrics
+from gantline_runtime.server.output_plan import ModelFormats
 from gantline_runtime.server.service import Model, Service
 from gantline_runtime.server.template_process import TemplateRenderer
 from gantline_runtime.termination import Reason, TerminationMessage
@@ -133,7 +134,8 @@ class Runner:
             lambda: (Tokenizer.load(self._model_dir), GenerationDefaults.load(self._model_dir), load_pooling(self._model_dir))
         )
         name = self._config.served_model_name or self._model_dir.resolve().name
-        model = Model(name=name, tokenizer=tokenizer, defaults=defaults, pooling=pooling, created=int(time.time()))
+        formats = ModelFormats.of(tokenizer, self._config.tool_call_parser, self._config.reasoning_parser)
+        model = Model(name=name, tokenizer=tokenizer, defaults=defaults, formats=formats, pooling=pooling, created=int(time.time()))
         if tokenizer.chat_template is not None:
             model = await _with_template(model, tokenizer.chat_template)
         self._metrics.startup("tokenizer", time.monotonic() - began)

@@ -24,7 +24,9 @@ from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.server.metrics import Metrics
 from gantline_runtime.server.output import ChoiceOutput
+from gantline_runtime.server.output_plan import PLAIN, ModelFormats, OutputPlan
 from gantline_runtime.server.protocol import Message, SamplingFields
+from gantline_runtime.server.protocol_formats import Tool
 from gantline_runtime.server.sampling import build_sampling, seeded, spell_bad_words
 from gantline_runtime.server.template_process import TemplateRenderer
 from gantline_runtime.tokenizer import Tokenizer
@@ -43,6 +45,7 @@ class Model:
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     pooling: Pooling = "last"
+    formats: ModelFormats = ModelFormats()
     renderer: TemplateRenderer | None = None
     template_problem: str = "This model has no chat template; use /v1/completions."
     created: int = 0
@@ -121,7 +124,15 @@ class Service:
     # ---- text to tokens
 
     async def encode_chat(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
-        """Token ids of the prompt that the model's template makes of `messages`. Templates write their special tokens themselves."""
+        """Token ids of the prompt that the model's template makes of `messages`."""
+        return await self.encode_prompt(await self.render_chat(messages, variables))
+
+    async def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of what `render_chat` made: templates write their special tokens themselves."""
+        return await self.encode(text, add_special_tokens=False, param="messages")
+
+    async def render_chat(self, messages: Sequence[Message], variables: dict[str, Any], tools: Sequence[Tool] = ()) -> str:
+        """The prompt that the model's template makes of `messages`. Raises ApiError where it refuses them."""
         assert self.model is not None
         reserved = RESERVED_NAMES & variables.keys()
         if reserved:
@@ -129,10 +140,21 @@ class Service:
         if self.model.renderer is None:
             raise ApiError(400, self.model.template_problem, code="invalid_template", param="messages")
         try:
-            text = await self.model.renderer.render([message.for_template() for message in messages], variables)
+            described = {"tools": [tool.for_template() for tool in tools]} if tools else {}
+            return await self.model.renderer.render(self._for_template(messages), {**variables, **described})
         except TemplateError as error:
             raise ApiError(400, f"{str(error)[:1].upper()}{str(error)[1:]}.", code="invalid_template", param="messages") from None
-        return await self.encode(text, add_special_tokens=False, param="messages")
+
+    def _for_template(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        assert self.model is not None
+        rendered = []
+        for i, message in enumerate(messages):
+            try:
+                rendered.append(message.for_template(arguments_as_text=self.model.formats.tools.arguments_as_text))
+            except ValueError as error:
+                param = f"messages[{i}].tool_calls"
+                raise ApiError(400, f"{param}: {str(error)[:200]}.", code="invalid_value", param=param) from None
+        return rendered
 
     async def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         """Token ids of `text`. With `param`, the field that it comes from, a text that cannot fit the context is refused before it is
@@ -169,6 +191,7 @@ class Service:
         fields: SamplingFields,
         ticket: Ticket,
         *,
+        plan: OutputPlan = PLAIN,
         num_prompt_logprobs: int | None = None,
         pooling: Pooling | None = None,
     ) -> Generation:
@@ -180,7 +203,10 @@ class Service:
         if fields.priority < caller.best_priority:
             message = f"priority is {fields.priority}; this API key allows {caller.best_priority} and more."
             raise ApiError(400, message, code="invalid_value", param="priority")
-        generation = Generation(self.engine.open_group(), self.metrics, ticket, timeout_s=self._timeout(fields.timeout))
+        constraint = plan.constraint
+        grammar, param = (constraint.grammar, constraint.param) if constraint is not None else ("", "")
+        timeout_s = self._timeout(fields.timeout)
+        generation = Generation(self.engine.open_group(), self.metrics, ticket, timeout_s=timeout_s, grammar_param=param)
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
                 for choice in range(fields.n):
@@ -190,19 +216,20 @@ class Service:
                         request_id=engine_id,
                         prompt_ids=prompt,
                         sampling=seeded(params, choice),
+                        grammar=grammar,
                         num_prompt_logprobs=num_prompt_logprobs if reads else None,
                         pooling=pooling,
                         tenant=caller.name,
                         weight=caller.weight,
                         priority=fields.priority,
                     )
-                    generation.submit(i, request, self._build_output(request, fields))
+                    generation.submit(i, request, self._build_output(request, fields, plan))
         except BaseException:
             generation.close()
             raise
         return generation
 
-    def _build_output(self, request: EngineRequest, fields: SamplingFields) -> ChoiceOutput:
+    def _build_output(self, request: EngineRequest, fields: SamplingFields, plan: OutputPlan) -> ChoiceOutput:
         assert self.model is not None
         sampling = request.sampling
         return ChoiceOutput(
@@ -213,6 +240,8 @@ class Service:
             min_tokens=sampling.min_new_tokens,
             skip_special_tokens=fields.skip_special_tokens,
             include_stop=fields.include_stop_str_in_output,
+            parser=plan.make_parser(),
+            shown_ids=plan.shown_ids,
         )
 
     def _timeout(self, wanted: float | None) -> float | None:

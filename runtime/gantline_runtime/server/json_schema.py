@@ -1,0 +1,167 @@
+"""JSON schemas that clients send: bounded, well formed, and, where they must be followed strictly, only of what a grammar can enforce.
+
+The grammar's compiler would find most faults as well, but not their place. What it cannot enforce (`_UNENFORCED`) is a hint to the model at
+best; a strict schema that relies on it is refused by its place. Keywords that no specification knows are annotations, as it says.
+Source: JSON Schema 2020-12, https://json-schema.org/draft/2020-12/json-schema-validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gantline_runtime.server.errors import ApiError
+
+__all__ = ["prepare_schema"]
+
+MAX_DEPTH = 32
+"""Schemas within schemas: compilers take exponential time for far deeper ones."""
+MAX_SCHEMAS = 5000
+
+_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
+_SCHEMA = ("items", "additionalProperties", "propertyNames", "not", "if", "then", "else", "contains", "unevaluatedProperties",
+           "unevaluatedItems")  # fmt: skip
+_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains")
+_TEXTS = ("pattern", "format", "$ref", "title", "description", "$schema", "$id", "$comment", "$anchor")
+_UNENFORCED = ("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "patternProperties",
+               "dependentSchemas", "dependentRequired", "dependencies", "nullable", "$dynamicRef")  # fmt: skip
+_ANNOTATIONS = ("title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$defs", "definitions")
+
+
+def prepare_schema(schema: Any, param: str, *, strict: bool) -> Any:
+    """The schema for the compiler, hints left out. Raises ApiError with the place of the first fault in `param`."""
+    _Checker(schema, strict).check(schema, param, 0)
+    return _without_hints(schema)
+
+
+class _Checker:
+    def __init__(self, root: Any, strict: bool) -> None:
+        self._root, self._strict = root, strict
+        self._count = 0
+
+    def check(self, schema: Any, place: str, depth: int) -> None:
+        if isinstance(schema, bool):
+            return
+        if not isinstance(schema, dict):
+            raise _fault(place, "a schema is an object or a boolean")
+        self._count += 1
+        if depth > MAX_DEPTH:
+            raise _fault(place, f"schemas lie within schemas deeper than {MAX_DEPTH}")
+        if self._count > MAX_SCHEMAS:
+            raise _fault(place, f"there are more than {MAX_SCHEMAS} schemas in it")
+        for name, value in schema.items():
+            _check_value(name, value, f"{place}.{name}")
+        if "$ref" in schema:
+            self._check_reference(schema["$ref"], f"{place}.$ref")
+        if self._strict:
+            _check_enforced(schema, place)
+        for inner, inner_place in _inner_schemas(schema, place):
+            self.check(inner, inner_place, depth + 1)
+
+    def _check_reference(self, reference: str, place: str) -> None:
+        if reference != "#" and not reference.startswith("#/"):
+            raise _fault(place, f"{reference[:100]!r} leads elsewhere; references must begin with '#/'")
+        target = self._root
+        for part in reference[2:].split("/") if reference != "#" else ():
+            name = part.replace("~1", "/").replace("~0", "~")
+            if not isinstance(target, dict) or name not in target:
+                raise _fault(place, f"{reference[:100]!r} leads nowhere")
+            target = target[name]
+
+
+def _check_value(name: str, value: Any, place: str) -> None:
+    """One keyword's value by itself."""
+    if name in _SCHEMA and not isinstance(value, (dict, bool)):
+        raise _fault(place, "a schema is expected")
+    if name in _SCHEMAS and not (isinstance(value, list) and value):
+        raise _fault(place, "a list of schemas is expected")
+    if name in _NAMED_SCHEMAS and not isinstance(value, dict):
+        raise _fault(place, "an object of schemas is expected")
+    if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise _fault(place, "a number is expected")
+    if name == "multipleOf" and value <= 0:
+        raise _fault(place, "a number above 0 is expected")
+    if name in _COUNTS and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise _fault(place, "a number of 0 or more is expected")
+    if name in _TEXTS and not isinstance(value, str):
+        raise _fault(place, "a text is expected")
+    if name == "required" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise _fault(place, "a list of property names is expected")
+    if name == "enum" and not (isinstance(value, list) and value):
+        raise _fault(place, "a list of values is expected")
+    if name == "type":
+        _check_type(value, place)
+
+
+def _check_type(value: Any, place: str) -> None:
+    names = value if isinstance(value, list) else [value]
+    for type_name in names:
+        if not isinstance(type_name, str) or type_name not in _TYPES:
+            raise _fault(place, f"{str(type_name)[:40]!r} is no type; types are {', '.join(_TYPES)}")
+    if not names:
+        raise _fault(place, "at least one type is expected")
+
+
+def _check_enforced(schema: dict[str, Any], place: str) -> None:
+    """What a strict schema may not rely on."""
+    for name in _UNENFORCED:
+        if name in schema:
+            raise _unenforced(f"{place}.{name}", name)
+    others = [name for name in schema if name not in _ANNOTATIONS]
+    for name in ("$ref", "anyOf", "oneOf", "allOf"):
+        if name in schema and len(others) > 1:
+            beside = next(other for other in others if other != name)
+            raise _unenforced(f"{place}.{beside}", f"{beside!r} beside {name!r}")
+    if len(schema.get("allOf", ())) > 1:
+        raise _unenforced(f"{place}.allOf", "allOf of several schemas")
+    if "pattern" in schema and ("minLength" in schema or "maxLength" in schema):
+        raise _unenforced(f"{place}.pattern", "a pattern together with a length")
+    if not schema.get("additionalProperties"):
+        for i, name in enumerate(schema.get("required", ())):
+            if name not in schema.get("properties", ()):
+                raise _fault(f"{place}.required[{i}]", f"{name[:100]!r} is required, but not among the properties")
+
+
+def _without_hints(schema: Any) -> Any:
+    """The compiler takes some that it cannot enforce for a promise that nothing else comes: an array of `uniqueItems` alone for `[]`."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: _map_schemas(name, value) for name, value in schema.items() if name not in _UNENFORCED}
+    undeclared = [name for name in schema.get("required", ()) if name not in schema.get("properties", ())]
+    if undeclared and not schema.get("additionalProperties"):
+        kept["properties"] = {**kept.get("properties", {}), **dict.fromkeys(undeclared, True)}
+    if "minProperties" in kept and not kept.get("properties") and "additionalProperties" not in kept:
+        kept["additionalProperties"] = True
+    return kept
+
+
+def _map_schemas(name: str, value: Any) -> Any:
+    if name in _SCHEMA:
+        return _without_hints(value)
+    if name in _SCHEMAS:
+        return [_without_hints(inner) for inner in value]
+    return {key: _without_hints(inner) for key, inner in value.items()} if name in _NAMED_SCHEMAS else value
+
+
+def _inner_schemas(schema: dict[str, Any], place: str) -> Iterator[tuple[Any, str]]:
+    for name, value in schema.items():
+        if name in _SCHEMA:
+            yield value, f"{place}.{name}"
+        elif name in _SCHEMAS:
+            for i, inner in enumerate(value):
+                yield inner, f"{place}.{name}[{i}]"
+        elif name in _NAMED_SCHEMAS:
+            for key, inner in value.items():
+                yield inner, f"{place}.{name}.{key}"
+
+
+def _fault(place: str, cause: str) -> ApiError:
+    return ApiError(400, f"{place[:300]}: {cause}.", code="invalid_value", param=place[:300])
+
+
+def _unenforced(place: str, what: str) -> ApiError:
+    message = f"{place[:300]}: {what} cannot be enforced. Leave it out, or set strict to false and take it for a hint."
+    return ApiError(400, message, code="unsupported_parameter", param=place[:300])

@@ -1,0 +1,84 @@
+"""Tools that a model may call: what a request's choice comes to, and the grammar that holds the model to it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gantline_runtime.parsers.tool_formats import ToolFormat
+from gantline_runtime.server.errors import ApiError
+from gantline_runtime.server.json_schema import prepare_schema
+from gantline_runtime.server.protocol_formats import NamedChoice, Tool, ToolChoice
+from gantline_runtime.server.structured import Format, json_format, literal_formats, sequence
+
+__all__ = ["ToolUse", "calls_format", "new_tool_call", "plan_tool_use"]
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a request's tools come to. `schemas`: of the arguments of each tool that may be called, by its name. `held`: a grammar holds the
+    model to calls, and only to calls."""
+
+    tools: tuple[Tool, ...]
+    schemas: Mapping[str, Any]
+    held: bool
+    parallel: bool
+
+
+def plan_tool_use(tools: Sequence[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse | None:
+    """None where no tool may be called. Raises ApiError for a choice without its tool, names that are not unique, and wrong schemas."""
+    schemas: dict[str, Any] = {}
+    for i, tool in enumerate(tools):
+        if tool.function.name in schemas:
+            message = f"Two tools are named {tool.function.name!r}."
+            raise ApiError(400, message, code="invalid_value", param=f"tools[{i}].function.name")
+        schemas[tool.function.name] = _prepare_arguments(tool, f"tools[{i}].function.parameters")
+    if not tools and choice not in (None, "none", "auto"):
+        raise ApiError(400, "tool_choice asks for a call, but there are no tools.", code="invalid_value", param="tool_choice")
+    if not tools or choice == "none":
+        return None
+    if isinstance(choice, NamedChoice):
+        name = choice.function.name
+        if name not in schemas:
+            message = f"tool_choice names {name!r}, which is not among the tools."
+            raise ApiError(400, message, code="invalid_value", param="tool_choice.function.name")
+        return ToolUse(tuple(tools), {name: schemas[name]}, held=True, parallel=False)
+    return ToolUse(tuple(tools), schemas, held=choice == "required", parallel=parallel)
+
+
+def _prepare_arguments(tool: Tool, param: str) -> Any:
+    schema = tool.arguments_schema
+    if schema.get("type", "object") != "object" or ("type" not in schema and schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}):
+        message = f"{param}: arguments are an object; give its schema type: 'object'."
+        raise ApiError(400, message, code="invalid_value", param=f"{param}.type")
+    return prepare_schema({"type": "object", **schema}, param, strict=bool(tool.function.strict))
+
+
+def new_tool_call(name: str, arguments: str, id_length: int) -> dict[str, Any]:
+    """A call as clients get it, with an identifier of its own: of `id_length` letters and digits where the model's template insists."""
+    token = uuid.uuid4().hex
+    call_id = token[:id_length] if id_length else f"call_{token[:24]}"
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls_format(kind: ToolFormat, use: ToolUse, special_tokens: Mapping[str, int]) -> Format:
+    """One call or several of what `use` allows, written as `kind` has it, and nothing else. `special_tokens`: numbers by text."""
+
+    def literal(text: str) -> list[Format]:
+        return literal_formats(text, special_tokens)
+
+    calls = [
+        sequence(
+            [
+                *literal(kind.before_name + name + kind.after_name),
+                json_format(schema),
+                *literal(kind.after_arguments),
+            ]
+        )
+        for name, schema in use.schemas.items()
+    ]
+    call = calls[0] if len(calls) == 1 else {"type": "or", "elements": calls}
+    more = [{"type": "star", "content": sequence([*literal(kind.separator), call])}] if use.parallel else []
+    return sequence([*literal(kind.opening), call, *more, *literal(kind.closing)])
