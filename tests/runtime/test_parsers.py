@@ -147,7 +147,8 @@ def test_the_format_is_chosen_by_the_template(template: str, name: str | None) -
 # ---- however it is cut
 
 PARTS = [
-    "<tool_call>", "</tool_call>", "\n", " ", "text", "<", "<tool", '{"name": "f", "arguments": {"a": 1}}', '{"name": "f"}', '{"name": "x"}',
+    "<tool_call>", "</tool_call>", "\n", " ", "text", "<", "<tool",
+    '{"name": "f", "arguments": {"a": 1}}', '{"name": "f"}', '{"name": "x"}',
     "[TOOL_CALLS]", "[", "]", "f[ARGS]{}", ";", ", ", "<|python_tag|>", "<think>", "</think>", "</th", "é", "世", "\n\n",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
 ]  # fmt: skip
