@@ -97,7 +97,7 @@ def test_parts_of_a_message_are_joined_and_developers_are_the_system() -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "invalid_value", "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "missing_parameter", "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "unsupported_parameter", None),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "unsupported_parameter", "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "invalid_value", "messages[0].tool_calls[0].id"),
         ({"temperature": 2.1}, "invalid_value", "temperature"),
         ({"temperature": -0.1}, "invalid_value", "temperature"),
         ({"temperature": "1"}, "invalid_value", "temperature"),

@@ -261,6 +261,24 @@ def test_several_calls_may_be_made_at_once(server: ServerProcess) -> None:
     assert max(counts) > 1
 
 
+def test_only_allowed_tools_are_called(server: ServerProcess) -> None:
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    message = chat(server, tools=[WEATHER, CLOCK], tool_choice=choice, parallel_tool_calls=False).choices[0].message
+    assert [call.function.name for call in message.tool_calls] == ["get_time"]
+
+
+def test_responses_call_tools_and_follow_schemas_too(server: ServerProcess) -> None:
+    tool = {"type": "function", **WEATHER["function"], "strict": False}
+    called = server.client().responses.create(
+        model="tiny", input="Weather?", tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=200
+    )
+    jsonschema.validate(json.loads(called.output[0].arguments), WEATHER["function"]["parameters"])
+    wanted: Any = {"format": {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}}
+    told = server.client().responses.create(model="tiny", input="Who?", text=wanted, max_output_tokens=300)
+    jsonschema.validate(json.loads(told.output_text), PERSON)
+
+
 def test_a_conversation_with_calls_and_results_reaches_the_template(server: ServerProcess) -> None:
     call = chat(server, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, temperature=0).choices[0].message
     messages = [*QUESTION, call, {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": '{"degrees": 3}'}]

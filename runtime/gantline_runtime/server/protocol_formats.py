@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["NamedChoice", "ReasoningEffort", "ResponseFormat", "StructuredOutputs", "Tool", "ToolCall", "ToolChoice"]
+__all__ = ["AllowedChoice", "NamedChoice", "ReasoningEffort", "ResponseFormat", "StructuredOutputs", "Tool", "ToolCall", "ToolChoice"]
 
 MAX_CHOICES = 1024
 MAX_GRAMMAR_CHARS = 1 << 16
@@ -87,7 +87,17 @@ class NamedChoice(_Strict):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+class AllowedTools(_Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(_Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 
 
 class CalledFunction(_Strict):

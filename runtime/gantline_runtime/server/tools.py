@@ -10,7 +10,7 @@ from typing import Any
 from gantline_runtime.parsers.tool_formats import ToolFormat
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.json_schema import prepare_schema
-from gantline_runtime.server.protocol_formats import NamedChoice, Tool, ToolChoice
+from gantline_runtime.server.protocol_formats import AllowedChoice, NamedChoice, Tool, ToolChoice
 from gantline_runtime.server.structured import Format, json_format, literal_formats, sequence
 
 __all__ = ["ToolUse", "calls_format", "new_tool_call", "plan_tool_use"]
@@ -40,12 +40,21 @@ def plan_tool_use(tools: Sequence[Tool], choice: ToolChoice | None, *, parallel:
     if not tools or choice == "none":
         return None
     if isinstance(choice, NamedChoice):
-        name = choice.function.name
-        if name not in schemas:
-            message = f"tool_choice names {name!r}, which is not among the tools."
-            raise ApiError(400, message, code="invalid_value", param="tool_choice.function.name")
-        return ToolUse(tuple(tools), {name: schemas[name]}, held=True, parallel=False)
+        chosen = {choice.function.name: _schema_of(choice, schemas, "tool_choice")}
+        return ToolUse(tuple(tools), chosen, held=True, parallel=False)
+    if isinstance(choice, AllowedChoice):
+        allowed = enumerate(choice.allowed_tools.tools)
+        chosen = {tool.function.name: _schema_of(tool, schemas, f"tool_choice.allowed_tools.tools[{i}]") for i, tool in allowed}
+        return ToolUse(tuple(tools), chosen, held=choice.allowed_tools.mode == "required", parallel=parallel)
     return ToolUse(tuple(tools), schemas, held=choice == "required", parallel=parallel)
+
+
+def _schema_of(choice: NamedChoice, schemas: Mapping[str, Any], param: str) -> Any:
+    name = choice.function.name
+    if name not in schemas:
+        message = f"{param} names {name!r}, which is not among the tools."
+        raise ApiError(400, message, code="invalid_value", param=f"{param}.function.name")
+    return schemas[name]
 
 
 def _prepare_arguments(tool: Tool, param: str) -> Any:
