@@ -24,6 +24,7 @@ import zmq.asyncio
 
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine_messages import (
+    EngineBusy,
     EngineFailed,
     EngineMessage,
     EngineProgress,
@@ -143,6 +144,7 @@ class EngineClient:
         """Set when the process has ended without being told to."""
         self.report = EngineReport()
         self._heard_at = clock()
+        self._allowed_silence = 0.0
 
     # ---- life
 
@@ -229,8 +231,9 @@ class EngineClient:
             self._post(self._encoder.encode(AbortRequest(request_id)))
 
     def silent_for(self) -> float:
-        """Seconds since the engine was last heard of. It speaks at least twice a second between steps, so more means a long step."""
-        return self._clock() - self._heard_at
+        """Seconds since the engine was last heard of, beyond what it announced. It speaks at least twice a second between steps, so more
+        means a long step."""
+        return max(0.0, self._clock() - self._heard_at - self._allowed_silence)
 
     def _post(self, data: bytes) -> None:
         """Send without waiting: with no high-water mark, zmq takes the message at once."""
@@ -242,6 +245,7 @@ class EngineClient:
         while True:
             message = self._decoder.decode(await self._socket.recv())
             self._heard_at = self._clock()
+            self._allowed_silence = message.seconds if isinstance(message, EngineBusy) else 0.0
             try:
                 self._handle(message)
             except Exception:

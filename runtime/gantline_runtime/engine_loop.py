@@ -69,6 +69,8 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int
+    """What those that wait are expected to take of the cache."""
     seconds_until_room: float
     """When a request that was refused for want of a place would find one."""
     num_cache_blocks: int
@@ -345,6 +347,7 @@ class EngineLoop:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
+            num_waiting_tokens=scheduler.waiting.num_tokens,
             seconds_until_room=self._admission.seconds_until_room(),
             num_cache_blocks=cache.num_blocks,
             block_size=cache.block_size,

@@ -1,7 +1,7 @@
 """What crosses the process boundary beside requests and their tokens (`messages.py`): how the engine starts, fares and fails.
 
     API -> engine   EngineRequest, AbortRequest, Shutdown
-    engine -> API   EngineProgress*, EngineReady, then StepOutputs, RequestRefused and EngineReport; EngineFailed is the last word
+    engine -> API   EngineProgress*, EngineReady, then StepOutputs, RequestRefused, EngineReport, EngineBusy; EngineFailed is the last word
 
 Encoded by msgspec as MessagePack. Imports no torch.
 """
@@ -16,6 +16,7 @@ from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
 
 __all__ = [
     "ApiMessage",
+    "EngineBusy",
     "EngineFailed",
     "EngineMessage",
     "EngineProgress",
@@ -66,6 +67,7 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_tokens: int = 0
     seconds_until_room: float = 0.0
     """When the next of those that wait for a place in the queue would find one."""
     cache_usage: float = 0.0
@@ -83,6 +85,12 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     """Memory of one device that the planner's formula (`sizing.py`) expects, by part: `weights`, `cache`."""
     reserved_bytes: dict[str, int] = {}
     """Memory of one device that was really taken, by part."""
+
+
+class EngineBusy(msgspec.Struct, tag="busy", frozen=True):
+    """The engine compiles a kernel: it may say nothing for so many seconds, and is not stuck. 0: it is back."""
+
+    seconds: float
 
 
 class StepOutputs(msgspec.Struct, tag="step", frozen=True):
@@ -108,4 +116,4 @@ class EngineFailed(msgspec.Struct, tag="failed", frozen=True, kw_only=True):
 
 
 ApiMessage = EngineRequest | AbortRequest | Shutdown
-EngineMessage = EngineProgress | EngineReady | EngineReport | StepOutputs | RequestRefused | EngineFailed
+EngineMessage = EngineBusy | EngineProgress | EngineReady | EngineReport | StepOutputs | RequestRefused | EngineFailed

@@ -24,9 +24,11 @@ import msgspec
 import zmq
 
 from gantline_runtime import logs, termination
+from gantline_runtime.compilation import announce_compilations
 from gantline_runtime.config import EngineConfig, from_mapping
 from gantline_runtime.engine_messages import (
     ApiMessage,
+    EngineBusy,
     EngineFailed,
     EngineMessage,
     EngineProgress,
@@ -84,6 +86,7 @@ class EngineServer:
         phases = _Phases(self._broadcast)
         engine = self._load(phases.on_progress)
         try:
+            announce_compilations(lambda seconds: self._broadcast(EngineBusy(seconds)))
             self._broadcast(EngineReady(session_len=engine.session_len, eos_token_ids=sorted(engine.eos_token_ids), phases=phases.finish()))
             while not self._stopping:
                 self._receive(engine, wait=not engine.has_work())
@@ -201,6 +204,7 @@ class _Phases:
 _COPIED = (
     "num_running",
     "num_waiting",
+    "num_waiting_tokens",
     "seconds_until_room",
     "cache_usage",
     "num_cache_blocks",

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import tokenizers
+from gantline_runtime.compilation import MOST_COMPILE_S, expect_silence
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine_loop import EngineLoop
 from gantline_runtime.kv_cache import CacheManager
@@ -54,6 +55,8 @@ class Script:
     endless: bool = False
     """Repeat the answer until the request's limit."""
     step_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    """The tenth step says that it compiles a kernel, and takes so long."""
     tokens_per_output: int = 1
     load_seconds: float = 0.0
     fail_at: str = ""
@@ -168,6 +171,10 @@ class EchoEngine(EngineLoop):
     def step(self) -> list[TokenOutput]:
         time.sleep(self.script.step_seconds)
         self._num_calls += 1
+        if self.script.compile_seconds and self._num_calls == 10:
+            expect_silence(MOST_COMPILE_S)
+            time.sleep(self.script.compile_seconds)
+            expect_silence(0.0)
         if self.script.fail_at == "step" and self._num_calls > 10:
             raise _exception(self.script.error)
         outputs: dict[str, list[TokenOutput]] = {}

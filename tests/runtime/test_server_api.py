@@ -343,12 +343,12 @@ def test_more_choices_than_the_server_could_ever_queue_are_refused_for_good(slow
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_its_blocks(slow: ServerProcess) -> None:
-    aborted = slow.metric("gantline_request_finished_total", finished_reason="abort")
+    aborted = slow.metric("gantline_request_success_total", finished_reason="abort")
     with httpx.Client(timeout=30) as client, _open_streams(client, slow, {"prompt": MANY, "max_tokens": 1000, "stream": True}, 2):
         wait_until(lambda: slow.metric("gantline_kv_cache_usage_perc") > 0.1, what="the requests hold blocks")
     seconds = wait_until(lambda: slow.metric("gantline_kv_cache_usage_perc") == 0, what="the blocks are free")
     assert seconds < 3  # two steps, and a report every half second
-    assert slow.metric("gantline_request_finished_total", finished_reason="abort") == aborted + 2
+    assert slow.metric("gantline_request_success_total", finished_reason="abort") == aborted + 2
     assert slow.metric("gantline_num_requests_running") == 0
 
 
@@ -391,10 +391,14 @@ def test_metrics_count_what_happened(server: ServerProcess) -> None:
 
     assert change("gantline_prompt_tokens_total") == 12
     assert change("gantline_generation_tokens_total") == 6
-    assert change("gantline_request_finished_total", finished_reason="length") == 2
-    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+    assert change("gantline_request_success_total", finished_reason="length") == 2
+    timed = ("request_queue_time", "request_prefill_time", "request_decode_time", "request_inference_time")
+    for name in ("time_to_first_token", "e2e_request_latency", *timed):
         assert change(f"gantline_{name}_seconds_count") == 2, name
     assert change("gantline_inter_token_latency_seconds_count") == 4
+    assert change("gantline_request_prompt_tokens_sum") == 12 and change("gantline_request_generation_tokens_sum") == 6
+    parts = {line.split('"')[1] for line in after.splitlines() if line.startswith("gantline_engine_step_seconds_total{")}
+    assert parts == {"schedule", "launch", "wait", "mask", "device", "postprocess"}
     assert change("gantline_http_requests_total", route="/v1/completions", method="POST", status="200") == 1
     assert read_metric(after, "gantline_state", state="ready") == 1
     assert read_metric(after, "gantline_memory_promised_bytes", part="weights") == 900

@@ -269,6 +269,32 @@ def test_a_stuck_engine_turns_health_and_a_busy_or_idle_one_does_not(tmp_path: P
         assert _stream(server, 10)[1] == "length"
 
 
+def test_an_engine_that_compiles_a_kernel_is_not_stuck(tmp_path: Path) -> None:
+    with running(write_model(tmp_path / "m", compile_seconds=3.0), "--step-timeout=1", *FAST) as server:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            stream = pool.submit(_stream, server, 40)
+            seen = []
+            while not stream.done():
+                seen.append(server.get("/health").status_code)
+                time.sleep(0.1)
+            assert stream.result()[1] == "length"
+        assert len(seen) > 20 and set(seen) == {200}
+
+
+def test_tritons_compilations_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gantline_runtime import compilation
+    from triton import knobs
+
+    for name in ("jit_cache_hook", "jit_post_compile_hook"):
+        monkeypatch.setattr(knobs.runtime, name, None)
+    monkeypatch.setattr(compilation, "_announce", compilation._announce)
+    said: list[float] = []
+    compilation.announce_compilations(said.append)
+    assert not knobs.runtime.jit_cache_hook(key="k", repr="r", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
+    knobs.runtime.jit_post_compile_hook(key="k", repr="r", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
+    assert said == [compilation.MOST_COMPILE_S, 0.0]
+
+
 def test_a_request_that_the_engine_cannot_compute_fails_alone(tmp_path: Path) -> None:
     """Its neighbours of the same step lose no token, and the server serves on."""
     with running(write_model(tmp_path / "m", step_seconds=0.01, fail_at="launch", error="RuntimeError: shapes differ"), *FAST) as server:

@@ -29,6 +29,9 @@ class Choice:
     prompt_len: int
     output: ChoiceOutput
     last_token_at: float | None = None
+    submitted_at: float = 0.0
+    queue_s: float = 0.0
+    first_token_at: float = 0.0
 
 
 class Generation:
@@ -59,7 +62,7 @@ class Generation:
         self._closed = False
 
     def submit(self, prompt: int, request: EngineRequest, output: ChoiceOutput) -> None:
-        choice = Choice(len(self._choices), request.request_id, prompt, len(request.prompt_ids), output)
+        choice = Choice(len(self._choices), request.request_id, prompt, len(request.prompt_ids), output, submitted_at=self._clock())
         self._choices.append(choice)
         self._by_id[request.request_id] = choice
         self._group.submit(request)
@@ -102,14 +105,26 @@ class Generation:
     def _take(self, choice: Choice, outputs: list[TokenOutput]) -> Delta:
         before = choice.output.num_tokens
         delta = choice.output.feed(outputs)
-        self._observe_tokens(choice, choice.output.num_tokens - before)
         for output in outputs:
             if output.queue_seconds is not None:
+                choice.queue_s = output.queue_seconds
                 self._metrics.queue_time.observe(output.queue_seconds)
+        self._observe_tokens(choice, choice.output.num_tokens - before)
         if delta.finish_reason is not None:
             self._group.abort(choice.request_id)  # the engine does not know of stop strings
             self._metrics.finished(delta.finish_reason, self._seconds())
+            self._observe_answer(choice)
         return delta
+
+    def _observe_answer(self, choice: Choice) -> None:
+        if choice.last_token_at is None:  # nothing was generated
+            return
+        self._metrics.answered(
+            prompt_tokens=choice.prompt_len,
+            tokens=choice.output.num_tokens,
+            prefill_s=max(0.0, choice.first_token_at - choice.submitted_at - choice.queue_s),
+            decode_s=choice.last_token_at - choice.first_token_at,
+        )
 
     def _observe_tokens(self, choice: Choice, count: int) -> None:
         if not count:
@@ -117,6 +132,7 @@ class Generation:
         now = self._clock()
         if choice.last_token_at is None:
             self._metrics.time_to_first_token.observe(now - self._ticket.taken_at)
+            choice.first_token_at = now
             count_after_first = count - 1
             elapsed = 0.0
         else:
