@@ -44,8 +44,10 @@ _STATUSES = {
     "429": "The queue is full; Retry-After tells when to ask again.",
     "500": "The engine gave up this request, or the server failed.",
     "503": "No requests are taken now; Retry-After tells when to ask again.",
+    "504": "The answer was not complete within the time that it was allowed to take.",
 }
-_WITH_BODY = frozenset({"400", "408", "413", "415", "429"})
+_WITH_BODY = frozenset({"400", "408", "413", "415", "429", "504"})
+_EVENTS = "Events whose data are objects of JSON, the last of all `[DONE]` (but for responses, whose events have names)."
 
 
 def build_document(routes: Sequence[Endpoint], version: str) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def build_document(routes: Sequence[Endpoint], version: str) -> dict[str, Any]:
 def _operation(route: Endpoint, reference: Any) -> dict[str, Any]:
     content: dict[str, Any] = {route.media_type: {"schema": {"type": "object" if route.media_type == "application/json" else "string"}}}
     if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"description": _EVENTS}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, text in _STATUSES.items():
         if route.body is not None or status not in _WITH_BODY:
