@@ -1,7 +1,7 @@
 """A broken checkpoint is refused with a reason, or served: by the whole engine, never with a hang, a crash or an error that nobody foresaw.
 
-`test_checkpoint.py` does the same with headers alone. Here everything is loaded and a token is generated, in another process, so that a crash
-is seen. 50 by default; GANTLINE_FUZZ=500 or more: 500, whose last run is recorded in docs/perf-log.md.
+`test_checkpoint.py` does the same with headers alone. Here everything is loaded and a token is generated, in another process, so that a
+crash is seen. 50 by default; GANTLINE_FUZZ=500 or more: 500, whose last run is recorded in docs/perf-log.md.
 """
 
 from __future__ import annotations
