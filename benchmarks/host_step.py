@@ -49,7 +49,8 @@ class FreeExecutor:
         self._buffer = np.zeros(self.limits.max_words, dtype=np.int32)
 
     def launch(self, step: Step, cache: CacheManager, masks: Any = None) -> Any:
-        shape = pack_batch(self._buffer, step, tables=cache.tables, updates=cache.take_table_updates(), block_size=cache.block_size)
+        updates = cache.take_table_updates()
+        shape = pack_batch(self._buffer, step, tables=cache.tables, updates=updates, block_size=cache.block_size, groups=cache.groups)
         self._table.batch(step, num_rows=shape.num_samples)
         return np.ones(len(step.samples), dtype=np.int64)
 

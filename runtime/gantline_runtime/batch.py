@@ -1,11 +1,13 @@
 """One step's inputs, packed into one array of int32, so that they travel as one copy: to the device, and to other ranks.
 
     slots (int64, 2 T words) | ids T | positions T | query_starts B+1 | context_lens B | rows B
+    | shared_lens D | shared_members D | shared_starts G+1
     | sample_rows S | read_rows R | sample_slots S | update_places (int64, 2 U words) | update_blocks U
 
 T tokens, B sequences, S rows whose logits may be wanted, R rows read beside that, U changed entries of the block tables. A `row` is a
 sequence's place in the device's per-request state: its block table and its last token. An id below zero stands for the last token of row
-~id, which an earlier step has sampled. The segments follow from a `BatchShape` alone, so sender and receiver need exchange nothing else.
+~id, which an earlier step has sampled. D sequences decode, in at most G groups that share a prefix; where none does, these three parts are
+empty. The segments follow from a `BatchShape` alone, so sender and receiver need exchange nothing else.
 
 A padded batch has the sizes of a class, so that one CUDA graph fits all batches of the class: sequences without tokens fill up those that
 decode, others those with a chunk of a prompt; tokens that belong to no sequence, and are written nowhere, come last.
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gantline_runtime.kv_cache.prefix_groups import MAX_GROUPS, PrefixGroups, num_groups
 from gantline_runtime.scheduler import Step
 
 __all__ = ["MAX_PADDED_PROMPTS", "BatchLimits", "BatchShape", "Segments", "pack_batch", "segments"]
@@ -44,6 +47,9 @@ class BatchShape(NamedTuple):
     """Rows that are read beside sampling; none in a padded batch."""
     num_scored: int = 0
     """The first so many of them are read for their logits."""
+    max_own_len: int = 0
+    """Where sequences that decode share prefixes: bound on what any has beside its shared part, its whole context if it shares nothing;
+    otherwise 0."""
     padded: int = 0
     """1: all but `num_samples` and `num_updates` are those of a class."""
 
@@ -61,6 +67,11 @@ class BatchShape(NamedTuple):
         return self.num_sequences - self.num_decodes
 
     @property
+    def num_groups(self) -> int:
+        """Most groups of sequences that share a prefix."""
+        return num_groups(self.num_decodes) if self.max_own_len else 0
+
+    @property
     def num_sample_rows(self) -> int:
         return self.num_sequences if self.padded else self.num_samples
 
@@ -74,6 +85,9 @@ class Segments(NamedTuple):
     query_starts: slice
     context_lens: slice
     rows: slice
+    shared_lens: slice
+    shared_members: slice
+    shared_starts: slice
     sample_rows: slice
     read_rows: slice
     sample_slots: slice
@@ -83,8 +97,9 @@ class Segments(NamedTuple):
 
 def segments(shape: BatchShape) -> Segments:
     t, b, s, u, r = shape.num_tokens, shape.num_sequences, shape.num_sample_rows, shape.num_updates, shape.num_reads
-    padding = (1 + b + r) % 2  # 64-bit words begin at even places
-    sizes = (2 * t, t, t, b + 1, b, b, s, r, s, padding, 2 * u, u)
+    d, g = (shape.num_decodes, shape.num_groups + 1) if shape.max_own_len else (0, 0)
+    padding = (1 + b + g + r) % 2  # 64-bit words begin at even places
+    sizes = (2 * t, t, t, b + 1, b, b, d, d, g, s, r, s, padding, 2 * u, u)
     parts = [slice(stop - size, stop) for stop, size in zip(accumulate(sizes), sizes, strict=True)]
     del parts[-3]
     return Segments._make(parts)
@@ -111,7 +126,7 @@ class BatchLimits:
     @property
     def max_words(self) -> int:
         """Words of the largest packed batch."""
-        return 5 * self.max_tokens + 5 * self.max_sequences + 2 + 3 * self.max_updates
+        return 5 * self.max_tokens + 7 * self.max_sequences + MAX_GROUPS + 3 + 3 * self.max_updates
 
 
 def pack_batch(
@@ -121,13 +136,16 @@ def pack_batch(
     tables: Words,
     updates: list[int],
     block_size: int,
+    groups: PrefixGroups | None = None,
     pad: Callable[[BatchShape], BatchShape] | None = None,
 ) -> BatchShape:
     """Write `step` to `out`. `tables` are the block tables on the host, with a spare last row for padding; `updates` their changes, as
-    `CacheManager.take_table_updates` gives them. `pad` gives the padded shape of a batch, or the batch's own.
+    `CacheManager.take_table_updates` gives them. `groups` knows who shares a prefix; None: nobody. `pad` gives the padded shape of a
+    batch, or the batch's own.
     """
     starts, lens = np.array(step.starts, dtype=np.int32), np.array(step.query_lens, dtype=np.int32)
     rows = np.array([s.slot for s in step.sequences], dtype=np.int32)
+    grouping = groups.group(rows[: step.num_decodes]) if groups is not None else None
     shape = BatchShape(
         num_tokens=step.num_tokens,
         num_sequences=len(rows),
@@ -138,11 +156,16 @@ def pack_batch(
         max_context_len=int((starts + lens).max()),
         num_reads=sum(read.count for read in step.reads),
         num_scored=sum(read.count for read in step.reads if read.sequence.pooling is None),
+        max_own_len=0 if grouping is None else int((starts[: step.num_decodes] + 1 - grouping.lens).max()),
     )
     shape = shape if pad is None else pad(shape)
     at = segments(shape)
     _pack_sequences(out, at, shape, step.num_decodes, rows, starts, lens, len(tables) - 1)
     _pack_tokens(out, at, step, rows, starts, lens, tables, block_size)
+    if grouping is not None:
+        _fill(out[at.shared_lens], grouping.lens, 0)
+        _fill(out[at.shared_members], grouping.members, 0)
+        _fill(out[at.shared_starts], grouping.starts, int(grouping.starts[-1]))
     _fill(out[at.sample_rows], step.sample_rows, 0)
     _fill(out[at.sample_slots], [s.slot for s in step.samples], len(tables) - 1)
     if shape.num_reads:

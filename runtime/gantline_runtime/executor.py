@@ -154,6 +154,7 @@ class Executor:
             tables=cache.tables,
             updates=cache.take_table_updates(),
             block_size=cache.block_size,
+            groups=cache.groups,
             pad=self._runner.pad,
         )
         num_words = shape.num_words

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from gantline_runtime.batch import MAX_PADDED_PROMPTS, BatchShape
+from gantline_runtime.kv_cache.prefix_groups import num_groups
 from gantline_runtime.sizing import GRAPH_TOKENS
 
 __all__ = ["GraphClasses", "decode_sizes", "token_sizes"]
@@ -61,7 +62,13 @@ class GraphClasses:
         size = _least(self._decodes, shape.num_decodes)
         if size is None:
             return shape
-        return shape._replace(num_tokens=size, num_sequences=size, num_decodes=size, max_context_len=context, padded=1)
+        own = self._pad_own(shape)
+        return shape._replace(
+            num_tokens=size, num_sequences=size, num_decodes=size, max_context_len=context, max_own_len=own, padded=1
+        )
+
+    def _pad_own(self, shape: BatchShape) -> int:
+        return (_least(self._contexts, shape.max_own_len) or 0) if shape.max_own_len else 0
 
     def _pad_mixed(self, shape: BatchShape, context: int) -> BatchShape:
         tokens, prompts = _least(self._tokens, shape.num_tokens), _least(_PROMPTS, shape.num_prompts)
@@ -75,6 +82,7 @@ class GraphClasses:
             num_decodes=decodes,
             max_query_len=tokens,
             max_context_len=context,
+            max_own_len=self._pad_own(shape),
             padded=1,
         )
 
@@ -86,15 +94,16 @@ class GraphClasses:
         if not self._decodes:
             return None
         count = self._decodes[-1]
-        return BatchShape(count, count, count, count, 0, 1, self._contexts[-1], padded=1)
+        own = self._contexts[-1] if num_groups(count) else 0
+        return BatchShape(count, count, count, count, 0, 1, self._contexts[-1], max_own_len=own, padded=1)
 
     def _largest_mixed(self) -> BatchShape | None:
         if not self._tokens:
             return None
         tokens = self._tokens[-1]
         decodes = min(self._mixed_decodes[-1], tokens)
-        count = decodes + _PROMPTS[-1]
-        return BatchShape(tokens, count, decodes, count, 0, tokens, self._contexts[-1], padded=1)
+        count, own = decodes + _PROMPTS[-1], self._contexts[-1] if num_groups(decodes) else 0
+        return BatchShape(tokens, count, decodes, count, 0, tokens, self._contexts[-1], max_own_len=own, padded=1)
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gantline_kernels.api import SharedPrefixes
 from numpy.typing import NDArray
 
 from gantline_runtime.batch import BatchLimits, BatchShape, segments
@@ -207,6 +208,7 @@ class ModelRunner:
             max_query_len=shape.max_query_len,
             max_context_len=shape.max_context_len,
             num_decodes=shape.num_decodes,
+            shared=_shared_prefixes(inputs, shape),
         )
         return self._model.forward(ids, self._caches, context, None if shape.is_decode else inputs[kept])
 
@@ -253,6 +255,13 @@ class ModelRunner:
         run()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _shared_prefixes(inputs: torch.Tensor, shape: BatchShape) -> SharedPrefixes | None:
+    if not shape.max_own_len:
+        return None
+    at = segments(shape)
+    return SharedPrefixes(inputs[at.shared_lens], inputs[at.shared_members], inputs[at.shared_starts], shape.max_own_len)
 
 
 def _graph_classes(limits: BatchLimits, block_size: int) -> GraphClasses:

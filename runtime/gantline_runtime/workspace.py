@@ -12,6 +12,7 @@ import torch
 
 from gantline_runtime import sizing
 from gantline_runtime.batch import BatchLimits, BatchShape, segments
+from gantline_runtime.kv_cache.prefix_groups import num_groups
 from gantline_runtime.prompt_reads import SCORE_ROWS
 from gantline_runtime.sampling import Sampler
 
@@ -33,7 +34,8 @@ def _dummy_batch(num_decodes: int, prompts: list[int], max_context: int) -> tupl
     """Decoding sequences and prompts of so many tokens, all token 0, that write nowhere and read block 0."""
     lens = np.array([1] * num_decodes + prompts, dtype=np.int32)
     count, longest = len(lens), int(lens.max())
-    shape = BatchShape(int(lens.sum()), count, num_decodes, count, 0, longest, max(max_context, longest))
+    own = max(max_context, longest) if num_groups(num_decodes) else 0
+    shape = BatchShape(int(lens.sum()), count, num_decodes, count, 0, longest, max(max_context, longest), max_own_len=own)
     words = torch.zeros(shape.num_words, dtype=torch.int32)
     at, array = segments(shape), words.numpy()
     array[at.slots].view(np.int64)[:] = -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,8 @@ class FakeExecutor:
         self._cache = np.full(self.num_blocks * config.block_size, -1, dtype=np.int64)
         self._launched: list[tuple[BatchShape, Words, dict[int, Words], StepResult, ReadBatch | None]] = []
         self.steps: list[Step] = []
+        self.num_grouped = 0
+        """Queries that were attended over a prefix shared with others."""
 
     def launch(self, step: Step, cache: CacheManager, masks: Callable[[], TokenMask | None] | None = None) -> Any:
         shape = pack_batch(
@@ -90,6 +93,7 @@ class FakeExecutor:
             tables=cache.tables,
             updates=cache.take_table_updates(),
             block_size=cache.block_size,
+            groups=cache.groups,
             pad=self._pad,
         )
         result = StepResult([], None, [])
@@ -140,6 +144,7 @@ class FakeExecutor:
         assert (slots[: starts[-1]] >= 0).all() and (slots[starts[-1] :] == -1).all(), "padding must write nowhere, all else somewhere"
         assert int(words[at.context_lens].max()) <= shape.max_context_len and int(np.diff(starts).max()) <= shape.max_query_len
         assert (np.diff(starts)[: shape.num_decodes] <= 1).all() and starts[shape.num_decodes] <= shape.num_decodes
+        leaders = self._leaders(shape, words)
         samples = slice(0, shape.num_samples)
         sampled = dict(zip(words[at.sample_rows][samples].tolist(), words[at.sample_slots][samples].tolist(), strict=True))
         for i, row in enumerate(rows.tolist()):
@@ -150,10 +155,28 @@ class FakeExecutor:
             assert words[at.positions][last] == length - 1
             if last in sampled:
                 assert sampled[last] == row
-                blocks = self._tables[row, : -(-length // size)]
+                blocks = self._tables[row, : -(-length // size)].copy()
+                if i in leaders:
+                    leader, shared = leaders[i]
+                    blocks[: shared // size] = self._tables[rows[leader], : shared // size]
                 context = self._cache.reshape(-1, size)[blocks].reshape(-1)[:length].tolist()
                 self._last[row] = next_allowed(next_token(context), allowed.get(len(result)))
                 result.append(int(self._last[row]))
+
+    def _leaders(self, shape: BatchShape, words: np.ndarray[Any, np.dtype[np.int32]]) -> dict[int, tuple[int, int]]:
+        """Of each sequence in a group the one whose table is read for all, and the tokens that they share."""
+        if not shape.max_own_len:
+            return {}
+        at, leaders = segments(shape), {}
+        lens, members, starts = words[at.shared_lens], words[at.shared_members], words[at.shared_starts]
+        assert (words[at.context_lens][: shape.num_decodes] - lens <= shape.max_own_len).all() and starts[0] == 0
+        for start, end in pairwise(starts.tolist()):
+            for member in members[start:end].tolist():
+                assert lens[member] == lens[members[start]] < words[at.context_lens][member]
+                leaders[member] = int(members[start]), int(lens[member])
+        assert sorted(leaders) == np.flatnonzero(lens).tolist()
+        self.num_grouped += len(leaders)
+        return leaders
 
     def check(self) -> None:
         pass

@@ -21,6 +21,7 @@ from gantline_runtime.distributed import RankError
 from gantline_runtime.engine import LLMEngine, Progress
 from gantline_runtime.errors import CapacityError, CheckpointError, ConfigurationError, SourceError
 from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.kv_cache import prefix_groups
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.model_runner import ModelRunner
 from gantline_runtime.parallel import Parallel
@@ -163,6 +164,35 @@ def test_the_batches_that_memory_is_measured_with_run(model: Path, max_batch_siz
     with torch.inference_mode():
         runner._run_largest(limits, 16)
         runner._run_largest_classes(limits, 16)
+
+
+def test_requests_behind_one_prefix_read_it_together_and_answer_as_if_each_read_it_itself(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groupings: list[Any] = []
+    find = prefix_groups.PrefixGroups.group
+
+    def recorded(self: prefix_groups.PrefixGroups, slots: Any) -> Any:
+        groupings.append(find(self, slots))
+        return groupings[-1]
+
+    monkeypatch.setattr(prefix_groups.PrefixGroups, "group", recorded)
+    results = []
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(prefix_groups, "LEAST_SAVING", least)
+        groupings.clear()
+        engine = LLMEngine(model, config())
+        for i in range(6):
+            engine.add_request(request(str(i), [5] * 64 * (i < 4) + [7 + i] * (3 + 20 * i), count=12, num_logprobs=1))
+        results.append(drain(engine))
+        engine.close()
+        most = max(0 if grouping is None else len(grouping.members) for grouping in groupings)
+        assert most == (4 if least == 1 else 0)
+    for name, outputs in results[0].items():
+        assert tokens_of(outputs) == tokens_of(results[1][name])
+        for together, alone in zip(outputs, results[1][name], strict=True):
+            assert together.logprobs is not None and alone.logprobs is not None
+            assert together.logprobs[0].chosen == pytest.approx(alone.logprobs[0].chosen, abs=1e-4)
 
 
 # ---- settings and memory

@@ -6,6 +6,7 @@ import random
 
 import pytest
 from gantline_runtime.engine_loop import EngineLoop
+from gantline_runtime.kv_cache import prefix_groups
 from gantline_runtime.request import QueueFull, RequestRejected
 
 from tests.runtime.engine_support import EOS, VOCAB, drain, expected_tokens, fake_engine, request, tokens_of
@@ -307,3 +308,24 @@ def test_random_arrivals_and_cancellations_end_with_every_block_free(seed: int) 
     assert_idle(engine)
     assert len(finished) >= 3
     assert executor.depth == seed % 3
+
+
+@DEPTHS
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("blocks", [18, 200])
+def test_requests_that_share_a_prefix_are_attended_as_a_group_and_get_the_tokens_they_would_alone(
+    depth: int, padded: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefixes of several lengths, one inside another, beside requests that share nothing; a small cache preempts."""
+    monkeypatch.setattr(prefix_groups, "LEAST_SAVING", 1)
+    engine, executor = fake_engine(depth=depth, padded=padded, num_cache_blocks=blocks)
+    beginnings = [list(range(100, 100 + length)) for length in (64, 32, 16, 0)]
+    work = [beginnings[i % 4] + tail for i, tail in enumerate(prompts(40, 30))]
+    for i, prompt in enumerate(work):
+        engine.add_request(request(str(i), prompt, count=20 + 2 * i))
+    outputs = drain(engine)
+    for i, prompt in enumerate(work):
+        assert tokens_of(outputs[str(i)]) == expected_tokens(prompt, 20 + 2 * i), i
+    assert executor.num_grouped > 100
+    assert bool(engine.stats().num_preemptions) == (blocks == 18)
+    assert_idle(engine)

@@ -36,6 +36,8 @@ class AttentionContext:
     max_context_len: int
     num_decodes: int
     """The first so many sequences have one token."""
+    shared: api.SharedPrefixes | None = None
+    """Which of these begin alike, so that what they share is read once."""
 
 
 class PagedAttention:
@@ -86,5 +88,6 @@ class PagedAttention:
             max_context_len=context.max_context_len,
             num_decodes=context.num_decodes,
             sliding_window=self.sliding_window,
+            shared=context.shared,
             backend=self.backend,
         )

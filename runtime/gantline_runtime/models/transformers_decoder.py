@@ -175,7 +175,7 @@ class _PagedLayer:
         attended = api.paged_attention(
             queries, cache.keys, cache.values, context.block_tables, context.query_starts, context.context_lens, layer.scale,
             max_query_len=context.max_query_len, max_context_len=context.max_context_len, num_decodes=context.num_decodes,
-            sliding_window=layer.sliding_window, logit_softcap=layer.logit_softcap, backend=self._backend,
+            sliding_window=layer.sliding_window, logit_softcap=layer.logit_softcap, shared=context.shared, backend=self._backend,
         )  # fmt: skip
         return attended[None]
 
