@@ -36,7 +36,7 @@ from gantline_runtime.termination import Reason
 
 __all__ = ["RankError", "WorkerGroup", "WorkerPlan", "join_group", "leave_group", "make_rendezvous"]
 
-_SHAPE_WORDS = 10
+_SHAPE_WORDS = len(BatchShape._fields) + len(BatchShape._fields) % 2
 """Header of a step: the fields of BatchShape, rounded up to an even number, since the batch begins with 64-bit words."""
 _STOP_TIMEOUT_S = 5.0
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)

@@ -178,21 +178,27 @@ def test_requests_behind_one_prefix_read_it_together_and_answer_as_if_each_read_
 
     monkeypatch.setattr(prefix_groups.PrefixGroups, "group", recorded)
     results = []
-    for least in (1, 1 << 30):
+    for least, padded in ((1 << 30, False), (1, False), (1, True)):
         monkeypatch.setattr(prefix_groups, "LEAST_SAVING", least)
         groupings.clear()
-        engine = LLMEngine(model, config())
+        engine = LLMEngine(model, config(max_prefill_token_num=96))
+        if padded:
+            runner = engine._executor._runner  # type: ignore[attr-defined]
+            runner._graphs = batches = PaddedBatches(runner, engine.config)
         for i in range(6):
-            engine.add_request(request(str(i), [5] * 64 * (i < 4) + [7 + i] * (3 + 20 * i), count=12, num_logprobs=1))
+            engine.add_request(request(str(i), [5] * 64 * (i < 4) + [7 + i] * (3 + 20 * i), count=30, num_logprobs=1))
         results.append(drain(engine))
         engine.close()
         most = max(0 if grouping is None else len(grouping.members) for grouping in groupings)
         assert most == (4 if least == 1 else 0)
-    for name, outputs in results[0].items():
-        assert tokens_of(outputs) == tokens_of(results[1][name])
-        for together, alone in zip(outputs, results[1][name], strict=True):
-            assert together.logprobs is not None and alone.logprobs is not None
-            assert together.logprobs[0].chosen == pytest.approx(alone.logprobs[0].chosen, abs=1e-4)
+    assert {shape.is_decode for shape in batches.shapes if shape.max_own_len} == {True, False}
+    alone, *grouped = results
+    for together in grouped:
+        for name, outputs in together.items():
+            assert tokens_of(outputs) == tokens_of(alone[name])
+            for ours, theirs in zip(outputs, alone[name], strict=True):
+                assert ours.logprobs is not None and theirs.logprobs is not None
+                assert ours.logprobs[0].chosen == pytest.approx(theirs.logprobs[0].chosen, abs=1e-4)
 
 
 # ---- settings and memory

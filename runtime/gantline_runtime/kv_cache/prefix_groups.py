@@ -5,7 +5,7 @@ that two sequences or more hold; it is named by its last block. Each newcomer cr
 last of the blocks that it was given from the prefix cache and that another sequence holds too. Branches change only when sequences come and
 go, so a step pays for a few operations on arrays, whatever the prefixes' length.
 
-Of the branches that a sequence is on, it is attended in the one that saves most, if the saving is worth a group.
+Of the branches that a sequence is on, it is attended in the one that saves most, if what the whole step saves is worth it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Words = NDArray[np.int32]
 
 MAX_GROUPS = 16
 """Most groups of a step; the ones that save most are taken."""
-LEAST_SAVING = 1024
-"""Tokens that a group must save from being read again, to be worth it. Measured, docs/perf-log.md."""
+LEAST_SAVING = 48 * 1024
+"""Tokens that all groups of a step must save from being read again, to be worth the launches. Measured, docs/perf-log.md."""
 _MAX_BRANCHES = 8
 """Branches noted for a sequence; it is not in any further ones."""
 
@@ -105,10 +105,10 @@ class PrefixGroups:
         counts = np.bincount(chosen, minlength=len(self._count))
         counts[0] = 0
         saving = (counts - 1) * self._num_blocks * self._block_size
-        groups = np.flatnonzero(saving >= LEAST_SAVING)
-        if not len(groups):
-            return None
+        groups = np.flatnonzero(saving > 0)
         groups = groups[np.argsort(-saving[groups], kind="stable")][: num_groups(len(slots))]
+        if saving[groups].sum() < max(1, LEAST_SAVING):
+            return None
         rank = np.zeros(len(counts), dtype=np.int32)
         rank[groups] = np.arange(1, len(groups) + 1)
         group = rank[chosen]
