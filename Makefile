@@ -27,8 +27,8 @@ check: venv ## lint, types, import contracts
 unit: venv ## the tests that need neither API server nor node
 	$(VENV)/bin/pytest -q -m "not apiserver and not node and not gpu" tests
 
-test: check cluster-binaries ## the whole suite; what CI runs
-	scripts/test.sh
+test: venv cluster-binaries ## the whole suite; what CI runs
+	@$(PYTHON) scripts/run_tests.py
 
 e2e: venv cluster-binaries ## from `kubectl apply` to streamed tokens, on the one-node cluster
 	$(VENV)/bin/pytest -q tests/e2e

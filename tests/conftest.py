@@ -20,6 +20,10 @@ settings.load_profile("gantline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+HOMES = {"node": ("tests/e2e/", "tests/devcluster/"), "apiserver": ("tests/operator/", "tests/devcluster/")}
+"""Where tests of these marks live: scripts/run_tests.py looks for them nowhere else, so that the others need not be imported."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -27,6 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.apiserver)
         if "node_cluster" in fixtures:
             item.add_marker(pytest.mark.node)
+        for mark, homes in HOMES.items():
+            if item.get_closest_marker(mark) and not item.nodeid.startswith(homes):
+                raise pytest.UsageError(f"{item.nodeid} is marked {mark}: such tests belong to {' or '.join(homes)}")
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +67,12 @@ def simulated_nodes(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
     api_cluster.remove_nodes()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def node_cluster() -> Iterator[NodeCluster]:
-    """A real node of the tests' own, taken down at the end with nothing left. Skipped, with the reason, where none can run."""
+    """A real node of a module's own, taken down at its end with nothing left: while it lives it takes a share of the processor from others.
+
+    Skipped, with the reason, where none can run.
+    """
     if why := why_no_node():
         pytest.skip(f"{why}; use sudo")
     cluster = NodeCluster("test")

@@ -9,6 +9,7 @@ no server has seen. `parse` trusts nothing and raises only `SpecError`, which na
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 Schema = dict[str, Any]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SpecError(ValueError):
@@ -102,6 +104,7 @@ def kind_of(item: dataclasses.Field[Any]) -> Kind:
     return kind
 
 
+@functools.cache
 def camel(name: str) -> str:
     """The JSON name of a Python field."""
     head, *rest = name.split("_")
@@ -149,7 +152,7 @@ class Text:
 
 def _unprintable(value: str) -> bool:
     """Lone surrogates, which JSON can spell and no API server stores."""
-    return any(0xD800 <= ord(c) <= 0xDFFF for c in value)
+    return _SURROGATE.search(value) is not None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -196,10 +197,15 @@ def _or_auto(kind: Any) -> Any:
 
 
 def _check_choices(config: Any) -> None:
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is Literal:
-            allowed = typing.get_args(hint)
-            _require(getattr(config, name) in allowed, name, getattr(config, name), " or ".join(map(str, allowed)))
+    for name, allowed in _choices(type(config)).items():
+        _require(getattr(config, name) in allowed, name, getattr(config, name), " or ".join(map(str, allowed)))
+
+
+@functools.cache
+def _choices(of: type) -> dict[str, tuple[Any, ...]]:
+    """What each field of a `Literal` type may be. Resolving a class's hints takes a millisecond, and the operator makes many plans."""
+    hints = typing.get_type_hints(of).items()
+    return {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

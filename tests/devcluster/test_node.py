@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -226,6 +227,19 @@ def test_simulated_nodes_stand_beside_the_real_one_and_take_no_real_work(cluster
     assert any(t["effect"] == "NoSchedule" and t["key"] == "kwok.x-k8s.io/node" for t in nodes[names[0]]["spec"]["taints"])
     for name in names:
         cluster.kubectl("delete", "node", name)
+
+
+def test_the_command_line_tells_a_person_how_the_cluster_is(cluster: NodeCluster) -> None:
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "-m", "gantline_devcluster", "--name", cluster.run.name, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    status = said("status")
+    assert all(name in status for name in ("kube-apiserver", "kubelet", "containerd", "etcd")), status
+    assert json.loads(said("status", "--json"))["phase"] == "ready"
+    assert said("kubeconfig").strip() == str(cluster.kubeconfig)
+    assert "kubelet" in said("logs")
+    assert len(said("logs", "kubelet", "--tail=3").splitlines()) == 3
 
 
 def test_up_again_finds_the_running_cluster(cluster: NodeCluster) -> None:

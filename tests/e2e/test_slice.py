@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gantline_devcluster.node.images import HOME, RUNTIME_IMAGE
 from openai import OpenAI
 
-from tests.e2e.conftest import Site, make
+from tests.e2e.conftest import ROOT, Site, make
+from tests.runtime.hub_server import COMMIT
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
 TINY = "file:///opt/gantline/tiny-model"
+HUB = "hub"
+FULL = os.environ.get("GANTLINE_FULL_MATRIX") == "1"
 
 
 def service(name: str, uri: str = TINY, **spec: Any) -> dict[str, Any]:
@@ -35,10 +41,15 @@ def ready(site: Site, name: str) -> bool:
 
 def test_the_quickstart_ends_with_an_answer_and_with_commands_that_work(site: Site) -> None:
     assert re.search(r"chat {2}\S+", site.output), site.output
-    for command in re.findall(r"^  (kubectl (?:get|describe|explain|logs) .*)$", site.output, re.M):
-        assert site.run("bash", "-c", command).stdout.strip(), command
+    source = re.search(r"^  (source .*)$", site.output, re.M)
     curl = re.search(r"^  (curl .*\\\n.*)$", site.output, re.M)
-    assert curl and json.loads(site.run("bash", "-c", curl[1]).stdout)["choices"][0]["text"]
+    commands = re.findall(r"^  (kubectl (?:get|describe|explain|logs) .*)$", site.output, re.M)
+    assert source and curl and len(commands) >= 5, site.output
+    for command in (*commands, curl[1]):
+        shell = ("bash", "-c", f"{source[1]} && {command}")
+        done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=60)  # a user's shell, which knows nothing yet
+        assert done.returncode == 0 and done.stdout.strip(), f"{command}\n{done.stderr}"
+    assert json.loads(done.stdout)["choices"][0]["text"]
 
 
 def test_the_columns_tell_what_runs(site: Site) -> None:
@@ -116,8 +127,11 @@ def test_a_killed_runtime_comes_back(site: Site) -> None:
         ("no-model", "file:///usr/share", {}, "ModelReady", "NotAModel"),
         ("no-heads", TINY, {"engine": {"tensorParallel": 8}}, "PlanResolved", None),
         ("no-gpu", TINY, {"accelerator": {"resource": "auto"}}, "PlanResolved", None),
-        ("no-quality", TINY, {"quantization": {"method": "awq", "maxPerplexityIncrease": "0.0"}, "cache": {"size": "1Gi"}},
-         "QuantizationReady", "QualityGateFailed"),
+        pytest.param(
+            "no-quality", TINY, {"quantization": {"method": "awq", "maxPerplexityIncrease": "0.0"}, "cache": {"size": "1Gi"}},
+            "QuantizationReady", "QualityGateFailed",
+            marks=pytest.mark.skipif(not FULL, reason="quantizes a second time: GANTLINE_FULL_MATRIX=1"),
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_run_says_why_and_never_serves(
@@ -135,6 +149,17 @@ def test_what_cannot_run_says_why_and_never_serves(
     site.kubectl("delete", "gisvc", name)
 
 
+def test_a_copy_over_a_new_limit_is_refused_while_what_serves_goes_on(site: Site) -> None:
+    before = server_pods(site)
+    limit: Callable[[str], str] = lambda share: json.dumps({"spec": {"quantization": {"maxPerplexityIncrease": share}}})
+    site.kubectl("patch", "gisvc", "chat", "--type=merge", "-p", limit("0.0001"))
+    site.until("the copy is refused", lambda: site.condition("chat", "QuantizationReady").get("reason") == "QualityGateFailed")
+    assert site.condition("chat", "Servable")["status"] == "True" and not ready(site, "chat")
+    site.kubectl("patch", "gisvc", "chat", "--type=merge", "-p", limit("0.05"))
+    site.until("the service is ready again", lambda: ready(site, "chat"))
+    assert server_pods(site) == before
+
+
 def test_an_unknown_field_is_refused_with_its_name(site: Site) -> None:
     manifest = json.dumps(service("odd", modell={"uri": "x"}))
     done = site.run("kubectl", "apply", "-f", "-", stdin=manifest, check=False)
@@ -143,10 +168,41 @@ def test_an_unknown_field_is_refused_with_its_name(site: Site) -> None:
 
 def test_an_upgrade_of_the_chart_restarts_no_serving_pod(site: Site) -> None:
     before = server_pods(site)
-    changed = ("--reuse-values", "--set", "operator.logLevel=debug")
+    changed = ("--reuse-values", "--set", f"operator.logLevel=debug,runtime.hfEndpoint=http://{HUB}.default.svc")
     site.run("helm", "upgrade", "gantline", "charts/gantline", "-n", "gantline-system", *changed, "--wait")
     site.until("the service is ready", lambda: ready(site, "chat"))
     assert server_pods(site) == before
+
+
+def hub() -> dict[str, Any]:
+    """A pod that speaks the hub's HTTP and wants a token, its Service, and the Secret with that token."""
+    program = ["python", "-m", "tests.runtime.hub_server", "examples/tiny-model", "--port=8080", "--token=open-sesame"]
+    security = {"runAsNonRoot": True, "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    container = {"name": "hub", "image": RUNTIME_IMAGE, "command": program, "workingDir": f"{HOME}/source", "securityContext": security}
+    container["readinessProbe"] = {"tcpSocket": {"port": 8080}, "periodSeconds": 1}
+    pod = {"containers": [container], "terminationGracePeriodSeconds": 1, "automountServiceAccountToken": False}
+    items = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": HUB, "labels": {"app": HUB}}, "spec": pod},
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": HUB},
+         "spec": {"selector": {"app": HUB}, "ports": [{"port": 80, "targetPort": 8080}]}},
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": HUB}, "stringData": {"HF_TOKEN": "open-sesame"}},
+    ]  # fmt: skip
+    return {"apiVersion": "v1", "kind": "List", "items": items}
+
+
+def test_a_model_of_a_hub_is_fetched_with_its_token_into_the_cache_and_served(site: Site) -> None:
+    site.apply(hub())
+    site.kubectl("wait", f"pod/{HUB}", "--for=condition=Ready", "--timeout=60s")
+    remote = service("remote", "hf://org/name", cache={"size": "1Gi"})
+    remote["spec"]["model"]["secretRef"] = {"name": HUB}
+    site.apply(remote)
+    site.until("the service is ready", lambda: ready(site, "remote"))
+    status = site.get("gisvc", "remote")["status"]
+    assert status["model"]["revision"] == COMMIT, "the branch was pinned to its commit"
+    assert [a["kind"] for a in status["artefacts"]] == ["fetch"]
+    arguments = site.get("deployment", "remote")["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments[:2] == ["serve", f"/mnt/cache/fetch-{status['artefacts'][0]['hash']}"]
+    site.kubectl("delete", "gisvc/remote", f"pod/{HUB}", f"service/{HUB}", f"secret/{HUB}", "--wait=false")
 
 
 def test_helm_test_creates_asks_and_deletes_a_service(site: Site) -> None:

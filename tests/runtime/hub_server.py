@@ -1,10 +1,15 @@
 """A small server that speaks the hub's HTTP: listing, `resolve` with its headers, redirects to a storage host, ranges, and faults.
 
 Large files (safetensors) live behind a redirect to another host name, as a hub's do; that host must never see a token.
+
+    python -m tests.runtime.hub_server FOLDER --port 8080 --token SECRET
+
+serves FOLDER as `org/name` on all addresses, for pods of a cluster.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import threading
@@ -12,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -150,3 +156,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _blob(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--token", default="")
+    options = parser.parse_args()
+    hub = Hub({file.name: file.read_bytes() for file in options.folder.iterdir() if file.is_file()}, token=options.token)
+    ThreadingHTTPServer(("", options.port), type("Handler", (_Handler,), {"hub": hub})).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

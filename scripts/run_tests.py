@@ -1,0 +1,93 @@
+"""The whole suite, as `make test` runs it: streams beside each other, since some wait most of the time and others compute.
+
+    check        lint, types, import contracts
+    node         what owns the one-node cluster, one test after the other
+    api-server   what talks to a real API server; one worker, so one API server
+    rest         everything else, one worker for each core, yielding to those that wait for somebody's deadline
+
+Each stream tells how far it is, and its output is printed whole when it ends. Arguments go to every pytest:
+`scripts/run_tests.py -k scale`.
+Exit code 0 where all streams passed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5"]
+NOTHING_SELECTED = 5
+SHARE = re.compile(r"\[ *(\d+%)\]$")
+
+
+def streams(arguments: list[str]) -> dict[str, list[str]]:
+    """Each stream's command. Where the marked tests live is held by tests/conftest.py."""
+    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
+    commands = {
+        "node": [*PYTEST, "tests/e2e", "tests/devcluster", "-m", "node and not gpu", *arguments],
+        "api-server": [*PYTEST, "tests/operator", "tests/devcluster", "-m", "apiserver and not node and not gpu", *arguments],
+        "rest": ["nice", "-n", "5", *PYTEST, "tests", *workers, "-m", "not apiserver and not node and not gpu", *arguments],
+    }
+    return commands if arguments else {"check": ["make", "--no-print-directory", "check"], **commands}
+
+
+class Stream(threading.Thread):
+    """Runs one command in a process group of its own, and prints what it said once it has ended."""
+
+    printing = threading.Lock()
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        super().__init__(name=name)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, text=True, errors="replace",
+        )  # fmt: skip
+        self._began = time.monotonic()
+        self.code = -1
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        assert self._process.stdout is not None
+        lines = []
+        for line in self._process.stdout:
+            lines.append(line)
+            if share := SHARE.search(line):
+                self._say(f"{self.name:10} {share[1]:>4}")
+        self.code, self.seconds = self._process.wait(), time.monotonic() - self._began
+        self._say(f"\n===== {self.name}: exit code {self.code} after {self.seconds:.0f} s\n{''.join(lines).rstrip()}\n")
+
+    def _say(self, text: str) -> None:
+        with self.printing:
+            print(text, flush=True)
+
+    def interrupt(self) -> None:
+        """As Ctrl-C would: pytest takes its fixtures down, and with them their clusters."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+
+def main(arguments: list[str]) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    running = [Stream(name, command, environment) for name, command in streams(arguments).items()]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: [stream.interrupt() for stream in running])
+    for stream in running:
+        stream.start()
+    for stream in running:
+        stream.join()
+    good = (0, NOTHING_SELECTED) if arguments else (0,)
+    failed = [stream.name for stream in running if stream.code not in good]
+    print(", ".join(f"{stream.name} {stream.seconds:.0f} s" for stream in running))
+    print(f"failed: {', '.join(failed)}" if failed else "all passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
