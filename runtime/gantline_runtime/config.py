@@ -197,7 +197,7 @@ def _or_auto(kind: Any) -> Any:
 
 
 def _check_choices(config: Any) -> None:
-    for name, allowed in _choices(type(config)).items():
+    for name, allowed in _choices(config.__class__).items():
         _require(getattr(config, name) in allowed, name, getattr(config, name), " or ".join(map(str, allowed)))
 
 
