@@ -231,12 +231,15 @@ class ModelRunner:
         if self.device.type != "cuda":
             return 0
         self.allocate(1, block_size, limits, graphs=False)
+        self._model.logits(self._hidden[:64])  # cuBLAS takes its workspace now, and keeps it
         measured = self._peak_bytes(lambda: self._run_largest(limits, block_size))
-        if graphs and self._model.capturable:
+        graphs = graphs and self._model.capturable
+        if graphs:
             largest = self._peak_bytes(lambda: self._run_largest_classes(limits, block_size))
             self._graph_pool_bytes = int(GRAPH_POOL_SLACK * largest)
         del self._caches, self._tables, self._last_tokens, self._sampler, self._inputs, self._hidden
-        return measured + self._graph_pool_bytes + unmeasured_bytes(limits, self._shape.vocab_size, graphs=graphs)
+        layers = self._shape.num_layers if graphs else 0
+        return measured + self._graph_pool_bytes + unmeasured_bytes(limits, self._shape.vocab_size, graph_layers=layers)
 
     def _run_largest(self, limits: BatchLimits, block_size: int) -> None:
         for shape, words in largest_steps(limits, limits.max_blocks * block_size):

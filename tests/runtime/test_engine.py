@@ -154,12 +154,12 @@ def test_padding_batches_to_the_classes_of_graphs_changes_no_token_and_no_logpro
             assert ours.logprobs[0].chosen == pytest.approx(theirs.logprobs[0].chosen, abs=1e-4)
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 8])
-def test_the_batches_that_memory_is_measured_with_run(model: Path, max_batch_size: int) -> None:
+@pytest.mark.parametrize(("max_batch_size", "session_blocks"), [(1, 32), (8, 32), (8, 2), (1, 1)])
+def test_the_batches_that_memory_is_measured_with_run(model: Path, max_batch_size: int, session_blocks: int) -> None:
     """On a GPU their peak is what is kept free; here they only run, as a GPU's kernels would see them."""
     build = BuildContext(dtype=torch.float32, device=torch.device("cpu"), backend="torch")
     runner = ModelRunner(open_checkpoint(model), session_len=512, build=build, parallel=Parallel())
-    limits = BatchLimits(max_tokens=96, max_slots=max_batch_size + 1, max_blocks=32)
+    limits = BatchLimits(max_tokens=96, max_slots=max_batch_size + 1, max_blocks=session_blocks)
     runner.allocate(1, 16, limits, graphs=False)
     with torch.inference_mode():
         runner._run_largest(limits, 16)

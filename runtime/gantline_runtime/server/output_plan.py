@@ -1,8 +1,8 @@
 """What a request wants of its answer's form, put together: the grammar for the engine, the parser for its text, the tools for the template.
 
-                                     ┌─> Constraint (grammar) ──> engine
-    fields + what the model writes ──┼─> OutputParser ──> reasoning, content, calls
-                                     └─> tools, as the template takes them
+                                 ┌─> Constraint (grammar) ──> engine
+fields + what the model writes ──┼─> OutputParser ──> reasoning, content, calls
+                                 └─> tools, as the template takes them
 """
 
 from __future__ import annotations
