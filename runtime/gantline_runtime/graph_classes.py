@@ -63,9 +63,7 @@ class GraphClasses:
         if size is None:
             return shape
         own = self._pad_own(shape)
-        return shape._replace(
-            num_tokens=size, num_sequences=size, num_decodes=size, max_context_len=context, max_own_len=own, padded=1
-        )
+        return shape._replace(num_tokens=size, num_sequences=size, num_decodes=size, max_context_len=context, max_own_len=own, padded=1)
 
     def _pad_own(self, shape: BatchShape) -> int:
         return (_least(self._contexts, shape.max_own_len) or 0) if shape.max_own_len else 0

@@ -96,6 +96,7 @@ _SCORE_ROWS = 256  # rows of a prompt whose logits exist at once, where their lo
 _PENALTY_BYTES = 3  # a count and a mark for each token of the vocabulary
 _ATTENTION_PART = 2048  # tokens of a context that one program takes, where there are many sequences; each part leaves a partial result
 _MAX_ATTENTION_PARTS = 128
+_SHARED_PARTS = 512  # of all sequences together: the more of them, the fewer parts a prefix is cut into
 _BLOCK_SIZE = 64
 _LOAD_BYTES_PER_S = 200e6  # a network volume's sequential read; local NVMe is ten times faster, and a promise must hold on the slow one
 _LOAD_FIXED_S = {"cuda": 60.0, "cpu": 20.0}  # imports, CUDA context, first compilation, warm-up
@@ -232,10 +233,11 @@ def _cpu_width(facts: ModelFacts, tp: int) -> int:
 
 
 def _attention_part_bytes(facts: ModelFacts, tp: int, max_batch_size: int, session_len: int) -> int:
-    """Partial results, float32, of contexts that are split among several programs."""
+    """Partial results, float32, of contexts that are split among several programs, and of prefixes that are shared."""
     seen = min(session_len, facts.sliding_window or session_len)
     parts = min(_MAX_ATTENTION_PARTS, math.ceil(seen / _ATTENTION_PART))
-    return max_batch_size * facts.num_heads // tp * parts * (facts.head_dim + 1) * 4 if parts > 1 else 0
+    results = (max_batch_size * parts if parts > 1 else 0) + (_SHARED_PARTS if max_batch_size > 1 else 0)
+    return results * facts.num_heads // tp * (facts.head_dim + 1) * 4
 
 
 def _unpacked_bytes(facts: ModelFacts, tp: int, dtype_bytes: int) -> int:
