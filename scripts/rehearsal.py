@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / ".quickstart"
 NAMESPACE = "gantline-system"
 NAME = "rehearsal"
+SERVERS = "gantline.io/service=chat,gantline.io/role=server"
 # What the machine says about certificates and package indexes is true inside a build as well; nothing of it gets into an image.
 MACHINE_SETTINGS = ("/etc/ssl/certs", "/etc/pip.conf")
 PACKAGES = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
@@ -76,6 +77,9 @@ class Rehearsal:
     def get(self, *arguments: str) -> Any:
         text = self.run("kubectl", "get", *arguments, "-o", "json", "--ignore-not-found")
         return json.loads(text) if text.strip() else None
+
+    def pods(self, selector: str) -> list[dict[str, Any]]:
+        return list((self.get("pods", "-l", selector) or {}).get("items", []))
 
     def until(self, claim: str, holds: Callable[[], Any], timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
@@ -153,7 +157,7 @@ def quickstart(rehearsal: Rehearsal) -> None:
     if process.returncode or not any(re.search(r"^chat {2}\S", line) for line in lines):
         raise RehearsalFailed(f"make quickstart ended with code {process.returncode}, or without an answer")
     done = filter(None, (re.match(r"✓ \[\d+/\d+\] (.+?)  (\d+ s)$", line) for line in lines))
-    rehearsal.figures += [(f"quickstart: {phase[1]}", phase[2]) for phase in done]
+    rehearsal.figures += [(f"  {phase[1].replace(repository, '...')}", phase[2]) for phase in done]
 
 
 def images_of(rehearsal: Rehearsal) -> dict[str, str]:
@@ -167,11 +171,11 @@ def record_sizes(rehearsal: Rehearsal) -> None:
     for target, image in images_of(rehearsal).items():
         layers = pushed_layers(rehearsal, image)
         packed = sum(layer["size"] for layer in layers)
-        unpacked = rehearsal.run("buildah", "images", "--format", "{{.Size}}", image).strip()
+        unpacked = rehearsal.run("buildah", "images", "--format", "{{.Size}}", image).splitlines()[0]  # a line for each tag
         rehearsal.figures.append((f"image {target}", f"{unpacked} unpacked, {packed / 1e6:.0f} MB to pull in {len(layers)} layers"))
     for event in rehearsal.get("events", "-A", "--field-selector=reason=Pulled")["items"]:
         if found := re.search(r'pulled image "(\S+)" in (\S+)', event["message"]):
-            rehearsal.figures.append((f"pull of {found[1].split('/')[-1]}", found[2]))
+            rehearsal.figures.append((f"pull {found[1].split('/')[-1].split(':')[0]}, unpacking included", found[2]))
 
 
 def pushed_layers(rehearsal: Rehearsal, image: str) -> list[dict[str, Any]]:
@@ -185,7 +189,7 @@ def pushed_layers(rehearsal: Rehearsal, image: str) -> list[dict[str, Any]]:
 
 def record_readiness(rehearsal: Rehearsal) -> None:
     """Of the first serving pod, whose image is on the node by then: from its creation to Ready."""
-    pod = rehearsal.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server")["items"][0]
+    pod = rehearsal.pods(SERVERS)[0]
     ready_at = next(c["lastTransitionTime"] for c in pod["status"]["conditions"] if c["type"] == "Ready")
     seconds = (datetime.fromisoformat(ready_at) - datetime.fromisoformat(pod["metadata"]["creationTimestamp"])).total_seconds()
     rehearsal.figures.append(("serving pod, from created to Ready, image on the node", f"{seconds:.0f} s"))
@@ -242,7 +246,7 @@ def ready(rehearsal: Rehearsal, replicas: int) -> bool:
 
 
 def serving_pods(rehearsal: Rehearsal) -> set[str]:
-    return {p["metadata"]["uid"] for p in rehearsal.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server")["items"]}
+    return {p["metadata"]["uid"] for p in rehearsal.pods(SERVERS)}
 
 
 def upgrade_chart(rehearsal: Rehearsal) -> None:
@@ -273,7 +277,7 @@ def scale(rehearsal: Rehearsal) -> None:
 
 def remove(rehearsal: Rehearsal) -> None:
     rehearsal.run("kubectl", "delete", "-f", "examples/quickstart.yaml", "--timeout=120s")
-    rehearsal.until("no pod of the service is left", lambda: not rehearsal.get("pods", "-l", "gantline.io/service=chat")["items"])
+    rehearsal.until("no pod of the service is left", lambda: not rehearsal.pods("gantline.io/service=chat"))
     rehearsal.run("helm", "uninstall", "gantline", "--namespace", NAMESPACE, "--wait", "--timeout", "2m")
     if not rehearsal.get("crd", "inferenceservices.gantline.io"):
         raise RehearsalFailed("helm uninstall took the CustomResourceDefinition, and with it every service, away")
@@ -293,6 +297,7 @@ def rebuild(rehearsal: Rehearsal) -> None:
                 rehearsal.run("buildah", *BUILDERS["buildah"], "--target", target, "--tag", f"changed/{target}", folder)
             if image_id(rehearsal, f"changed/{target}") == image_id(rehearsal, image):
                 raise RehearsalFailed(f"the change is not in the image {target}: the builder took a layer from its cache that it must not")
+            rehearsal.run("buildah", "rmi", f"changed/{target}")
 
 
 def image_id(rehearsal: Rehearsal, image: str) -> str:
