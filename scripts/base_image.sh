@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 # The headers are in the published base as well; what is left out below, it leaves out too.
 # shellcheck disable=SC2016  # $1 is mmdebstrap's
 mmdebstrap --quiet --mode=root --variant=minbase \
-  --include="ca-certificates,netbase,tzdata,$python,lib$python-dev,python3-pip,python3-distutils" \
+  --include="ca-certificates,netbase,tzdata,$python,$python-venv,lib$python-dev,python3-pip,python3-distutils" \
   --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
   --customize-hook="ln -s /usr/bin/$python \"\$1/usr/local/bin/python\"; ln -s /usr/bin/$python \"\$1/usr/local/bin/python3\"" \
   --customize-hook="rm -rf \"\$1/usr/lib/$python/EXTERNALLY-MANAGED\" \"\$1/usr/lib/$python/\"config-*; rm -f \"\$1\"/usr/lib/*/libpython*.a" \
