@@ -79,6 +79,7 @@ class ServerConfig:
 
     host: str = _option("127.0.0.1", "Address to listen on; in a pod 0.0.0.0.")
     port: int = _option(8000, "Port to listen on; 0 picks a free one and prints it.")
+    api_workers: int = _option(1, "Processes that answer on the port, in front of one engine: more where many stream at once.")
     served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
     api_keys: str | None = _option(None, "File of API keys, or a folder with one in each file (a mounted Secret). auto: anyone may ask.")
     tls_cert: str | None = _option(None, "Certificate and its chain, a PEM file; read again when it changes. auto: no TLS.")
@@ -103,6 +104,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
+        _require(1 <= self.api_workers <= 64, "api_workers", self.api_workers, "1 to 64")
         together = (self.tls_cert is None) == (self.tls_key is None)
         _require(together, "tls_key", self.tls_key, "tls_cert and tls_key together, or neither")
         _require(

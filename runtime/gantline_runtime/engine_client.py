@@ -22,6 +22,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from gantline_runtime.child_process import wait_for_exit
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine_messages import (
     EngineBusy,
@@ -137,7 +138,8 @@ class EngineClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: str | None = None
         self._failed: EngineFailed | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self.endpoint = ""
+        """Where the engine process listens; others may `connect` to it too."""
         self._closing = False
         self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self.died: asyncio.Future[TerminationMessage] = asyncio.get_running_loop().create_future()
@@ -170,16 +172,31 @@ class EngineClient:
         if engine is not None:
             settings = msgspec.structs.replace(settings, engine=engine)
         self._kills = OutOfMemoryKills()
+        self.connect(settings.endpoint)
+        command = [sys.executable, "-P", "-m", "gantline_runtime.engine_process", msgspec.json.encode(settings).decode()]
+        # stdout is the API process's own: what a library prints there belongs into the log.
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
+        self._watch = asyncio.create_task(self._watch_process(self._process))
+
+    def connect(self, endpoint: str) -> None:
+        """Talk to an engine process that is there, or is about to be; `start` does it for its own."""
+        self.endpoint = endpoint
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(settings.endpoint)
+        self._socket.connect(endpoint)
         self._post(b"")
-        command = [sys.executable, "-P", "-m", "gantline_runtime.engine_process", msgspec.json.encode(settings).decode()]
-        # stdout is the API process's own: what a library prints there belongs into the log.
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
-        self._tasks = [asyncio.create_task(self._read_messages()), asyncio.create_task(self._watch_process(self._process))]
+        self._reader = asyncio.create_task(self._read_messages())
+
+    def declare_dead(self, message: TerminationMessage) -> None:
+        """The process has ended; every request fails."""
+        if self.died.done():
+            return
+        self.died.set_result(message)
+        if not self.ready.done():
+            self.ready.cancel()
+        self.fail_all(EngineUnavailable(f"the engine has died: {message.message}", message.reason))
 
     @property
     def pid(self) -> int | None:
@@ -192,14 +209,15 @@ class EngineClient:
         if self._process is not None and self._process.poll() is None:
             if self.ready.done():  # before that it would not read it
                 self._post(self._encoder.encode(Shutdown()))
-                await asyncio.wait([self._tasks[1]], timeout=grace_s)
+                await asyncio.wait([self._watch], timeout=grace_s)
             if self._process.poll() is None:
                 self._process.kill()
-        for task in self._tasks[:1]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._process is not None:
+            await asyncio.gather(self._watch, return_exceptions=True)
             self._process.wait()
+        if self.endpoint:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
             self._socket.close()
             self._context.term()
         if self._folder is not None:
@@ -279,25 +297,12 @@ class EngineClient:
         group._push(output)
 
     async def _watch_process(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for the end of the process without a thread and without polling, then say why it ended."""
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        handle = os.pidfd_open(process.pid)
-        loop.add_reader(handle, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            loop.remove_reader(handle)
-            os.close(handle)
-        returncode = process.wait()
+        """Wait for the end of the process, then say why it ended."""
+        returncode = await wait_for_exit(process)
         if self._closing:
             return
         await asyncio.sleep(0.05)  # its last message may still be on the way
-        message = self._last_words(returncode)
-        self.died.set_result(message)
-        if not self.ready.done():
-            self.ready.cancel()
-        self.fail_all(EngineUnavailable(f"the engine has died: {message.message}", message.reason))
+        self.declare_dead(self._last_words(returncode))
 
     def _last_words(self, returncode: int) -> TerminationMessage:
         if self._failed is not None:

@@ -9,11 +9,9 @@ and ignores the signals that a terminal or an init process sends to all processe
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -24,6 +22,7 @@ import msgspec
 import zmq
 
 from gantline_runtime import logs, termination
+from gantline_runtime.child_process import become_child
 from gantline_runtime.compilation import announce_compilations
 from gantline_runtime.config import EngineConfig, from_mapping
 from gantline_runtime.engine_messages import (
@@ -47,7 +46,6 @@ __all__ = ["Engine", "EngineServer", "build_report", "main"]
 REPORT_INTERVAL_S = 0.5
 _PROGRESS_INTERVAL_S = 0.1
 _LINGER_MS = 2000
-_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("gantline.engine")
 
@@ -76,6 +74,8 @@ class EngineServer:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ApiMessage)
         self._peers: set[bytes] = set()
+        self._ready: EngineReady | None = None
+        """For who comes later."""
         self._owners: dict[str, bytes] = {}
         self._stopping = False
         self._last_report = 0.0
@@ -87,7 +87,8 @@ class EngineServer:
         engine = self._load(phases.on_progress)
         try:
             announce_compilations(lambda seconds: self._broadcast(EngineBusy(seconds)))
-            self._broadcast(EngineReady(session_len=engine.session_len, eos_token_ids=sorted(engine.eos_token_ids), phases=phases.finish()))
+            self._ready = EngineReady(session_len=engine.session_len, eos_token_ids=sorted(engine.eos_token_ids), phases=phases.finish())
+            self._broadcast(self._ready)
             while not self._stopping:
                 self._receive(engine, wait=not engine.has_work())
                 if engine.has_work() and not self._stopping:
@@ -116,7 +117,10 @@ class EngineServer:
                 peer, data = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._peers.add(peer)
+            if peer not in self._peers:
+                self._peers.add(peer)
+                if self._ready is not None:
+                    self._send_to(peer, self._ready)
             if data:
                 self._handle(engine, peer, self._decoder.decode(data))
 
@@ -246,13 +250,6 @@ def _refusal_code(error: Exception) -> Any:
     return {"QueueFull": "queue_full", "RequestRejected": "invalid"}.get(type(error).__name__, "error")
 
 
-def _die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when the API process ends, however it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before the line above
-        os._exit(1)
-
-
 def _load(settings: EngineSettings) -> Callable[[Callable[[Any], None]], Engine]:
     def load(on_progress: Callable[[Any], None]) -> Engine:
         module, name = settings.engine.split(":")
@@ -265,9 +262,7 @@ def _load(settings: EngineSettings) -> Callable[[Callable[[Any], None]], Engine]
 
 def main(arguments: Sequence[str]) -> int:
     settings = msgspec.json.decode(arguments[0], type=EngineSettings)
-    _die_with(settings.parent_pid)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    become_child(settings.parent_pid)
     logs.configure(settings.log_level, settings.log_format)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)

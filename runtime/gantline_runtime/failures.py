@@ -78,17 +78,17 @@ def is_fatal(error: Exception) -> bool:
     return isinstance(error, GantlineError) or describe_exception(error).reason in (Reason.CUDA_ERROR, Reason.DRIVER_TOO_OLD)
 
 
-def describe_exit(returncode: int, *, killed_for_memory: bool) -> TerminationMessage:
-    """The termination message for an engine process that ended without a word. `returncode` as of `subprocess`: -9 is SIGKILL."""
+def describe_exit(returncode: int, *, killed_for_memory: bool, what: str = "the engine process") -> TerminationMessage:
+    """The termination message for a process that ended without a word. `returncode` as of `subprocess`: -9 is SIGKILL."""
     if returncode == -signal.SIGKILL and killed_for_memory:
         cure = "Give the container more memory, or lower session_len or cache_max_entry_count."
-        return TerminationMessage(Reason.OUT_OF_MEMORY, "the engine process was killed because memory ran out", cure)
+        return TerminationMessage(Reason.OUT_OF_MEMORY, f"{what} was killed because memory ran out", cure)
     if returncode < 0:
         name = signal.Signals(-returncode).name if -returncode in list(signal.Signals) else f"signal {-returncode}"
         return TerminationMessage(
-            Reason.INTERNAL_ERROR, f"the engine process was killed by {name}", "See the log for what happened before."
+            Reason.INTERNAL_ERROR, f"{what} was killed by {name}", "See the log for what happened before."
         )
-    return TerminationMessage(Reason.INTERNAL_ERROR, f"the engine process ended with exit code {returncode}", "See the log for the cause.")
+    return TerminationMessage(Reason.INTERNAL_ERROR, f"{what} ended with exit code {returncode}", "See the log for the cause.")
 
 
 class OutOfMemoryKills:

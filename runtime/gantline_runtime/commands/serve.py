@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -21,9 +25,10 @@ from gantline_runtime.cli import version
 from gantline_runtime.commands.display import LoadingDisplay
 from gantline_runtime.config import EngineConfig, ServerConfig, from_arguments
 from gantline_runtime.config import add_arguments as add_config_arguments
-from gantline_runtime.server.runner import Announcer, Runner
-from gantline_runtime.server.service import Model
 from gantline_runtime.termination import Reason, TerminationMessage
+
+if TYPE_CHECKING:
+    from gantline_runtime.server.service import Model
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,12 +47,25 @@ def run(args: argparse.Namespace, *, engine: str | None = None) -> int:
     engine_config, config = from_arguments(EngineConfig, args), from_arguments(ServerConfig, args)
     logs.configure(config.log_level, config.log_format)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time and a thread each; the rest belongs to the engine
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+    with _shared_metrics(config.api_workers), asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
         message = loop.run(_serve(args.model_dir, engine_config, config, engine))
     return _end(message)
 
 
+@contextlib.contextmanager
+def _shared_metrics(api_workers: int) -> Iterator[None]:
+    """A folder where several API processes keep what they count; prometheus_client must find it when it is imported."""
+    if api_workers == 1:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="gantline-metrics-", ignore_cleanup_errors=True) as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        yield
+
+
 async def _serve(model_dir: Path, engine_config: EngineConfig, config: ServerConfig, engine: str | None) -> TerminationMessage:
+    from gantline_runtime.server.runner import Announcer, Runner  # not before _shared_metrics has chosen how to count
+
     as_text = logs.resolve_format(config.log_format) == "text"
     with LoadingDisplay(bar=as_text and sys.stderr.isatty()) as display:
 

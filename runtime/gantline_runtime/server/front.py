@@ -37,7 +37,7 @@ class Front:
         if keys is not None:
             self._reloader.watch([keys.path], keys.reload)
         self._uses_tls = config.tls_cert is not None
-        self.socket = bind_socket(config.host, config.port)
+        self.socket = bind_socket(config.host, config.port, shared=config.api_workers > 1)
         self._http = _HttpServer(_uvicorn_config(create_app(service, version, keys=keys, cors_origins=config.cors_origin_list)))
         if config.tls_cert is not None and config.tls_key is not None:
             certificate = Certificate(Path(config.tls_cert), Path(config.tls_key))
@@ -85,12 +85,17 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
     )
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to `host` (a name or an address, also IPv6). Raises ConfigurationError."""
+def bind_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A TCP socket bound to `host` (a name or an address, also IPv6). Raises ConfigurationError.
+
+    `shared`: other processes of this user may listen on the port as well, and the kernel spreads connections over them.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.bind(address)
         # Listen now: who connects while the model loads is queued by the kernel, not refused.
         bound.listen(2048)

@@ -3,6 +3,8 @@
 bind ──> engine process + tokenizer (in parallel) ──> warm-up ──> ready ──SIGTERM──> drain ──> Drained, exit code 0
                          └───────────────┬──────────────┴───────────┘
                                    engine died ──> open requests get an error ──> its reason, exit code not 0
+
+With `--api-workers` N this process is the first of N that answer on the port, and leads the others through the same life (`followers.py`).
 """
 
 from __future__ import annotations
@@ -10,29 +12,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gantline_runtime import logs
-from gantline_runtime.chat_template import TemplateError
 from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient, EngineUnavailable, RequestFailed
 from gantline_runtime.engine_messages import EngineProgress, EngineReady
-from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, SamplingParams
-from gantline_runtime.pooling import load_pooling
-from gantline_runtime.server.front import FLUSH_S, Front
+from gantline_runtime.server.followers import Followers
+from gantline_runtime.server.front import FLUSH_S, Front, bind_socket
 from gantline_runtime.server.lifecycle import Lifecycle, State
+from gantline_runtime.server.loading import load_model
 from gantline_runtime.server.metrics import Metrics
-from gantline_runtime.server.output_plan import ModelFormats
 from gantline_runtime.server.service import Model, Service
-from gantline_runtime.server.template_process import TemplateRenderer
+from gantline_runtime.server.worker_messages import CutOff, Die, Drain, FollowerSettings, Serve
 from gantline_runtime.termination import Reason, TerminationMessage
-from gantline_runtime.tokenizer import Tokenizer
 
 __all__ = ["Announcer", "Runner"]
 
@@ -73,6 +73,13 @@ class Runner:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._interrupted = False
+        self._followers = Followers(config.step_timeout)
+        self._death: asyncio.Future[TerminationMessage] = asyncio.get_running_loop().create_future()
+        for end in (self._engine.died, self._followers.died):
+            end.add_done_callback(self._on_death)
+        self._version = version
+        if config.api_workers > 1 and config.port:
+            bind_socket(config.host, config.port).close()  # a shared port would be shared with a server that is there already, too
         self._front = Front(self._service, config, version=version)
 
     @property
@@ -87,6 +94,7 @@ class Runner:
                     self._announcer.listening(self.url)
                     return await self._live()
             finally:
+                await self._followers.close()
                 await self._engine.close()
                 await self._service.close()
 
@@ -94,12 +102,12 @@ class Runner:
         stop = asyncio.create_task(self._stop.wait())
         start = asyncio.create_task(self._start())
         try:
-            await asyncio.wait((start, stop, self._engine.died), return_when=asyncio.FIRST_COMPLETED)
-            if start.done() and not self._engine.died.done():
+            await asyncio.wait((start, stop, self._death), return_when=asyncio.FIRST_COMPLETED)
+            if start.done() and not self._death.done():
                 start.result()  # raises what went wrong with the model
-                await asyncio.wait((stop, self._engine.died), return_when=asyncio.FIRST_COMPLETED)
-            if self._engine.died.done():
-                return await self._die(self._engine.died.result())
+                await asyncio.wait((stop, self._death), return_when=asyncio.FIRST_COMPLETED)
+            if self._death.done():
+                return await self._die(self._death.result())
             return await self._drain()
         finally:
             for task in (stop, start):
@@ -117,30 +125,39 @@ class Runner:
             log_format=logs.resolve_format(config.log_format),
             engine=self._engine_name,
         )
-        model, _ = await asyncio.gather(
-            self._load_model(), asyncio.wait((self._engine.ready, self._engine.died), return_when=asyncio.FIRST_COMPLETED)
+        self._followers.start(self._follower_settings())
+        await asyncio.gather(
+            load_model(self._service, self._model_dir),
+            asyncio.wait((self._engine.ready, self._engine.died), return_when=asyncio.FIRST_COMPLETED),
         )
         if self._engine.died.done():
             return
+        assert self._service.model is not None
+        model = self._service.model
         await self._warm_up(self._engine.ready.result(), model)
+        await self._followers.wait_loaded()
         seconds = time.monotonic() - self.lifecycle.began_at
         self._metrics.startup("total", seconds)
+        await self._followers.tell(Serve(self._metrics.startup_phases))
         self.lifecycle.enter(State.READY)
         self._announcer.ready(self.url, model, seconds)
 
-    async def _load_model(self) -> Model:
-        began = time.monotonic()
-        tokenizer, defaults, pooling = await self._service.in_thread(
-            lambda: (Tokenizer.load(self._model_dir), GenerationDefaults.load(self._model_dir), load_pooling(self._model_dir))
-        )
-        name = self._config.served_model_name or self._model_dir.resolve().name
-        formats = ModelFormats.of(tokenizer, self._config.tool_call_parser, self._config.reasoning_parser)
-        model = Model(name=name, tokenizer=tokenizer, defaults=defaults, formats=formats, pooling=pooling, created=int(time.time()))
-        if tokenizer.chat_template is not None:
-            model = await _with_template(model, tokenizer.chat_template)
-        self._metrics.startup("tokenizer", time.monotonic() - began)
-        self._service.model = model
-        return model
+    def _follower_settings(self) -> list[FollowerSettings]:
+        port = self._front.socket.getsockname()[1]
+        return [
+            FollowerSettings(
+                number=number,
+                engine_endpoint=self._engine.endpoint,
+                control_endpoint=f"{self._engine.endpoint}-workers",
+                parent_pid=os.getpid(),
+                model_dir=str(self._model_dir),
+                engine_config=asdict(self._engine_config),
+                server_config=asdict(replace(self._config, port=port)),
+                version=self._version,
+                log_format=logs.resolve_format(self._config.log_format),
+            )
+            for number in range(1, self._config.api_workers)
+        ]
 
     async def _warm_up(self, ready: EngineReady, model: Model) -> None:
         """One short request goes all the way, so that `ready` means that an answer was made, and the first client does not pay for it."""
@@ -168,13 +185,16 @@ class Runner:
 
     def _show_progress(self, progress: EngineProgress) -> None:
         self.lifecycle.show_progress(progress.phase, progress.done, progress.total)
+        self._followers.post(progress)
         self._announcer.progress(progress)
 
     # ---- end
 
     async def _die(self, message: TerminationMessage) -> TerminationMessage:
-        """The engine is gone and every open request has been given an error: let the errors reach the clients."""
+        """The engine or an API process is gone: give every open request an error, and let the errors reach the clients."""
         self.lifecycle.enter(State.DEAD)
+        self._engine.fail_all(EngineUnavailable(message.message, message.reason))
+        await self._followers.tell(Die(message.reason.value, message.message))
         await self._wait_until_idle(FLUSH_S)
         return message
 
@@ -183,28 +203,39 @@ class Runner:
         # Ctrl-C at a terminal: no endpoints lag behind, and nobody wants to wait for the delay.
         delay = 0.0 if self._interrupted else min(config.drain_delay, config.drain_timeout)
         self.lifecycle.drain(delay)
-        log.info("draining", extra=logs.fields(running=self._service.num_admitted, drain_delay=delay, drain_timeout=config.drain_timeout))
+        await self._followers.tell(Drain(delay))
+        log.info("draining", extra=logs.fields(running=self._num_admitted, drain_delay=delay, drain_timeout=config.drain_timeout))
         if self._service.session_len:
-            await self._wait_for_any(delay)
+            await self._wait_for_any(delay - (time.monotonic() - began))
+        await self._followers.tell(Drain(0.0))  # whose answer has every request that was taken
         await self._wait_until_idle(config.drain_timeout - (time.monotonic() - began))
-        if self._engine.died.done():
-            return await self._die(self._engine.died.result())
-        unfinished = self._service.num_admitted
+        if self._death.done():
+            return await self._die(self._death.result())
+        unfinished = self._num_admitted
         self._engine.fail_all(EngineUnavailable("the server is shutting down", Reason.DRAINED))
+        await self._followers.tell(CutOff())
         await self._wait_until_idle(FLUSH_S, hurry=False)
         log.info("drained", extra=logs.fields(unfinished=unfinished, seconds=round(time.monotonic() - began, 1)))
         text = "all requests were answered" if not unfinished else f"{unfinished} requests were cut off after {config.drain_timeout:g} s"
         return TerminationMessage(Reason.DRAINED, text)
 
+    @property
+    def _num_admitted(self) -> int:
+        return self._service.num_admitted + self._followers.num_admitted
+
     async def _wait_until_idle(self, timeout_s: float, *, hurry: bool = True) -> None:
-        idle = asyncio.create_task(self._service.idle.wait())
+        idle = asyncio.create_task(self._be_idle())
         await self._wait_for_any(timeout_s, idle, hurry=hurry)
         idle.cancel()
+
+    async def _be_idle(self) -> None:
+        await self._service.idle.wait()
+        await self._followers.wait_idle()
 
     async def _wait_for_any(self, timeout_s: float, *others: asyncio.Task[Any], hurry: bool = True) -> None:
         """Until `timeout_s`, one of `others`, or what ends every wait: the engine's death, and a second signal."""
         hurried = asyncio.create_task(self._hurry.wait())
-        ends = (*others, *((self._engine.died, hurried) if hurry else ()))
+        ends = (*others, *((self._death, hurried) if hurry else ()))
         if timeout_s > 0 and ends:
             await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
@@ -220,20 +251,13 @@ class Runner:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
 
+    def _on_death(self, end: asyncio.Future[TerminationMessage]) -> None:
+        if not end.cancelled() and not self._death.done():
+            self._death.set_result(end.result())
+
     def _on_signal(self, number: int) -> None:
         """The first asks for a drain, a second one for an end to it."""
         if self._stop.is_set():
             self._hurry.set()
         self._interrupted = self._interrupted or number == signal.SIGINT
         self._stop.set()
-
-
-async def _with_template(model: Model, source: str) -> Model:
-    """A broken template does not keep a model from completing texts: chats are refused, with the reason."""
-    renderer = TemplateRenderer(source, model.tokenizer.special_tokens)
-    try:
-        await renderer.start()
-    except TemplateError as error:
-        log.warning("chat completions will be refused", extra=logs.fields(cause=str(error)))
-        return replace(model, template_problem=f"{str(error)[:1].upper()}{str(error)[1:]}.")
-    return replace(model, renderer=renderer)
