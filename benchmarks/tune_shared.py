@@ -1,9 +1,9 @@
 """Attention over shared prefixes, by variant and by where it pays: `python -m benchmarks.tune_shared [--warm] [pass] [plan] ...`.
 
     pass   the pass over the prefixes alone: rows of a tile, tokens of a tile, warps, stages, copy engine, parts
-    plan   the whole: rows and parts of the prefix, taken in by the program of a sequence's own context or joined afterwards
-    whole  sequences that share against each by itself, by their number and the prefix's length
-    early  decode attention, launched before the kernel ahead ends or not
+    plan   the whole: parts of the prefix, taken in by the program of a sequence's own context or joined afterwards, both launches at
+           once or one after the other; tiles, warps and stages of the sequences' own parts
+    whole  sequences that share against each by itself, by their number and the prefix's length; and how far the results are apart
     chunk  kernels for chunks of prompts: Triton's and CUDA C++
 
 `--warm` runs every job once, by several processes at once, which leaves its kernels in Triton's cache; without it they are timed.
@@ -23,7 +23,7 @@ from gantline_kernels.triton_kernels.decode import DecodePlan, decode_attention
 from gantline_kernels.triton_kernels.shared_prefix import attend_shared_prefixes
 
 from benchmarks import ceilings
-from benchmarks.kernels import DIM, HEADS, KV_HEADS, Case, paged_inputs, prefill_cases, shared_inputs
+from benchmarks.kernels import DIM, HEADS, KV_HEADS, Case, prefill_cases, shared_inputs
 
 Job = tuple[Any, ...]
 Groups = tuple[tuple[int, int], ...]
@@ -36,13 +36,6 @@ _SCALE = DIM**-0.5
 @lru_cache(maxsize=1)
 def _inputs(groups: Groups) -> Any:
     return shared_inputs(list(groups), _OWN)
-
-
-@lru_cache(maxsize=1)
-def _plain_inputs(count: int, context: int) -> list[Any]:
-    """As many input sets as exceed the second-level cache."""
-    sets = max(1, min(16, 220_000_000 // (count * context * 4096) + 1))
-    return [paged_inputs([1] * count, [context] * count) for _ in range(sets)]
 
 
 def pass_jobs() -> Iterator[Job]:
@@ -66,43 +59,42 @@ def _pass(groups: Groups, parts: int, options: dict[str, Any]) -> list[Callable[
 
 
 def plan_jobs() -> Iterator[Job]:
-    for rows, parts, joined in itertools.product((64, 128), (1, 2, 4), (False, True)):
-        yield "plan", _SHAPES[0], DecodePlan(1, 2048, rows, parts, joined), True
-    yield "plan", _SHAPES[0], DecodePlan(1, 2048, 64, 2, False), False
+    for groups in _SHAPES[:2]:
+        for parts, early in itertools.product((1, 2, 4), (False, True)):
+            yield "plan", groups, DecodePlan(1, 2048, 64, parts, False), {"early": early}
+        yield "plan", groups, DecodePlan(1, 2048, 64, 1, True), {"early": True}
+    for options in ({"num_warps": 4}, {"num_stages": 5}, {"num_stages": 2}, {"tile": 32}, {"tile": 32, "num_warps": 4}):
+        yield "plan", _SHAPES[0], DecodePlan(1, 2048, 64, 1, False), {"early": True, **options}
 
 
-def _plan(groups: Groups, plan: DecodePlan, early: bool) -> list[Callable[[], object]]:
+def _plan(groups: Groups, plan: DecodePlan, options: dict[str, Any]) -> list[Callable[[], object]]:
     (q, keys, values, tables, _, lens), shared = _inputs(groups)
     out, longest = torch.empty_like(q), max(prefix for _, prefix in groups) + _OWN
-    return [lambda: decode_attention(q, keys, values, tables, lens, out, _SCALE, longest, 0, 0.0, shared, plan=plan, early=early)]
+    return [lambda: decode_attention(q, keys, values, tables, lens, out, _SCALE, longest, 0, 0.0, shared, plan=plan, **options)]
 
 
 def whole_jobs() -> Iterator[Job]:
-    for count, prefix in itertools.product((2, 4, 8, 32, 256), (64, 256, 1024, 4096)):
+    shapes: list[Groups] = [((count, prefix),) for count, prefix in itertools.product((4, 8, 32, 256), (256, 1024, 4096))]
+    for groups in (*shapes, ((256, 2048),), ((32, 1024), (32, 1024), (32, 1024), (32, 1024), (128, 0)), ((2, 8192), (2, 64), (3, 0))):
         for told in (False, True):
-            yield "whole", ((count, prefix),), told
-    for told in (False, True):
-        yield "whole", ((32, 1024), (32, 1024), (32, 1024), (32, 1024), (128, 0)), told
+            yield "whole", groups, told
 
 
 def _whole(groups: Groups, told: bool) -> list[Callable[[], object]]:
     (q, keys, values, tables, _, lens), shared = _inputs(groups)
     out, longest = torch.empty_like(q), max(prefix for _, prefix in groups) + _OWN
-    told_of = shared if told else None
-    return [lambda: decode_attention(q, keys, values, tables, lens, out, _SCALE, longest, 0, 0.0, told_of)] * 4
 
+    def run(use: bool = told, out: torch.Tensor = out) -> None:
+        decode_attention(q, keys, values, tables, lens, out, _SCALE, longest, 0, 0.0, shared if use else None)
 
-def early_jobs() -> Iterator[Job]:
-    for (count, context), early in itertools.product(((1, 32768), (1, 1024), (16, 512), (16, 8192), (256, 1024)), (False, True)):
-        yield "early", count, context, early
-
-
-def _early(count: int, context: int, early: bool) -> list[Callable[[], object]]:
-    def bind(q: Any, keys: Any, values: Any, tables: Any, _: Any, lens: Any) -> Callable[[], object]:
-        out = torch.empty_like(q)
-        return lambda: decode_attention(q, keys, values, tables, lens, out, _SCALE, context, 0, 0.0, early=early)
-
-    return [bind(*inputs) for inputs in _plain_inputs(count, context)]
+    if told:
+        both = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+        run(False, both[0])
+        for _ in range(5):
+            run(True, both[1])
+            difference = float((both[0].float() - both[1].float()).abs().max())
+            assert difference < 3e-2, f"results are {difference} apart"
+    return [run] * 4
 
 
 def chunk_jobs() -> Iterator[Job]:
@@ -116,9 +108,9 @@ def _chunk(name: str, backend: str) -> list[Callable[[], object]]:
     return [case.make(0)]
 
 
-_JOBS = {"pass": pass_jobs, "plan": plan_jobs, "whole": whole_jobs, "early": early_jobs, "chunk": chunk_jobs}
+_JOBS = {"pass": pass_jobs, "plan": plan_jobs, "whole": whole_jobs, "chunk": chunk_jobs}
 _PREPARE: dict[str, Callable[..., list[Callable[[], object]]]] = {
-    "pass": _pass, "plan": _plan, "whole": _whole, "early": _early, "chunk": _chunk,
+    "pass": _pass, "plan": _plan, "whole": _whole, "chunk": _chunk,
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def compile_only(capability: int) -> None:
     JITFunction.run = compile_launch
     decode._num_sms = lambda index: 132
     if capability >= 90:
-        decode.can_start_early = lambda q: True
+        decode.capability = lambda device: (9, 0)
         prefill._can_use_tma = shared_prefix._can_use_tma = lambda q, dim, tile, block_size: (
             dim & (dim - 1) == 0 and 64 <= dim <= 256 and tile <= block_size and q.dtype != torch.float32
         )

@@ -4,8 +4,9 @@
 A program takes one sequence, one key/value head with all query heads that share it, and one part of the context; a second kernel joins
 the parts. So every key and value is read once, and few long sequences still fill the GPU. The number of parts follows from host integers.
 
-What groups of sequences share (`shared_prefix.py`) is attended first, and is further parts here: where few, the program of a sequence's own
-context begins with them, otherwise the second kernel joins them with the others.
+What groups of sequences share (`shared_prefix.py`) is attended by a launch before, and is further parts here: where few, the program of a
+sequence's own context takes them in at its end, otherwise the second kernel joins them with the others. On Hopper the two launches overlap
+(programmatic dependent launch): the one before is bound by the matrix units, this one by memory.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from gantline_kernels.shared_prefix import SharedPrefixes
+from gantline_kernels.triton_kernels.early import capability, launch_options
 from gantline_kernels.triton_kernels.shared_prefix import attend_shared_prefixes, plan_prefix
 
 __all__ = ["DecodePlan", "decode_attention", "plan_decode"]
@@ -44,9 +46,6 @@ def _decode(
     TILE: tl.constexpr, SPLIT: tl.constexpr, SHARED: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
@@ -69,17 +68,6 @@ def _decode(
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
-    if SHARED and not SPLIT:
-        for earlier in range(tl.where(start > 0, shared_parts, 0)):
-            place = (sequence * heads + head) * shared_parts + earlier
-            lse = tl.load(part_lse + place, mask=row_inside, other=-1e30)
-            mean = tl.load(part_out + place[:, None] * DIM + dims[None, :], mask=inside & (lse > -1e29)[:, None], other=0.0)
-            new_top = tl.maximum(top, lse)
-            weight = tl.where(lse > -1e29, tl.exp2(lse - new_top), 0.0)
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + weight
-            acc = acc * shrink[:, None] + mean * weight[:, None]
-            top = new_top
     table = block_tables + sequence * table_stride
     for tile in range(first, last):
         at = tile * TILE + tl.arange(0, TILE)
@@ -109,6 +97,20 @@ def _decode(
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
         top = new_top
 
+    if EARLY:  # the pass over shared prefixes, which had waited for all before it, may still be running
+        gdc_wait()
+    if SHARED and not SPLIT:
+        for earlier in range(tl.where(start > 0, shared_parts, 0)):
+            place = (sequence * heads + head) * shared_parts + earlier
+            lse = tl.load(part_lse + place, mask=row_inside, other=-1e30)
+            mean = tl.load(part_out + place[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
+            mean = tl.where((lse > -1e29)[:, None], mean, 0.0)  # nothing was written for an empty part
+            new_top = tl.maximum(top, lse)
+            weight = tl.where(lse > -1e29, tl.exp2(lse - new_top), 0.0)
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + weight
+            acc = acc * shrink[:, None] + mean * weight[:, None]
+            top = new_top
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     if SPLIT:
         place = (sequence * heads + head) * (shared_parts + parts) + shared_parts + part
@@ -123,12 +125,9 @@ def _decode(
 @triton.jit
 def _join(
     part_out, part_lse, context_lens, shared_lens, out, heads, parts, shared_parts,
-    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, EARLY: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Average the parts of one query head by the weight of each; the first `shared_parts` only where the sequence is in a group."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     dims = tl.arange(0, DIM_PADDED)
@@ -143,11 +142,6 @@ def _join(
     result = tl.sum(values * weights[:, None], axis=0) / tl.sum(weights, axis=0)
     covered = tl.load(context_lens + row // heads) > 0
     tl.store(out + row * DIM + dims, result.to(out.dtype.element_ty), mask=(dims < DIM) & covered)
-
-
-def can_start_early(q: torch.Tensor) -> bool:
-    """Whether a kernel may be launched before the one ahead of it ends, and wait itself (programmatic dependent launch)."""
-    return q.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 @cache
@@ -180,15 +174,13 @@ class DecodePlan:
 
 
 @cache
-def plan_decode(
-    batch: int, heads: int, kv_heads: int, max_context_len: int, max_own_len: int | None, num_sms: int, most_rows: int
-) -> DecodePlan:
+def plan_decode(batch: int, heads: int, kv_heads: int, max_context_len: int, max_own_len: int | None, num_sms: int) -> DecodePlan:
     """`max_own_len` None: nothing is shared."""
     if max_own_len is None:
         parts, least = plan_parts(batch, kv_heads, max_context_len, num_sms)
         return DecodePlan(parts, least, joined=parts > 1)
     parts, least = plan_parts(batch, kv_heads, max_own_len, num_sms)
-    rows, shared_parts = plan_prefix(batch * heads // kv_heads, kv_heads, max_context_len, num_sms, most_rows)
+    rows, shared_parts = plan_prefix(batch * heads // kv_heads, kv_heads, max_context_len, num_sms)
     return DecodePlan(parts, least, rows, shared_parts, joined=parts > 1 or shared_parts > _MOST_TAKEN_IN)
 
 
@@ -219,8 +211,7 @@ def decode_attention(
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     group, dim_padded, num_sms = heads // kv_heads, triton.next_power_of_2(dim), _num_sms(q.device.index)
     seen = min(max_context_len, sliding_window) if sliding_window else max_context_len
-    most_rows = 128 if dim <= 128 and q.dtype != torch.float32 else 64
-    plan = plan or plan_decode(batch, heads, kv_heads, seen, None if shared is None else shared.max_own_len, num_sms, most_rows)
+    plan = plan or plan_decode(batch, heads, kv_heads, seen, None if shared is None else shared.max_own_len, num_sms)
     tile = tile or min(64 if dim <= 128 else 32, block_size if block_size >= 16 else 64)
     # Of five stages the pipeline gives two buffers to the tiles (a tile's address is itself loaded), of three one: enough where many
     # programs share a multiprocessor.
@@ -232,12 +223,11 @@ def decode_attention(
     part_out = torch.empty((batch, heads, all_parts, dim), dtype=torch.float32, device=q.device) if all_parts else out
     part_lse = torch.empty((batch, heads, all_parts), dtype=torch.float32, device=q.device) if all_parts else out
     shared_lens = context_lens if shared is None else shared.lens
-    early = can_start_early(q) if early is None else early
-    launch = {"EARLY": early} | ({"launch_pdl": True} if early else {})
+    early = shared is not None and (capability(q.device) >= (9, 0) if early is None else early)
     if shared is not None:
         attend_shared_prefixes(
             q, key_cache, value_cache, block_tables, shared, part_out, part_lse, scale, logit_softcap,
-            rows=plan.shared_rows, parts=plan.shared_parts, early=early,
+            rows=plan.shared_rows, parts=plan.shared_parts, lead=early,
         )  # fmt: skip
     _decode[(plan.parts, kv_heads, batch)](
         q, key_cache, value_cache, block_tables, context_lens, shared_lens, out, part_out, part_lse,
@@ -245,11 +235,12 @@ def decode_attention(
         max(1, plan.least // tile),
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size,
         TILE=tile, SPLIT=plan.joined, SHARED=shared is not None, SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages, **launch,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+        EARLY=early, **launch_options(early),
     )  # fmt: skip
     if plan.joined:
         _join[(batch * heads,)](
             part_out, part_lse, context_lens, shared_lens, out, heads, all_parts, plan.shared_parts,
             DIM=dim, DIM_PADDED=dim_padded, PARTS=max(2, triton.next_power_of_2(all_parts)), SHARED=shared is not None,
-            num_warps=4, **launch,
+            num_warps=4,
         )  # fmt: skip

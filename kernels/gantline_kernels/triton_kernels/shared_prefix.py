@@ -15,7 +15,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_kernels.prefill import _attend_tile, _can_use_tma, _descriptor
@@ -24,6 +24,8 @@ __all__ = ["attend_shared_prefixes", "plan_prefix"]
 
 _PROGRAMS_PER_SM = 1
 _MAX_PARTS = 32
+_MOST_ROWS = 64
+"""Of a tile: with 128 the accumulators no longer fit the registers."""
 _LEAST_PART = 128
 """Tokens of the shortest part worth a program of its own."""
 
@@ -33,11 +35,10 @@ def _shared_prefix(
     q, key_cache, value_cache, block_tables, shared_lens, members, group_starts, part_out, part_lse,
     scale, softcap, q_stride, table_stride, kv_heads, groups, parts, all_parts, least_tiles,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    TILE: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
+    if LEAD:
         gdc_launch_dependents()
-        gdc_wait()
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
     program = tl.program_id(2)
@@ -85,9 +86,9 @@ def _shared_prefix(
 
 
 @cache
-def plan_prefix(rows_of_all: int, kv_heads: int, max_prefix_len: int, num_sms: int, most_rows: int) -> tuple[int, int]:
+def plan_prefix(rows_of_all: int, kv_heads: int, max_prefix_len: int, num_sms: int) -> tuple[int, int]:
     """(rows of a tile, parts of each prefix), for `rows_of_all` rows of one key/value head, as if all were in one group."""
-    rows = max(16, min(most_rows, triton.next_power_of_2(rows_of_all)))
+    rows = max(16, min(_MOST_ROWS, triton.next_power_of_2(rows_of_all)))
     programs = -(-rows_of_all // rows) * kv_heads
     most = max(1, max_prefix_len // _LEAST_PART)
     return rows, max(1, min(num_sms * _PROGRAMS_PER_SM // programs, most, _MAX_PARTS))
@@ -106,16 +107,17 @@ def attend_shared_prefixes(
     *,
     rows: int,
     parts: int,
+    lead: bool = False,
     tile: int = 0,
     num_warps: int = 0,
     num_stages: int = 0,
     tma: bool | None = None,
-    early: bool = False,
 ) -> None:
     """Fill parts 0 to `parts` of part_out float32 [N, Hq, P, D] and part_lse float32 [N, Hq, P] for sequences in a group: means, and
     logarithms to the base 2 of sums of weights (-1e30 of none, whose mean is undefined). Those of others are left as they are.
 
-    q [N, Hq, D] (heads packed). `tile` and what follows are for tuning; 0 or None: chosen here.
+    q [N, Hq, D] (heads packed). `lead`: the next launch may start at once; it must wait for this one before it reads what this one writes.
+    `tile` and what follows are for tuning; 0 or None: chosen here.
     """
     batch, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
@@ -131,5 +133,5 @@ def attend_shared_prefixes(
         GROUP=group, ROWS=rows, DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size, TILE=tile,
         SOFTCAP=logit_softcap > 0, TMA=use_tma, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=num_warps or (4 if dim <= 128 else 8), num_stages=num_stages or 2,
-        EARLY=early, **({"launch_pdl": True} if early else {}),
+        LEAD=lead,
     )  # fmt: skip
