@@ -41,6 +41,7 @@ INSTALLATIONS: dict[str, Object] = {
         "podAnnotations": {"example.com/a": "b"},
         "podLabels": {"example.com/c": "d"},
         "test": {"namespace": "team-a", "timeoutSeconds": 60},
+        "dashboard": {"enabled": True, "annotations": {"folder": "Inference"}},
     },
     "nothing-extra": {"crds": {"install": False}, "metrics": {"service": False}, "rbac": {"create": False, "readLogs": False}},
 }
