@@ -33,6 +33,7 @@ from gantline_runtime.scheduler import Scheduler, Step
 
 if TYPE_CHECKING:
     from gantline_runtime.executor import MemoryReport
+    from gantline_runtime.grammar.matching import MatchState
     from gantline_runtime.grammar.requests import Grammars
     from gantline_runtime.model_runner import PendingTokens, StepResult
     from gantline_runtime.sampling import TokenMask
@@ -283,9 +284,18 @@ class EngineLoop:
         started = self._clock()
         running = [row for row in rows if step.samples[row].finish_reason is None]  # of the others the token is dropped
         assert self._grammars is not None
-        mask = self._grammars.masks(running, [step.samples[row] for row in running])
+        mask, over = self._grammars.masks(running, [step.samples[row] for row in running])
+        for sequence, state in over:
+            outputs.append(self._end_match(sequence.request_id, state))
         self._counters.times.mask_s += self._clock() - started
         return mask
+
+    def _end_match(self, request_id: str, state: MatchState) -> TokenOutput:
+        if state == "ended":
+            return self._scheduler.stop(request_id)
+        if state == "slow":
+            return self._scheduler.fail(request_id, "following it takes too long; use a simpler one", "invalid_grammar")
+        return self._scheduler.fail(request_id, "nothing that the model can say continues the grammar")
 
     def _take_grammars(self) -> list[TokenOutput]:
         """Let requests run whose grammar is compiled by now; end those whose grammar cannot be."""

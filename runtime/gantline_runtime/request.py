@@ -39,10 +39,9 @@ class RequestRejected(ValueError):
 class Matcher(Protocol):
     """What the scheduler needs of `gantline_runtime.grammar.matching.GrammarMatcher`."""
 
-    def accept(self, token: int) -> bool: ...
-
-    @property
-    def ended(self) -> bool: ...
+    def push(self, token: int) -> None:
+        """The answer goes on with `token`."""
+        ...
 
 
 class Sequence:

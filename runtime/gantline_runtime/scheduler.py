@@ -109,6 +109,13 @@ class Scheduler:
         self._finish(sequence)
         return True
 
+    def stop(self, request_id: str) -> TokenOutput:
+        """End a request whose grammar has ended: what was sampled after that does not count."""
+        sequence = self.sequences[request_id]
+        sequence.finish_reason = "stop"
+        self._finish(sequence)
+        return TokenOutput(request_id=request_id, token_ids=[], finish_reason="stop", num_cached_tokens=sequence.num_cached_tokens)
+
     def fail(self, request_id: str, error: str, code: ErrorCode = "error") -> TokenOutput:
         """End a request by its own error, which the output tells."""
         sequence = self.sequences[request_id]
@@ -260,13 +267,10 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 continue
             sequence.tokens.append(token)
+            if sequence.matcher is not None:
+                sequence.matcher.push(token)
             generated = len(sequence.tokens) - sequence.prompt_len
             if token in sequence.stop_ids and generated > sequence.min_new_tokens:
-                sequence.finish_reason = "stop"
-            elif sequence.matcher is not None and not sequence.matcher.accept(token):
-                outputs.append(self.fail(sequence.request_id, "nothing that the model can say continues the grammar"))
-                continue
-            elif sequence.matcher is not None and sequence.matcher.ended:
                 sequence.finish_reason = "stop"
             elif generated >= sequence.max_new_tokens:
                 sequence.finish_reason = "length"

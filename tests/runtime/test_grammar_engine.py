@@ -14,6 +14,7 @@ import pytest
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop
 from gantline_runtime.grammar import compiler as grammar_compiler
+from gantline_runtime.grammar import matching
 from gantline_runtime.grammar.compiler import GrammarCompiler, InvalidGrammar
 from gantline_runtime.grammar.requests import Grammars
 from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
@@ -182,7 +183,31 @@ def test_a_request_that_left_while_its_grammar_was_compiled_leaves_nothing(model
     engine.close()
 
 
+SLOW = "((a?a?a?){1,40}){1,40}b"
+"""Ways to read it multiply with every letter."""
+
+
+def test_a_grammar_that_becomes_slow_to_follow_ends_its_request_alone(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "LIMIT_S", 0.02)
+    engine, _ = make_engine(grammars)
+    engine.add_request(constrained("slow", regex("x{40}" + SLOW.replace("a", "[ac-z]")), count=200))
+    for i in range(3):
+        engine.add_request(constrained(f"quick-{i}", regex("[ab]{60}")))
+    engine.add_request(request("free", [1, 2], 80))
+    outputs = drain(engine)
+    assert (outputs["slow"][-1].error_code, "too long" in outputs["slow"][-1].error) == ("invalid_grammar", True)
+    assert all(outputs[f"quick-{i}"][-1].finish_reason == "stop" for i in range(3))
+    assert tokens_of(outputs["free"]) == expected_tokens([1, 2], 80)
+
+
 # ---- the compiler
+
+
+def test_a_grammar_that_is_slow_to_follow_is_refused_before_it_runs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(model, vocab_size=VOCAB, stop_token_ids=[EOS], num_workers=1)
+    with pytest.raises(InvalidGrammar, match="takes too long"):
+        compiler.submit(regex(SLOW)).result(60)
+    compiler.close()
 
 
 def test_the_same_text_is_compiled_once_and_the_kept_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,12 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import IO, Any
 
 import msgspec
+import numpy as np
 
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.grammar.library import VOCABULARY_RAW, load_library
@@ -28,6 +30,11 @@ __all__ = ["main", "read_message", "write_message"]
 MEMORY_BYTES = 1 << 30
 _PR_SET_PDEATHSIG = 1
 _MAX_THREADS = 4
+_TRIED_TOKENS = 32
+_TRIALS = (0.0, 0.38, 1.0)
+"""Which of the allowed tokens is taken each time: the first, one in between, the last."""
+_TRIAL_S = 0.5
+"""Of processor time, for all of them: thousands of times what grammars usually take."""
 _MAX_DEPTH = 1000
 """Of rules within rules while a grammar is parsed: more than any schema needs, less than a thread's stack holds."""
 
@@ -73,7 +80,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     while (request := read_message(requests)) is not None:
         try:
-            answer = {"compiled": str(compiler.compile_structural_tag(request["grammar"]).serialize_json())}
+            compiled = compiler.compile_structural_tag(request["grammar"])
+            _try_out(library, compiled, setup["stop_token_ids"], setup["vocab_size"])
+            answer = {"compiled": str(compiled.serialize_json())}
         except MemoryError:
             answer = {"error": "it takes more memory than is allowed"}
         except Exception as error:  # whatever the library finds wrong with what a client wrote
@@ -94,6 +103,23 @@ def _tokenizer_info(library: Any, model_dir: str, vocab_size: int, stop_token_id
     known = min(vocab_size, tokenizer.vocab_size)
     texts = [b"" if token in tokenizer.special_ids else tokenizer.token_bytes(token) for token in range(known)]
     return library.TokenizerInfo(texts, VOCABULARY_RAW, vocab_size, list(stop_token_ids), False)  # no space is put before a text
+
+
+def _try_out(library: Any, compiled: Any, stop_token_ids: Sequence[int], vocab_size: int) -> None:
+    """Follow a grammar along some tokens. Raises ValueError where that takes so long that it would hold up the engine."""
+    bits = np.empty((1, -(-vocab_size // 32)), dtype=np.int32)
+    began = time.thread_time()
+    for share in _TRIALS:
+        matcher = library.GrammarMatcher(compiled, list(stop_token_ids) or None, not stop_token_ids, -1, None)
+        for _ in range(_TRIED_TOKENS):
+            matcher.fill_next_token_bitmask(bits, 0, False)
+            flags = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")
+            flags[list(stop_token_ids)] = 0
+            allowed = np.flatnonzero(flags)
+            if not len(allowed) or not matcher.accept_token(int(allowed[int(share * (len(allowed) - 1))]), False):
+                break
+            if time.thread_time() - began > _TRIAL_S:
+                raise ValueError("following it takes too long; use a simpler one")
 
 
 def describe(error: Exception) -> str:

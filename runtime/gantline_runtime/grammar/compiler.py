@@ -66,6 +66,7 @@ class GrammarCompiler:
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
         self._tokenizer: Any = None
         self._lock = threading.Lock()
+        self._children: set[_Child] = set()
         self._closed = False
         self.num_compilations = 0
 
@@ -103,6 +104,9 @@ class GrammarCompiler:
     def close(self) -> None:
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for child in self._children:
+                child.kill()
         while not self._idle.empty():
             self._idle.get().close()
 
@@ -113,10 +117,11 @@ class GrammarCompiler:
         try:
             answer = child.ask({"grammar": grammar}, self._timeout_s)
         except _ChildDied as death:
+            self._forget(child)
             if death.timed_out:
                 raise InvalidGrammar(f"compiling it takes longer than {self._timeout_s:g} s; use a simpler one") from None
             raise InvalidGrammar("the compiler crashed over it; use a simpler one") from None
-        self._give_back(child)
+        self._idle.put(child)
         if "error" in answer:
             raise InvalidGrammar(answer["error"])
         return load_library().CompiledGrammar.deserialize_json(answer["compiled"], self._tokenizer)
@@ -129,23 +134,27 @@ class GrammarCompiler:
 
     def _start_child(self) -> _Child:
         child = _Child()
+        with self._lock:
+            if self._closed:
+                child.kill()
+            self._children.add(child)
         try:
             answer = child.ask(self._setup, START_TIMEOUT_S)
         except _ChildDied:
+            self._forget(child)
             raise RuntimeError("the grammar compiler could not be started; see the log") from None
         if "error" in answer:
-            child.close()
+            self._forget(child)
             raise InvalidGrammar(f"this model cannot follow grammars: {answer['error']}")
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = load_library().TokenizerInfo.deserialize_json(answer["tokenizer"])
         return child
 
-    def _give_back(self, child: _Child) -> None:
-        if self._closed:
-            child.close()
-        else:
-            self._idle.put(child)
+    def _forget(self, child: _Child) -> None:
+        with self._lock:
+            self._children.discard(child)
+        child.close()
 
 
 class _ChildDied(Exception):
@@ -181,9 +190,12 @@ class _Child:
         finally:
             timer.cancel()
         if answer is None:
-            self.close()
             raise _ChildDied(timed_out=late.is_set())
         return answer
+
+    def kill(self) -> None:
+        """Whoever waits for its answer finds it dead."""
+        self._process.kill()
 
     def close(self) -> None:
         self._process.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gantline_runtime.grammar.compiler import GrammarCompiler, InvalidGrammar
-from gantline_runtime.grammar.matching import GrammarMatcher, MaskWriter
+from gantline_runtime.grammar.matching import GrammarMatcher, MaskWriter, MatchState
 from gantline_runtime.memory import available_cpus
 from gantline_runtime.messages import ErrorCode
 from gantline_runtime.request import Sequence
@@ -61,7 +61,7 @@ class Grammars:
     def _start_if_done(self, request_id: str) -> None:
         sequence, future = self._compiling[request_id]
         if future.done() and future.exception() is None:
-            sequence.matcher = GrammarMatcher(future.result(), self._eos_token_ids)
+            sequence.matcher = GrammarMatcher(future.result(), self._eos_token_ids, self._vocab_size)
             self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -73,18 +73,21 @@ class Grammars:
         if self._compiling:
             wait([future for _, future in self._compiling.values()], timeout=seconds, return_when=FIRST_COMPLETED)
 
-    def masks(self, rows: Seq[int], sequences: Seq[Sequence]) -> TokenMask | None:
-        """What the grammars of `sequences`, sampled in `rows` of a step, allow next."""
+    def masks(self, rows: Seq[int], sequences: Seq[Sequence]) -> tuple[TokenMask | None, list[tuple[Sequence, MatchState]]]:
+        """(what the grammars of `sequences`, sampled in `rows` of a step, allow next; those of them that cannot go on, and why)."""
         if not rows:
-            return None
+            return None, []
         if self._writer is None:
             threads = min(_MAX_THREADS, max(1, available_cpus() // 2))
             self._writer = MaskWriter(max_rows=self._max_rows, vocab_size=self._vocab_size, num_threads=threads, pinned=self._pinned)
-        matchers = [sequence.matcher for sequence in sequences]
-        return self._writer.write(rows, [matcher for matcher in matchers if isinstance(matcher, GrammarMatcher)])
+        matchers = [sequence.matcher for sequence in sequences if isinstance(sequence.matcher, GrammarMatcher)]
+        mask = self._writer.write(rows, matchers)
+        return mask, [(sequence, m.state) for sequence, m in zip(sequences, matchers, strict=True) if m.state != "open"]
 
     def close(self) -> None:
         self._compiling.clear()
+        if self._writer is not None:
+            self._writer.close()
         self._compiler.close()
 
 
