@@ -4,6 +4,7 @@
     plan   the whole: parts of the prefix, taken in by the program of a sequence's own context or joined afterwards, both launches at
            once or one after the other; tiles, warps and stages of the sequences' own parts
     whole  sequences that share against each by itself, by their number and the prefix's length; and how far the results are apart
+    split  decode attention of few sequences that share nothing: parts, stages, warps
     chunk  kernels for chunks of prompts: Triton's and CUDA C++
 
 `--warm` runs every job once, by several processes at once, which leaves its kernels in Triton's cache; without it they are timed.
@@ -23,7 +24,7 @@ from gantline_kernels.triton_kernels.decode import DecodePlan, decode_attention
 from gantline_kernels.triton_kernels.shared_prefix import attend_shared_prefixes
 
 from benchmarks import ceilings
-from benchmarks.kernels import DIM, HEADS, KV_HEADS, Case, prefill_cases, shared_inputs
+from benchmarks.kernels import DIM, HEADS, KV_HEADS, Case, paged_inputs, prefill_cases, shared_inputs
 
 Job = tuple[Any, ...]
 Groups = tuple[tuple[int, int], ...]
@@ -97,6 +98,23 @@ def _whole(groups: Groups, told: bool) -> list[Callable[[], object]]:
     return [run] * 4
 
 
+def split_jobs() -> Iterator[Job]:
+    cases = [(16, 512, parts) for parts in (1, 2, 3, 4)] + [(1, 32768, parts) for parts in (16, 32, 64)]
+    for options, (count, context, parts) in itertools.product(({}, {"num_stages": 7}, {"num_warps": 4}), cases):
+        yield "split", count, context, DecodePlan(parts, 1, joined=parts > 1), options
+
+
+def _split(count: int, context: int, plan: DecodePlan, options: dict[str, Any]) -> list[Callable[[], object]]:
+    """As many input sets as exceed the second-level cache."""
+
+    def bind(q: Any, keys: Any, values: Any, tables: Any, _: Any, lens: Any) -> Callable[[], object]:
+        out = torch.empty_like(q)
+        return lambda: decode_attention(q, keys, values, tables, lens, out, _SCALE, context, 0, 0.0, plan=plan, **options)
+
+    sets = max(1, min(16, 220_000_000 // (count * context * 4096) + 1))
+    return [bind(*paged_inputs([1] * count, [context] * count)) for _ in range(sets)]
+
+
 def chunk_jobs() -> Iterator[Job]:
     for case in prefill_cases("triton"):
         for backend in ("triton", "cuda"):
@@ -108,9 +126,9 @@ def _chunk(name: str, backend: str) -> list[Callable[[], object]]:
     return [case.make(0)]
 
 
-_JOBS = {"pass": pass_jobs, "plan": plan_jobs, "whole": whole_jobs, "chunk": chunk_jobs}
+_JOBS = {"pass": pass_jobs, "plan": plan_jobs, "whole": whole_jobs, "split": split_jobs, "chunk": chunk_jobs}
 _PREPARE: dict[str, Callable[..., list[Callable[[], object]]]] = {
-    "pass": _pass, "plan": _plan, "whole": _whole, "chunk": _chunk,
+    "pass": _pass, "plan": _plan, "whole": _whole, "split": _split, "chunk": _chunk,
 }  # fmt: skip
 
 
