@@ -310,7 +310,7 @@ class EngineLoop:
         outputs: list[TokenOutput] = []
         while self._in_flight:
             outputs += self._take_results(self._in_flight.popleft())
-        rescue = rescue_step(step, self._run_part, error)
+        rescue = rescue_step(step, lambda part: self._run_part(part, outputs), error)
         self._counters.failures_in_a_row = self._counters.failures_in_a_row + len(rescue.failures) if not rescue.num_run else 0
         if self._counters.failures_in_a_row > _MOST_FAILURES_IN_A_ROW:
             raise error
@@ -319,10 +319,10 @@ class EngineLoop:
         self._counters.finished += len(failed)
         return outputs + self._account(step, *rescue.results_of(step))
 
-    def _run_part(self, part: Step) -> StepResult:
+    def _run_part(self, part: Step, outputs: list[TokenOutput]) -> StepResult:
         for sequence in part.sequences:
             self._cache.resend_table(sequence)
-        return self._executor.read(self._executor.launch(part, self._cache, self._masks_of(part, [])))
+        return self._executor.read(self._executor.launch(part, self._cache, self._masks_of(part, outputs)))
 
     def _take_results(self, flight: _Flight) -> list[TokenOutput]:
         t0 = self._clock()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.engine import EngineLoop
+from gantline_runtime.engine import EngineLoop, LLMEngine
 from gantline_runtime.grammar import compiler as grammar_compiler
 from gantline_runtime.grammar import matching
 from gantline_runtime.grammar.compiler import GrammarCompiler, InvalidGrammar
@@ -23,6 +23,7 @@ from gantline_runtime.tokenizer import Tokenizer
 from tests.runtime.engine_support import VOCAB, FakeExecutor, drain, expected_tokens, request, tokens_of
 from tests.runtime.server_fakes import write_model
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny-model"
 EOS = 257
 """`<|end|>` of the byte tokenizer."""
 
@@ -198,6 +199,19 @@ def test_a_grammar_that_becomes_slow_to_follow_ends_its_request_alone(grammars: 
     assert (outputs["slow"][-1].error_code, "too long" in outputs["slow"][-1].error) == ("invalid_grammar", True)
     assert all(outputs[f"quick-{i}"][-1].finish_reason == "stop" for i in range(3))
     assert tokens_of(outputs["free"]) == expected_tokens([1, 2], 80)
+
+
+@pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="the tiny model is not here")
+def test_two_ranks_follow_a_grammar_that_only_the_first_knows() -> None:
+    engine = LLMEngine(TINY, EngineConfig(device="cpu", tp=2, num_cache_blocks=32, session_len=512))
+    try:
+        engine.add_request(constrained("a", regex("[a-f]{8}[0-9]{4}")))
+        engine.add_request(request("b", [1, 2, 3], 12))
+        outputs = drain(engine)
+    finally:
+        engine.close()
+    assert re.fullmatch("[a-f]{8}[0-9]{4}", Tokenizer.load(TINY).decode(tokens_of(outputs["a"])[:-1]))
+    assert len(tokens_of(outputs["b"])) == 12
 
 
 # ---- the compiler
