@@ -29,6 +29,7 @@ from gantline_kernels.shared_prefix import SharedPrefixes
 __all__ = [
     "BACKENDS",
     "HEAD_DIMS",
+    "INVARIANT",
     "SharedPrefixes",
     "add_rms_norm",
     "argmax",
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 BACKENDS = ("torch", "triton", "cuda")
+INVARIANT = "invariant"
+"""A backend for CPUs whose results for a row depend on that row alone; slower, and chosen by name only (`EngineConfig.batch_invariant`)."""
 HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
 """Head dimensions that attention is built for. 64, 96, 128 and 256 are tested on every backend; others are padded inside."""
 
@@ -76,7 +79,8 @@ def _automatic(kind: str) -> str:
 
 @cache
 def _implementation(backend: str) -> Any:
-    _require(backend in BACKENDS, f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    known = (*BACKENDS, INVARIANT)
+    _require(backend in known, f"backend is {backend!r}, expected one of {', '.join(known)}")
     return importlib.import_module(f"gantline_kernels.{backend}_backend")
 
 

@@ -305,9 +305,7 @@ def sample(
     return torch.where(random, drawn.clamp(max=logits.shape[1] - 1), logits.argmax(dim=-1))
 
 
-def _limit(
-    probabilities: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None
-) -> torch.Tensor:
+def _limit(probabilities: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None) -> torch.Tensor:
     """Zero what the limits drop: each limit becomes a least probability that a token must have."""
     ordered = probabilities.sort(dim=-1, descending=True).values
     if top_k is not None:

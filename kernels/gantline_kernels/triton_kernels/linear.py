@@ -83,4 +83,3 @@ def one_row_linear(
         num_warps=warps, **launch_options(early),
     )  # fmt: skip
     return out
-
