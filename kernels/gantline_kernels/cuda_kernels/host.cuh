@@ -24,11 +24,12 @@ inline EncodeTiled encode_tiled() {
 
 // A matrix of 16-bit floats copied in boxes of 128-byte rows, swizzled as the matrix units expect; what lies outside reads as zero.
 template <typename T>
-bool encode_panels(CUtensorMap* map, void* matrix, const cuuint64_t (&sizes)[2], const cuuint64_t (&strides)[1], const cuuint32_t (&box)[2]) {
+bool encode_panels(CUtensorMap* map, void* matrix, const cuuint64_t (&sizes)[2], const cuuint64_t (&strides)[1], const cuuint32_t (&box)[2],
+                   CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B) {
   const cuuint32_t steps[2] = {1, 1};
   const auto type = std::is_same<T, __half>::value ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode_tiled() && encode_tiled()(map, type, 2, matrix, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                                          promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // Once for each kernel and device.

@@ -7,10 +7,11 @@
 // scratch memory and counts itself; the last one to do so adds them in the blocks' order, so results do not depend on timing, and nobody
 // waits for another block.
 //
-// Weights depend on nothing, so a block may start before the kernel ahead of it ends (programmatic dependent launch): it fills its stages,
-// asks for `ahead` pieces more into the second-level cache, and only then waits. It lets its successor start when `lead` pieces are left to
-// ask for: earlier, and the successor's first weights only take this kernel's bandwidth; later, and memory idles in between. Two blocks fit
-// a multiprocessor.
+// Weights depend on nothing, so a block may start before the kernel ahead of it ends (programmatic dependent launch): two fit a
+// multiprocessor. But what it asks for while that kernel is in full swing only takes that kernel's bandwidth; what counts is the time when
+// memory would idle, from that kernel's last loads until this one has its x. So each block says in memory when it is `lead` pieces from its
+// end, and its successor's block of the same number waits for that (or for the end itself) before it fills its stages and asks for `ahead`
+// pieces more into the second-level cache. The words alternate between launches; a wrong one costs time, never a result.
 
 #include "host.cuh"
 #include "hopper.cuh"
@@ -23,8 +24,9 @@ constexpr int DEPTH = 64;     // inputs of a chunk
 constexpr int COMPUTE_THREADS = 128;
 constexpr int THREADS = COMPUTE_THREADS + 32;
 constexpr int MAX_ROWS = 64;
-constexpr int MAX_TILES = 16384;
+constexpr int MAX_TILES = 16384, MAX_BLOCKS = 1024;
 constexpr int SHARED_LIMIT = 113 * 1024;  // so that two blocks fit
+constexpr int BUSY = 1, ENDING = 0;
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000;  // weights are not met again before they would be evicted
 
 struct Arguments {
@@ -38,6 +40,10 @@ struct Arguments {
   int tiles;
   int ahead;
   int lead;
+  int patience;  // what waits for the end of the kernel ahead: 0 nothing, 1 all weights, 2 what goes to the second-level cache
+  int steady;    // stay ahead in the second-level cache to the end
+  volatile int* state;              // of each block: whether it is far from its end
+  const volatile int* state_ahead;  // the same of the kernel ahead
   int wide;  // out is float32
 };
 
@@ -50,6 +56,7 @@ struct __align__(1024) Shared {
   T x[X_STAGES][COLUMNS * DEPTH];
   uint64_t full[STAGES], empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
   int is_last;
+  volatile int may_start;  // the kernels ahead have ended
 };
 
 // A place in a ring of stages, and the parity of its current round.
@@ -141,17 +148,27 @@ __device__ void feed(const CUtensorMap* weight_map, const CUtensorMap* x_map, Sh
     copy_once_box(shared.weights[ring.stage], weight_map, at.column(), at.row(), &shared.full[ring.stage]);
     at.advance(args.chunks), ring.advance();
   };
-  const Cursor<PIECES> start = at;
-  if (signal == 0) let_later_kernels_start();
+  const auto wait_for_tail = [&] {
+    while (args.state_ahead[blockIdx.x] == BUSY && !shared.may_start) {
+    }
+  };
+  args.state[blockIdx.x] = signal > early ? BUSY : ENDING;
+  __threadfence();
+  let_later_kernels_start();
+  Cursor<PIECES> of_x = at;
+  if (args.patience == 1) wait_for_tail();
   for (int i = 0; i < early; ++i) copy_piece();
-  if (signal > 0 && signal <= early) let_later_kernels_start();
   Cursor<PIECES> later = at;
-  for (int i = early; i < min(total, early + args.ahead); ++i) {
-    prefetch_box(weight_map, later.column(), later.row());
-    later.advance(args.chunks);
-  }
+  int asked = early;
+  const auto ask = [&](int until) {
+    for (; asked < min(total, until); ++asked) {
+      prefetch_box(weight_map, later.column(), later.row());
+      later.advance(args.chunks);
+    }
+  };
+  if (args.patience == 2) wait_for_tail();
+  ask(early + args.ahead);
   wait_for_earlier_kernels();
-  Cursor<PIECES> of_x = start;
   for (int i = 0; i < total; ++i) {
     if (of_x.piece == 0) {
       barrier_wait(&shared.x_empty[x_ring.stage], x_ring.parity ^ 1);
@@ -163,7 +180,8 @@ __device__ void feed(const CUtensorMap* weight_map, const CUtensorMap* x_map, Sh
     if (i >= early) {
       barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
       copy_piece();
-      if (i + 1 == signal) let_later_kernels_start();
+      if (args.steady & 1) ask(i + 1 + args.ahead);
+      if (i + 1 == signal) args.state[blockIdx.x] = ENDING;
     }
   }
 }
@@ -306,6 +324,7 @@ __global__ __launch_bounds__(THREADS) void few_rows(const __grid_constant__ CUte
     for (int i = 0; i < Stages::STAGES; ++i) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], COMPUTE_THREADS / 32);
     for (int i = 0; i < Stages::X_STAGES; ++i) barrier_init(&shared.x_full[i], 1), barrier_init(&shared.x_empty[i], COMPUTE_THREADS / 32);
     barrier_init_visible();
+    shared.may_start = 0;
   }
   __syncthreads();
   if (threadIdx.x >= COMPUTE_THREADS) {
@@ -313,16 +332,17 @@ __global__ __launch_bounds__(THREADS) void few_rows(const __grid_constant__ CUte
     __syncwarp();
   } else {
     wait_for_earlier_kernels();  // whoever writes must have waited
+    if (threadIdx.x == 0) shared.may_start = 1;
     compute<T, COLUMNS, PIECES>(shared, args, first, last);
   }
 }
 
 template <typename T>
-bool make_map(CUtensorMap* map, const void* matrix, int rows, int columns, long long stride, int box_rows) {
+bool make_map(CUtensorMap* map, const void* matrix, int rows, int columns, long long stride, int box_rows, CUtensorMapL2promotion promotion) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {stride * sizeof(T)};
   const cuuint32_t box[2] = {DEPTH, static_cast<cuuint32_t>(box_rows)};
-  return encode_panels<T>(map, const_cast<void*>(matrix), sizes, strides, box);
+  return encode_panels<T>(map, const_cast<void*>(matrix), sizes, strides, box, promotion);
 }
 
 template <typename T, int COLUMNS, int PIECES>
@@ -331,8 +351,10 @@ int launch(const void* x, long long x_stride, const void* weight, int inputs, co
   static_assert(bytes <= SHARED_LIMIT, "two blocks must fit a multiprocessor");
   const cudaError_t error = raise_shared_memory<few_rows<T, COLUMNS, PIECES>>(bytes);
   if (error != cudaSuccess) return error;
+  cudaFuncSetAttribute(few_rows<T, COLUMNS, PIECES>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   CUtensorMap weight_map, x_map;
-  if (!make_map<T>(&weight_map, weight, args.outputs, inputs, inputs, OUTPUTS) || !make_map<T>(&x_map, x, args.rows, inputs, x_stride, COLUMNS)) {
+  if (!make_map<T>(&weight_map, weight, args.outputs, inputs, inputs, OUTPUTS, args.steady & 2 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B) ||
+      !make_map<T>(&x_map, x, args.rows, inputs, x_stride, COLUMNS, CU_TENSOR_MAP_L2_PROMOTION_L2_128B)) {
     return cudaErrorInvalidValue;
   }
   cudaLaunchAttribute attribute;
@@ -370,13 +392,15 @@ int launch_for_pieces(const void* x, long long x_stride, const void* weight, int
 // `type` 0: bfloat16, 1: float16, of x, weight and bias; out likewise, or float32 if `wide`. x [rows, inputs] with `x_stride` elements
 // between rows, weight [outputs, inputs] contiguous; bias may be null. inputs and x_stride are multiples of 8, rows at most 64, pointers of
 // 16 bytes. `pieces` (1 or 2): a tile's 128 outputs. `blocks`: as many as multiprocessors, at most one for each chunk. `sums`: 2 * blocks *
-// pieces * 128 * (8, 16, 32 or 64 rows) float32; `counters`: a zero int32 for each tile, at most 16384; both for launches that follow each
-// other. `ahead` and `lead`: see above. Returns a cudaError_t.
+// pieces * 128 * (8, 16, 32 or 64 rows) float32; `counters`: 16384 + 2 * 1024 int32, zero at first; both for launches that follow each
+// other, with `parity` 0 and 1 in turn. `ahead` and `lead`: see above. Returns a cudaError_t.
 GANTLINE_EXPORT int gantline_linear_hopper(int type, const void* x, long long x_stride, const void* weight, const void* bias, void* out, int wide, int rows,
-                                           int inputs, int outputs, void* sums, void* counters, int pieces, int blocks, int ahead, int lead, void* stream) {
-  if (rows < 1 || rows > gantline::MAX_ROWS || inputs < 8 || inputs % 8 || outputs < 1 || pieces < 1 || pieces > 2 || blocks < 1) return cudaErrorInvalidValue;
+                                           int inputs, int outputs, void* sums, void* counters, int pieces, int blocks, int ahead, int lead, int patience, int steady, int parity, void* stream) {
+  if (rows < 1 || rows > gantline::MAX_ROWS || inputs < 8 || inputs % 8 || outputs < 1 || pieces < 1 || pieces > 2 || blocks < 1 || blocks > gantline::MAX_BLOCKS) return cudaErrorInvalidValue;
   const int chunks = (inputs + gantline::DEPTH - 1) / gantline::DEPTH;
-  const gantline::Arguments args = {out, bias, static_cast<float4*>(sums), static_cast<int*>(counters), rows, outputs, chunks, 0, ahead, lead, wide};
+  volatile int* const states[2] = {static_cast<int*>(counters) + gantline::MAX_TILES, static_cast<int*>(counters) + gantline::MAX_TILES + gantline::MAX_BLOCKS};
+  const gantline::Arguments args = {out,  bias,     static_cast<float4*>(sums), static_cast<int*>(counters), rows, outputs, chunks, 0, ahead,
+                                    lead, patience, steady, states[parity & 1], states[~parity & 1], wide};
   const auto on = static_cast<cudaStream_t>(stream);
   return type == 0 ? gantline::launch_for_pieces<__nv_bfloat16>(x, x_stride, weight, inputs, args, pieces, blocks, on)
                    : gantline::launch_for_pieces<__half>(x, x_stride, weight, inputs, args, pieces, blocks, on);
