@@ -86,6 +86,7 @@ class ServerConfig:
     tls_cert: str | None = _option(None, "Certificate and its chain, a PEM file; read again when it changes. auto: no TLS.")
     tls_key: str | None = _option(None, "Private key of --tls-cert, a PEM file without a passphrase.")
     cors_origins: str | None = _option(None, "Web origins, separated by commas, whose pages may ask; * for all. auto: none.")
+    otlp_endpoint: str | None = _option(None, "OpenTelemetry collector that traces are sent to, such as http://collector:4318. auto: none.")
     drain_timeout: float = _option(120.0, "Seconds that running streams may go on after SIGTERM.")
     drain_delay: float = _option(3.0, "Seconds after SIGTERM in which new requests are still taken: endpoints lag behind readiness.")
     request_timeout: float | None = _option(
@@ -106,6 +107,9 @@ class ServerConfig:
         _check_choices(self)
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
         _require(1 <= self.api_workers <= 64, "api_workers", self.api_workers, "1 to 64")
+        endpoint = self.otlp_endpoint
+        is_address = endpoint is None or re.fullmatch(r"https?://\S+", endpoint) is not None
+        _require(is_address, "otlp_endpoint", endpoint, "an http:// or https:// address")
         together = (self.tls_cert is None) == (self.tls_key is None)
         _require(together, "tls_key", self.tls_key, "tls_cert and tls_key together, or neither")
         _require(

@@ -25,6 +25,7 @@ from gantline_runtime.server.errors import ApiError, not_found, respond, transla
 from gantline_runtime.server.routes import ROUTES
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.sse import ClientLeft
+from gantline_runtime.server.tracing import FinishedRequest, Tracing
 
 __all__ = ["create_app"]
 
@@ -43,9 +44,11 @@ _CORS: dict[str, Any] = {
 log = logging.getLogger("gantline.access")
 
 
-def create_app(service: Service, version: str, *, keys: ApiKeys | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
-    """`keys` None: anyone may ask. `cors_origins`: whose web pages may, `*` for all."""
-    middleware = [Middleware(_Observer, service=service)]
+def create_app(
+    service: Service, version: str, *, keys: ApiKeys | None = None, cors_origins: Sequence[str] = (), tracing: Tracing | None = None
+) -> Starlette:
+    """`keys` None: anyone may ask. `cors_origins`: whose web pages may, `*` for all. `tracing` None: no traces."""
+    middleware = [Middleware(_Observer, service=service, tracing=tracing)]
     if keys is not None:
         middleware.append(Middleware(Access, keys=keys))
     if cors_origins:  # outermost, so that pages can read errors too, and preflights need no key
@@ -73,8 +76,9 @@ async def _handle_http_exception(request: Request, error: Exception) -> Response
 class _Observer:
     """Around every request: its id, the translation of errors, a log line without content, and the count by route and status."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing | None) -> None:
         self._app = app
+        self._tracing = tracing
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,10 +120,16 @@ class _Observer:
         if hasattr(request.state, "api_key"):
             extra["api_key"] = request.state.api_key
         generation = getattr(request.state, "generation", None)
+        usage: dict[str, Any] = {}
         if generation is not None:
             usage = generation.usage()
             extra.update({name: usage[name] for name in ("prompt_tokens", "completion_tokens")})
             extra["finish_reasons"] = generation.finish_reasons
+        if self._tracing is not None and route not in _PROBES:
+            model = self._service.model.name if self._service.model is not None else ""
+            self._tracing.record(
+                FinishedRequest(request.method, route, status, seconds, request_id, request.headers, model, generation, usage)
+            )
         log.log(
             logging.DEBUG if quiet else logging.INFO,
             "request",

@@ -18,6 +18,7 @@ from gantline_runtime.server.app import create_app
 from gantline_runtime.server.reloading import Reloader
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.tls import Certificate
+from gantline_runtime.server.tracing import Tracing
 
 __all__ = ["FLUSH_S", "Front", "bind_socket"]
 
@@ -38,7 +39,9 @@ class Front:
             self._reloader.watch([keys.path], keys.reload)
         self._uses_tls = config.tls_cert is not None
         self.socket = bind_socket(config.host, config.port, shared=config.api_workers > 1)
-        self._http = _HttpServer(_uvicorn_config(create_app(service, version, keys=keys, cors_origins=config.cors_origin_list)))
+        self._tracing = Tracing(config.otlp_endpoint, version=version) if config.otlp_endpoint is not None else None
+        app = create_app(service, version, keys=keys, cors_origins=config.cors_origin_list, tracing=self._tracing)
+        self._http = _HttpServer(_uvicorn_config(app))
         if config.tls_cert is not None and config.tls_key is not None:
             certificate = Certificate(Path(config.tls_cert), Path(config.tls_key))
             self._reloader.watch(certificate.paths, certificate.reload)
@@ -61,6 +64,8 @@ class Front:
             tasks[1].cancel()
             self._http.should_exit = True
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._tracing is not None:
+                await self._tracing.close()
 
 
 class _HttpServer(uvicorn.Server):
