@@ -39,4 +39,12 @@ class LLMEngine(EngineLoop):
             max_rows=executor.limits.max_slots,
             pinned=executor.config.device == "cuda",
         )
-        super().__init__(executor, vocab_size=vocab_size, eos_token_ids=eos_token_ids, load_seconds=load_seconds, grammars=grammars)
+        implementation = "transformers" if checkpoint.shape.family == "transformers" else "gantline"
+        super().__init__(
+            executor,
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            load_seconds=load_seconds,
+            grammars=grammars,
+            about={"architecture": checkpoint.shape.architecture, "implementation": implementation},
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
@@ -93,6 +93,8 @@ class EngineStats:
     num_captures: int
     """CUDA graphs so far."""
     longest_capture_s: float
+    about: Mapping[str, str] = field(default_factory=dict)
+    """The model's class, and whose implementation runs it."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class EngineLoop:
         eos_token_ids: Seq[int],
         load_seconds: float = 0.0,
         grammars: Grammars | None = None,
+        about: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`grammars` None: requests with a grammar are refused. `clock` in seconds; steps are timed by it."""
@@ -184,6 +187,7 @@ class EngineLoop:
             pacer=self.pacer,
         )
         self._grammars = grammars
+        self._about = dict(about or {})
         self._clock = clock
         self._in_flight: deque[_Flight] = deque()
         self._last_done = clock()
@@ -374,6 +378,7 @@ class EngineLoop:
             load_seconds=self._load_seconds,
             num_captures=len(self._executor.capture_seconds),
             longest_capture_s=max(self._executor.capture_seconds, default=0.0),
+            about=self._about,
         )
 
     def reset_prefix_cache(self) -> None:

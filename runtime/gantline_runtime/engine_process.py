@@ -229,6 +229,7 @@ def build_report(stats: Any) -> EngineReport:
         step_times={name.removesuffix("_s"): seconds for name, seconds in vars(stats.step_times).items()},
         promised_bytes=promised,
         reserved_bytes=reserved,
+        about=dict(stats.about),
     )
 
 

@@ -22,6 +22,7 @@ from gantline_runtime.termination import Reason
 from tests.runtime.checkpoint_files import write_files
 from tests.runtime.engine_support import drain, request, tokens_of
 from tests.runtime.reference import NEW_TOKENS, Reference, make_prompts
+from tests.runtime.server_process import REAL, ROOT, running, wait_until
 
 VOCAB = 512
 _SMALL = {
@@ -157,3 +158,11 @@ def test_inspect_says_that_transformers_runs_it_and_two_ranks_are_refused(tmp_pa
     assert (facts["family"], facts["architecture"], facts["numKvHeads"], facts["headDim"]) == ("transformers", "Gemma2ForCausalLM", 2, 16)
     with pytest.raises(ConfigurationError, match="transformers' own implementation runs Gemma2ForCausalLM, on one device"):
         make_engine(folder, tp=2)
+
+
+def test_the_servers_metrics_say_whose_implementation_runs_the_model(tmp_path: Path) -> None:
+    folder = write_model("phi3", tmp_path / "model", {**SERVED["phi3"], "vocab_size": 4096})
+    (folder / "tokenizer.json").write_bytes((ROOT / "examples/tiny-model/tokenizer.json").read_bytes())
+    with running(folder, "--device=cpu", "--num-cache-blocks=8", "--session-len=320", program=REAL) as server:
+        about = {"architecture": "Phi3ForCausalLM", "implementation": "transformers"}
+        wait_until(lambda: server.metric("gantline_model_info", **about) == 1, what="the engine's first report")

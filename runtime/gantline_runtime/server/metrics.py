@@ -158,6 +158,8 @@ class _SharedCollector(Collector):
 
 
 def _of_engine(report: EngineReport) -> Iterable[Metric]:
+    if report.about:
+        yield InfoMetricFamily("gantline_model", "The model's class, and whose implementation runs it.", value=report.about)
     yield _gauge("num_requests_running", "Requests that the engine computes now.", report.num_running)
     yield _gauge("num_requests_waiting", "Requests that wait in the engine's queue.", report.num_waiting)
     yield _gauge("waiting_tokens", "Predicted tokens of the requests that wait.", report.num_waiting_tokens)
