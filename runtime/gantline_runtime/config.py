@@ -99,7 +99,7 @@ class ServerConfig:
         "auto", "How the model marks its reasoning: think is <think>...</think>. auto: by its chat template."
     )
     max_body_bytes: int = _option(8 << 20, "Largest HTTP body accepted, in bytes.")
-    step_timeout: float = _option(30.0, "Seconds without a sign of the engine after which /health is 503. More where steps are slow: CPUs.")
+    step_timeout: float = _option(25.0, "Seconds without progress of the engine after which /health is 503. More where steps are slow.")
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Least severe message that is logged.")
     log_format: Literal["auto", "json", "text"] = _option("auto", "Form of the log on stderr. auto: text on a terminal, JSON elsewhere.")
 

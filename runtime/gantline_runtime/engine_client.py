@@ -248,10 +248,11 @@ class EngineClient:
         if self._groups.pop(request_id, None) is not None and not self.died.done() and not self._socket.closed:
             self._post(self._encoder.encode(AbortRequest(request_id)))
 
-    def silent_for(self) -> float:
-        """Seconds since the engine was last heard of, beyond what it announced. It speaks at least twice a second between steps, so more
-        means a long step."""
-        return max(0.0, self._clock() - self._heard_at - self._allowed_silence)
+    def seconds_without_progress(self) -> float:
+        """Seconds since the engine was last heard of, beyond what it announced, or since it last got on with its work, by its own word. It
+        speaks at least twice a second between steps, so more silence means a long step."""
+        silence = max(0.0, self._clock() - self._heard_at - self._allowed_silence)
+        return silence + self.report.seconds_without_progress
 
     def _post(self, data: bytes) -> None:
         """Send without waiting: with no high-water mark, zmq takes the message at once."""

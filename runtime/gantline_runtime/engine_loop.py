@@ -70,6 +70,8 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    seconds_without_progress: float
+    """Since a step was last launched or read, while there was work to do; 0 while idle, or waiting for grammars alone."""
     num_waiting_tokens: int
     """What those that wait are expected to take of the cache."""
     seconds_until_room: float
@@ -190,7 +192,7 @@ class EngineLoop:
         self._about = dict(about or {})
         self._clock = clock
         self._in_flight: deque[_Flight] = deque()
-        self._last_done = clock()
+        self._last_done = self._progressed_at = clock()
         self._arrivals = 0
         self._counters = _Counters()
 
@@ -199,6 +201,8 @@ class EngineLoop:
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestRejected if it can never run, QueueFull if too many wait."""
         self._check(request)
+        if not self.has_work():
+            self._progressed_at = self._clock()
         if request.grammar and self._grammars is None:
             raise RequestRejected("this engine follows no grammars")
         sequence = Sequence(
@@ -274,6 +278,7 @@ class EngineLoop:
             outputs += self._rescue(step, error)
             return
         self._in_flight.append(_Flight(step, pending, started, num_captures))
+        self._progressed_at = self._clock()
         times.launch_s += self._clock() - started - (times.wait_s + times.postprocess_s + times.mask_s - elsewhere)
 
     def _masks_of(self, step: Step, outputs: list[TokenOutput]) -> Callable[[], TokenMask | None] | None:
@@ -335,6 +340,7 @@ class EngineLoop:
         self._counters.times.wait_s += now - t0
         self._counters.failures_in_a_row = 0
         seconds, self._last_done = now - max(flight.launched_at, self._last_done), now
+        self._progressed_at = now
         self._counters.times.device_s += seconds
         if len(self._executor.capture_seconds) == flight.num_captures:  # capturing a graph says nothing of running it
             self.pacer.observe(flight.step.load, seconds)
@@ -361,6 +367,7 @@ class EngineLoop:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
+            seconds_without_progress=self._seconds_without_progress(),
             num_waiting_tokens=scheduler.waiting.num_tokens,
             seconds_until_room=self._admission.seconds_until_room(),
             num_cache_blocks=cache.num_blocks,
@@ -380,6 +387,10 @@ class EngineLoop:
             longest_capture_s=max(self._executor.capture_seconds, default=0.0),
             about=self._about,
         )
+
+    def _seconds_without_progress(self) -> float:
+        compiling = self._grammars is not None and self._grammars.num_compiling and not self._scheduler.num_running
+        return 0.0 if compiling or not self.has_work() else self._clock() - self._progressed_at
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached block that no running request holds."""

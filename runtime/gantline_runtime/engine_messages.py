@@ -67,6 +67,8 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    seconds_without_progress: float = 0.0
+    """Work to do, and no step was launched or read for so long."""
     num_waiting_tokens: int = 0
     seconds_until_room: float = 0.0
     """When the next of those that wait for a place in the queue would find one."""

@@ -208,6 +208,7 @@ class _Phases:
 _COPIED = (
     "num_running",
     "num_waiting",
+    "seconds_without_progress",
     "num_waiting_tokens",
     "seconds_until_room",
     "cache_usage",

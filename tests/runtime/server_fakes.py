@@ -55,6 +55,8 @@ class Script:
     endless: bool = False
     """Repeat the answer until the request's limit."""
     step_seconds: float = 0.0
+    stalls_at: int = 0
+    """From so many steps on it runs none, though it has work: as if its scheduler had lost something."""
     compile_seconds: float = 0.0
     """The tenth step says that it compiles a kernel, and takes so long."""
     tokens_per_output: int = 1
@@ -171,6 +173,8 @@ class EchoEngine(EngineLoop):
     def step(self) -> list[TokenOutput]:
         time.sleep(self.script.step_seconds)
         self._num_calls += 1
+        if self.script.stalls_at and self._num_calls >= self.script.stalls_at:
+            return []
         if self.script.compile_seconds and self._num_calls == 10:
             expect_silence(MOST_COMPILE_S)
             time.sleep(self.script.compile_seconds)

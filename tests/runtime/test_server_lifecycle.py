@@ -269,6 +269,17 @@ def test_a_stuck_engine_turns_health_and_a_busy_or_idle_one_does_not(tmp_path: P
         assert _stream(server, 10)[1] == "length"
 
 
+def test_an_engine_that_speaks_but_does_not_get_on_turns_health(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", step_seconds=0.02, stalls_at=30)
+    flags = ("--step-timeout=1", "--drain-delay=0", "--drain-timeout=0")
+    with running(model, *flags) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(_stream, server, 100)
+        wait_until(lambda: server.get("/health").status_code == 503, 10, "health turns")
+        assert server.get("/health").json()["error"]["code"] == "engine_stuck"
+        server.terminate()
+        assert stream.result(20)[2] == ["shutting_down"]
+
+
 def test_an_engine_that_compiles_a_kernel_is_not_stuck(tmp_path: Path) -> None:
     with running(write_model(tmp_path / "m", compile_seconds=3.0), "--step-timeout=1", *FAST) as server:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -75,11 +75,11 @@ class Service:
             await self.model.renderer.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def seconds_of_silence(self) -> float:
-        """Seconds since the engine was heard of; 0 while it loads and warms up, which the startup probe bounds."""
+    def seconds_without_progress(self) -> float:
+        """How long the engine has not got on; 0 while it loads and warms up, which the startup probe bounds."""
         if self.engine is None or self.lifecycle.state in (State.LOADING, State.WARMING):
             return 0.0
-        return self.engine.silent_for()
+        return self.engine.seconds_without_progress()
 
     # ---- admission
 

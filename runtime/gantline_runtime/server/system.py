@@ -36,9 +36,9 @@ async def ready(request: Request) -> Response:
 
 
 def _check_progress(service: Service) -> None:
-    silent, limit = service.seconds_of_silence(), service.config.step_timeout
-    if silent > limit:
-        message = f"The engine has made no progress for {silent:.0f} s, more than step_timeout ({limit:g} s). Restart the server."
+    stuck, limit = service.seconds_without_progress(), service.config.step_timeout
+    if stuck > limit:
+        message = f"The engine has made no progress for {stuck:.0f} s, more than step_timeout ({limit:g} s). Restart the server."
         raise ApiError(503, message, code="engine_stuck", extra=service.lifecycle.describe())
 
 
