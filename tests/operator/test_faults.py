@@ -51,6 +51,8 @@ from tests.operator.harness import (
     wait_reason,
 )
 
+OUTAGE_S = 30 if os.environ.get("GANTLINE_FULL_MATRIX") == "1" else 2
+
 
 @pytest.fixture(scope="module")
 def world(api_cluster: ApiCluster) -> ApiCluster:
@@ -193,7 +195,7 @@ def test_a_late_definition_and_an_outage_of_the_api_server_are_waited_out(monkey
             apply(cluster, service("tiny", "default"))
             wait(lambda: seen("tiny"))
             cluster.stop_apiserver()
-            assert not operator.dead.wait(2)
+            assert not operator.dead.wait(OUTAGE_S)
             cluster.start_apiserver()
             apply(cluster, service("late", "default"))
             patch(cluster, "tiny", "default", {"replicas": 2})
@@ -285,6 +287,23 @@ def test_what_may_pass_is_retried_later_and_says_when(cluster: ApiCluster, names
         assert "Trying again at" in found["message"]
         assert wait_reason(cluster, "limited", namespace, "Retrying", "Progressing")["status"] == "True"
         wait(lambda: len(items(cluster, "jobs", namespace)) == 2, what=lambda: children(cluster, namespace, "jobs"))
+
+
+def test_a_full_disk_is_told_and_tried_again_until_there_is_room(
+    cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(stages._PASSES, Reason.DISK_FULL, (0.5, 1.0))  # type: ignore[index]
+    full = answer("DiskFull", message="No room.", cure="Enlarge it.")
+    fates(cluster, [*inspected(packed={**TINY, "revision": "abc123"}), ("fetch", "packed", "failed", full, {"exit_code": 74})])
+    volume(cluster, namespace, "packed-cache")
+    with serving(cluster, namespace):
+        apply(cluster, service("packed", namespace, model={"uri": "hf://org/name"}))
+        assert "No room. Enlarge it." in wait_reason(cluster, "packed", namespace, "DiskFull")["message"]
+        assert wait_reason(cluster, "packed", namespace, "DiskFull", "ModelReady")["status"] == "False"
+        fate(cluster, "fetch", "packed", "complete", answer(artefact={"kind": "fetch", "bytes": 11_000_000}))
+        wait_reason(cluster, "packed", namespace, "Ready")
+        jobs = [job["metadata"]["name"] for job in items(cluster, "jobs", namespace) if "-fetch-" in job["metadata"]["name"]]
+        assert len(jobs) >= 2, "each attempt is a Job of its own, which keeps its log"
 
 
 def test_a_quota_that_refuses_a_child_is_a_condition_and_heals(
