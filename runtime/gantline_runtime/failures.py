@@ -85,9 +85,7 @@ def describe_exit(returncode: int, *, killed_for_memory: bool, what: str = "the 
         return TerminationMessage(Reason.OUT_OF_MEMORY, f"{what} was killed because memory ran out", cure)
     if returncode < 0:
         name = signal.Signals(-returncode).name if -returncode in list(signal.Signals) else f"signal {-returncode}"
-        return TerminationMessage(
-            Reason.INTERNAL_ERROR, f"{what} was killed by {name}", "See the log for what happened before."
-        )
+        return TerminationMessage(Reason.INTERNAL_ERROR, f"{what} was killed by {name}", "See the log for what happened before.")
     return TerminationMessage(Reason.INTERNAL_ERROR, f"{what} ended with exit code {returncode}", "See the log for the cause.")
 
 

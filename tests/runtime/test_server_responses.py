@@ -17,6 +17,7 @@ from openai.types.responses import Response, ResponseStreamEvent, response_creat
 
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import ServerProcess, events, running
+from tests.runtime.test_server_tools import CALL, QWEN, THOUGHT
 
 TOOL = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
 
@@ -183,6 +184,67 @@ def test_the_clients_own_exceptions_are_raised(server: ServerProcess) -> None:
     assert caught.value.code == "unsupported_parameter" and "earlier items" in str(caught.value)
 
 
+# ---- tools and reasoning, as the chat's own tests have them
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    model = write_model(tmp_path_factory.mktemp("thinking") / "echo", template=QWEN, tokens_per_output=5)
+    with running(model, "--drain-delay=0") as server:
+        yield server
+
+
+WEATHER: list[Any] = [{"type": "function", "name": "get_weather", "parameters": {"type": "object"}, "strict": False}]
+
+
+def test_thoughts_text_and_calls_are_items_and_come_back_as_input(thinking: ServerProcess) -> None:
+    client = thinking.client()
+    answer = client.responses.create(model="echo", input=f"{THOUGHT}Let me see.\n{CALL}", tools=WEATHER)
+    assert [item.type for item in answer.output] == ["reasoning", "message", "function_call"]
+    thought, said, call = answer.output
+    assert thought.content[0].text == "The weather…" and said.content[0].text == "Let me see."  # type: ignore[union-attr,index]
+    assert call.name == "get_weather" and json.loads(call.arguments) == {"city": "Zürich 🏔"}  # type: ignore[union-attr]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "3 degrees"}  # type: ignore[union-attr]
+    items: list[Any] = [{"role": "user", "content": "Weather?"}, *answer.output, result, {"role": "user", "content": "So?"}]
+    again = client.responses.create(model="echo", input=items, tools=WEATHER)
+    shorter = client.responses.create(model="echo", input=[items[0], items[-1]], tools=WEATHER)
+    assert again.output_text == shorter.output_text == "So?" and again.usage is not None and shorter.usage is not None
+    assert again.usage.input_tokens > shorter.usage.input_tokens + len("The weather…Let me see.3 degrees")
+
+
+@pytest.mark.parametrize("answer", [CALL, f"{CALL}\n{CALL}", f"{THOUGHT}Let me see.\n{CALL}", f"{THOUGHT}No call.", "plain"])
+def test_a_stream_with_tools_tells_of_the_same_items(thinking: ServerProcess, answer: str) -> None:
+    body = {"input": answer, "tools": WEATHER, "include": ["message.output_text.logprobs"]}
+    whole = thinking.post("/v1/responses", body).json()
+    told = events(thinking.post("/v1/responses", {**body, "stream": True}).text)
+    for event in told:
+        _valid(EVENT, event)
+
+    def named(response: dict[str, Any]) -> dict[str, Any]:
+        kept = _without_names(response)
+        return {**kept, "output": [{key: value for key, value in item.items() if key != "call_id"} for item in kept["output"]]}
+
+    assert named(told[-1]["response"]) == named(whole)
+    calls = [item for item in whole["output"] if item["type"] == "function_call"]
+    assert len(calls) == answer.count("<tool_call>") and all(json.loads(call["arguments"]) for call in calls)
+    pieces: dict[str, str] = {}
+    for event in told:
+        if event["type"].endswith(".delta"):
+            pieces[event["item_id"]] = pieces.get(event["item_id"], "") + event["delta"]
+    ends = {event["item"]["id"]: event["item"] for event in told if event["type"] == "response.output_item.done"}
+    assert pieces == {name: item.get("arguments") or item["content"][0]["text"] for name, item in ends.items()}
+
+
+def test_a_bad_schema_is_named_as_this_endpoint_has_it(thinking: ServerProcess) -> None:
+    for body, param in (
+        ({"tools": [{**WEATHER[0], "parameters": {"type": "string"}}]}, "tools[0].parameters.type"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nonsense"}}}}, "text.format"),
+    ):
+        error = thinking.post("/v1/responses", {"input": "a", **body}).json()["error"]
+        assert error["param"].startswith(param), error
+
+
 # ---- what a chat's chunks become
 
 
@@ -280,7 +342,8 @@ def _frame() -> dict[str, Any]:
 def test_an_error_in_a_converted_chat_is_told_by_the_names_of_this_endpoint() -> None:
     from gantline_runtime.server.responses import _renamed
 
-    assert _renamed(ApiError(400, "x", param="response_format.json_schema")).param == "text.format.json_schema"
+    assert _renamed(ApiError(400, "x", param="response_format.json_schema.schema.a")).param == "text.format.schema.a"
+    assert _renamed(ApiError(400, "x", param="tools[1].function.parameters.type")).param == "tools[1].parameters.type"
     assert _renamed(ApiError(400, "x", param="messages[3].content")).param == "input"
     assert _renamed(ApiError(400, "x", param="tools[0]")).param == "tools[0]" and _renamed(ApiError(400, "x")).param is None
 

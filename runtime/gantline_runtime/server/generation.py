@@ -100,21 +100,22 @@ class Generation:
         for output in arrived:
             by_choice.setdefault(output.request_id, []).append(output)
         running = [(self._by_id[key], outputs) for key, outputs in by_choice.items() if self._by_id[key].output.finish_reason is None]
-        return [(choice.index, self._take(choice, outputs)) for choice, outputs in running]
+        return [(choice.index, delta) for choice, outputs in running for delta in self._take(choice, outputs)]
 
-    def _take(self, choice: Choice, outputs: list[TokenOutput]) -> Delta:
+    def _take(self, choice: Choice, outputs: list[TokenOutput]) -> list[Delta]:
         before = choice.output.num_tokens
-        delta = choice.output.feed(outputs)
+        deltas = choice.output.feed_each(outputs)
         for output in outputs:
             if output.queue_seconds is not None:
                 choice.queue_s = output.queue_seconds
                 self._metrics.queue_time.observe(output.queue_seconds)
         self._observe_tokens(choice, choice.output.num_tokens - before)
-        if delta.finish_reason is not None:
+        reason = deltas[-1].finish_reason
+        if reason is not None:
             self._group.abort(choice.request_id)  # the engine does not know of stop strings
-            self._metrics.finished(delta.finish_reason, self._seconds())
+            self._metrics.finished(reason, self._seconds())
             self._observe_answer(choice)
-        return delta
+        return deltas
 
     def _observe_answer(self, choice: Choice) -> None:
         if choice.last_token_at is None:  # nothing was generated

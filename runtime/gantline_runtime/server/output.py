@@ -9,8 +9,11 @@ Streams and whole answers go through the same object, token by token, so they ca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+
+import msgspec
 
 from gantline_runtime.detokenizer import Detokenizer
 from gantline_runtime.messages import FinishReason, PromptLogprobs, TokenLogprobs, TokenOutput
@@ -95,6 +98,18 @@ class ChoiceOutput:
             delta.events = joined([*self._parser.feed(delta.text), *last()])
         return delta
 
+    def feed_each(self, outputs: Sequence[TokenOutput]) -> list[Delta]:
+        """As `feed`, with a delta for each token where log-probabilities stand beside parsed text: which of its parts a token belongs to
+        must not depend on how tokens were grouped on their way."""
+        if self._parser is None or not any(output.logprobs for output in outputs):
+            return [self.feed(outputs)]
+        deltas = []
+        for output in chain.from_iterable(map(_one_by_one, outputs)):
+            deltas.append(self.feed([output]))
+            if self.finish_reason is not None:
+                break
+        return deltas
+
     def _read(self, outputs: Sequence[TokenOutput]) -> Delta:
         delta = Delta()
         for output in outputs:
@@ -146,3 +161,11 @@ class ChoiceOutput:
                 delta.text += self._stops.matched
         while self._entries and self._entries[0].start < self._shown:
             delta.entries.append(self._entries.popleft())
+
+
+def _one_by_one(output: TokenOutput) -> Iterator[TokenOutput]:
+    """The same tokens, an output for each; what is not of one token stays with the last."""
+    for i in range(len(output.token_ids) - 1):
+        logprobs = output.logprobs[i : i + 1] if output.logprobs else None
+        yield TokenOutput(request_id=output.request_id, token_ids=output.token_ids[i : i + 1], logprobs=logprobs)
+    yield msgspec.structs.replace(output, token_ids=output.token_ids[-1:], logprobs=output.logprobs[-1:] if output.logprobs else None)

@@ -41,10 +41,11 @@ class ResponseItems:
         yield self._lifecycle("response.in_progress")
 
     def take(self, delta: dict[str, Any], logprobs: list[dict[str, Any]]) -> Iterator[Event]:
-        """The events that the `delta` of a chat's chunk means."""
+        """The events that the `delta` of a chat's chunk means. Log-probabilities are told of text alone, as OpenAI does."""
         if delta.get("reasoning_content"):
             yield from self._add_text("reasoning", delta["reasoning_content"], [])
-        if delta.get("content") or (logprobs and not delta.get("reasoning_content")):
+        in_message = self._open is not None and self._open["type"] == "message"
+        if delta.get("content") or (logprobs and in_message and not delta.keys() & {"reasoning_content", "tool_calls"}):
             yield from self._add_text("message", delta.get("content") or "", logprobs)
         for call in delta.get("tool_calls") or ():
             yield from self._add_call(call)

@@ -65,7 +65,8 @@ def _renamed(error: ApiError) -> ApiError:
     """The error with its field as this endpoint's clients know it."""
     if error.param is not None:
         first = error.param.split(".")[0].split("[")[0]
-        error.param = "input" if first == "messages" else _NAMES.get(first, first) + error.param[len(first) :]
+        param = "input" if first == "messages" else _NAMES.get(first, first) + error.param[len(first) :]
+        error.param = param.replace("text.format.json_schema", "text.format").replace(".function.", ".")
     return error
 
 
