@@ -45,7 +45,7 @@ def paged_attention(
     logit_softcap: float,
     shared: SharedPrefixes | None,
 ) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_empty(q.shape)
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     if num_decodes:

@@ -89,7 +89,14 @@ def test_a_padded_batch_holds_the_batch_and_its_class_is_its_own(max_sequences: 
 
 
 def make_engine(model: Path, **settings: Any) -> LLMEngine:
-    defaults: dict[str, Any] = {"dtype": "bfloat16", "max_batch_size": 256, "max_waiting": 4096, "num_cache_blocks": 8192}
+    """Without a limit on a step's time, which would make the chunks of two runs differ."""
+    defaults: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_batch_size": 256,
+        "max_waiting": 4096,
+        "num_cache_blocks": 8192,
+        "max_step_ms": 0.0,
+    }
     return LLMEngine(model, EngineConfig(**{**defaults, **settings}))
 
 
@@ -139,7 +146,7 @@ def work_of(model: Path) -> Work:
     for batch in BATCHES:
         prompts = prompts_of_batch(batch)
         chosen = list(range(min(9, batch)))
-        for _ in range(3):  # classes are captured when they are met again
+        for _ in range(2):  # classes are captured when they are met again
             engine.reset_prefix_cache()
             work.by_graph[batch] = run(engine, prompts, 24)
         work.hits[batch] = run(engine, prompts, 24)
@@ -201,15 +208,15 @@ class TestOnTheGpu:
 @pytest.mark.gpu
 @on_a_gpu
 def test_the_heaviest_mixed_load_at_a_share_of_nine_tenths_stays_within_memory_and_the_estimate_is_right(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8}
-    folder = write_checkpoint("llama", tmp_path / "model", vocab_size=128_256, max_position_embeddings=8192, **sizes)
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 128_256}
+    folder = write_checkpoint("llama", tmp_path / "model", max_position_embeddings=8192, tie_word_embeddings=True, **sizes)
     engine = make_engine(folder, num_cache_blocks=None, cache_max_entry_count=0.9)
     rng = random.Random(0)
-    for i in range(300):
+    for i in range(256):
         sampling = {"temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.1, "num_logprobs": 20} if i % 2 else {}
-        prompt = [rng.randrange(128_256) for _ in range(rng.randint(1, 4000))]
-        engine.add_request(request(str(i), prompt, count=rng.randint(1, 100), **sampling))
-    assert len(drain(engine, checked=False)) == 300
+        prompt = rng.choices(range(128_256), k=rng.randint(1, 4000))
+        engine.add_request(request(str(i), prompt, count=rng.randint(1, 60), **sampling))
+    assert len(drain(engine, checked=False)) == 256
     memory = engine.stats().memory
     free, total = torch.cuda.mem_get_info()
     print(f"measured: {memory}; free at the end {free} of {total}")

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gantline_kernels.triton_kernels.integers import cdiv
+
 __all__ = ["awq_dequantize", "awq_linear"]
 
 _MAX_DIRECT_ROWS = 32
@@ -65,7 +67,7 @@ def awq_dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Te
     inputs, outputs = qweight.shape[0], scales.shape[1]
     out = torch.empty((inputs, outputs), dtype=scales.dtype, device=scales.device)
     columns = 256
-    _dequantize[(triton.cdiv(inputs, 16), triton.cdiv(outputs, columns))](
+    _dequantize[(cdiv(inputs, 16), cdiv(outputs, columns))](
         qweight, qzeros, scales, out, inputs, outputs, group_size, ROWS=16, COLUMNS=columns
     )
     return out
@@ -83,7 +85,7 @@ def awq_linear(
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     if rows:
         columns = 32
-        _linear[(triton.cdiv(outputs, columns), triton.cdiv(rows, 16))](
+        _linear[(cdiv(outputs, columns), cdiv(rows, 16))](
             x, qweight, qzeros, scales, bias, out, rows, inputs, outputs, group_size, x.stride(0),
             BIAS=bias is not None, ROWS=16, COLUMNS=columns, DEPTH=64,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,

@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_kernels.early import capability, launch_options
+from gantline_kernels.triton_kernels.integers import next_power_of_2
 from gantline_kernels.triton_kernels.shared_prefix import attend_shared_prefixes, plan_prefix
 
 __all__ = ["DecodePlan", "decode_attention", "plan_decode"]
@@ -209,7 +210,7 @@ def decode_attention(
     """
     batch, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
-    group, dim_padded, num_sms = heads // kv_heads, triton.next_power_of_2(dim), _num_sms(q.device.index)
+    group, dim_padded, num_sms = heads // kv_heads, next_power_of_2(dim), _num_sms(q.device.index)
     seen = min(max_context_len, sliding_window) if sliding_window else max_context_len
     plan = plan or plan_decode(batch, heads, kv_heads, seen, None if shared is None else shared.max_own_len, num_sms)
     tile = tile or min(64 if dim <= 128 else 32, block_size if block_size >= 16 else 64)
@@ -233,7 +234,7 @@ def decode_attention(
         q, key_cache, value_cache, block_tables, context_lens, shared_lens, out, part_out, part_lse,
         scale, logit_softcap, sliding_window, q.stride(0), block_tables.stride(0), kv_heads, plan.parts, plan.shared_parts,
         max(1, plan.least // tile),
-        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size,
+        GROUP=group, ROWS=max(16, next_power_of_2(group)), DIM=dim, DIM_PADDED=dim_padded, BLOCK_SIZE=block_size,
         TILE=tile, SPLIT=plan.joined, SHARED=shared is not None, SOFTCAP=logit_softcap > 0, WINDOW=sliding_window > 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
         EARLY=early, **launch_options(early),
@@ -241,6 +242,6 @@ def decode_attention(
     if plan.joined:
         _join[(batch * heads,)](
             part_out, part_lse, context_lens, shared_lens, out, heads, all_parts, plan.shared_parts,
-            DIM=dim, DIM_PADDED=dim_padded, PARTS=max(2, triton.next_power_of_2(all_parts)), SHARED=shared is not None,
+            DIM=dim, DIM_PADDED=dim_padded, PARTS=max(2, next_power_of_2(all_parts)), SHARED=shared is not None,
             num_warps=4,
         )  # fmt: skip

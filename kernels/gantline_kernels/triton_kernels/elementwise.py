@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gantline_kernels.triton_kernels.early import launch_options, starts_early
+from gantline_kernels.triton_kernels.integers import cdiv, next_power_of_2
 
 __all__ = ["add_rms_norm", "rms_norm", "silu_and_mul"]
 
@@ -38,14 +39,14 @@ def _rms_norm(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     _launch_norm(x, None, weight, out, eps)
     return out
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum takes the place of `residual`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     _launch_norm(x, residual, weight, out, eps)
     return out, residual
 
@@ -54,7 +55,7 @@ def _launch_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
     rows, size = x.shape
     if not rows:
         return
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     stride = 0 if residual is None else residual.stride(0)
     early = starts_early(x.device, rows)
     _rms_norm[(rows,)](
@@ -83,10 +84,10 @@ def _silu_and_mul(x, out, x_stride, size, EARLY: tl.constexpr, BLOCK: tl.constex
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows, size = x.shape[0], x.shape[1] // 2
-    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    out = x.new_empty((rows, size))
     if rows:
-        block = min(2048, triton.next_power_of_2(size))
-        grid = (rows, triton.cdiv(size, block))
+        block = min(2048, next_power_of_2(size))
+        grid = (rows, cdiv(size, block))
         early = starts_early(x.device, grid[0] * grid[1])
         _silu_and_mul[grid](
             x, out, x.stride(0), size, EARLY=early, BLOCK=block, num_warps=max(1, min(4, block // 512)), **launch_options(early)

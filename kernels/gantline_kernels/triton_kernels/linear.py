@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gantline_kernels.triton_kernels.early import capability, launch_options, starts_early
+from gantline_kernels.triton_kernels.integers import cdiv
 
 __all__ = ["has_one_row_linear", "one_row_linear"]
 
@@ -74,7 +75,7 @@ def one_row_linear(
     """
     outputs, inputs = weight.shape
     out = torch.empty((1, outputs), dtype=out_dtype or x.dtype, device=x.device)
-    programs = triton.cdiv(outputs, outputs_each)
+    programs = cdiv(outputs, outputs_each)
     if early is None:
         early = starts_early(x.device, programs)
     _one_row[(programs,)](

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gantline_kernels.triton_kernels.integers import cdiv
+
 __all__ = ["mask_tokens"]
 
 _WORDS = 64
@@ -28,5 +30,5 @@ def _mask_tokens(logits, rows, allowed, stride, size, words, WORDS: tl.constexpr
 def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, allowed: torch.Tensor) -> None:
     count, words = allowed.shape
     if count:
-        grid = (count, triton.cdiv(words, _WORDS))
+        grid = (count, cdiv(words, _WORDS))
         _mask_tokens[grid](logits, rows, allowed, logits.stride(0), logits.shape[1], words, WORDS=_WORDS, num_warps=4)

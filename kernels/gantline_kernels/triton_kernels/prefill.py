@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gantline_kernels.triton_kernels.integers import next_power_of_2
+
 __all__ = ["prefill_attention"]
 
 
@@ -148,7 +150,7 @@ def prefill_attention(
     """
     tokens, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
-    group, dim_padded = heads // kv_heads, triton.next_power_of_2(dim)
+    group, dim_padded = heads // kv_heads, next_power_of_2(dim)
     sequences = context_lens.shape[0] - first_sequence
     rows = rows or (128 if dim <= 128 and q.dtype != torch.float32 else 64)
     tile = tile or min(64 if dim <= 128 and q.dtype != torch.float32 else 32, block_size)

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gantline_kernels.triton_kernels.early import launch_options, starts_early
+from gantline_kernels.triton_kernels.integers import cdiv, next_power_of_2
 
 __all__ = ["rope_and_cache_write"]
 
@@ -103,11 +104,11 @@ def rope_and_cache_write(
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     q, k, v = (_with_packed_heads(x) for x in (q, k, v))
-    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    out = q.new_empty((tokens, heads, dim))
     if tokens:
-        per_program = min(_HEADS_PER_PROGRAM, triton.next_power_of_2(max(heads, kv_heads)))
-        grid = (tokens, triton.cdiv(heads, per_program) + 2 * triton.cdiv(kv_heads, per_program))
-        half = triton.next_power_of_2(dim // 2)
+        per_program = min(_HEADS_PER_PROGRAM, next_power_of_2(max(heads, kv_heads)))
+        grid = (tokens, cdiv(heads, per_program) + 2 * cdiv(kv_heads, per_program))
+        half = next_power_of_2(dim // 2)
         early = starts_early(q.device, grid[0] * grid[1])
         _rope_and_cache_write[grid](
             q, k, v, out, cos_sin, positions, key_cache, value_cache, slots, q_norm_weight, k_norm_weight,

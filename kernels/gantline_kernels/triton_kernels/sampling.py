@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gantline_kernels.triton_kernels.early import launch_options, starts_early
+from gantline_kernels.triton_kernels.integers import cdiv, next_power_of_2
 
 __all__ = ["argmax", "sample"]
 
@@ -62,8 +63,8 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
         return out
-    part = min(_PART, triton.next_power_of_2(size))
-    parts = triton.cdiv(size, part)
+    part = min(_PART, next_power_of_2(size))
+    parts = cdiv(size, part)
     value = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
     block = min(4096, part)
@@ -72,7 +73,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
         logits, value, index, logits.stride(0), size, parts, EARLY=early, PART=part, BLOCK=block, num_warps=4, **launch_options(early)
     )
     _argmax_join[(rows,)](
-        value, index, out, size, parts, EARLY=early, PARTS=max(2, triton.next_power_of_2(parts)), num_warps=1, **launch_options(early)
+        value, index, out, size, parts, EARLY=early, PARTS=max(2, next_power_of_2(parts)), num_warps=1, **launch_options(early)
     )
     return out
 
@@ -239,7 +240,7 @@ def sample(
     rows, size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        block = min(4096, max(16, triton.next_power_of_2(size)))
+        block = min(4096, max(16, next_power_of_2(size)))
         capacity = min(_SCRATCH, size)
         limited = top_k is not None or top_p is not None
         scratch = torch.empty((rows, capacity), dtype=torch.float32, device=logits.device) if limited else out

@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from gantline_kernels.shared_prefix import SharedPrefixes
+from gantline_kernels.triton_kernels.integers import next_power_of_2
 from gantline_kernels.triton_kernels.prefill import _attend_tile, _can_use_tma, _descriptor
 
 __all__ = ["attend_shared_prefixes", "plan_prefix"]
@@ -88,7 +89,7 @@ def _shared_prefix(
 @cache
 def plan_prefix(rows_of_all: int, kv_heads: int, max_prefix_len: int, num_sms: int) -> tuple[int, int]:
     """(rows of a tile, parts of each prefix), for `rows_of_all` rows of one key/value head, as if all were in one group."""
-    rows = max(16, min(_MOST_ROWS, triton.next_power_of_2(rows_of_all)))
+    rows = max(16, min(_MOST_ROWS, next_power_of_2(rows_of_all)))
     programs = -(-rows_of_all // rows) * kv_heads
     most = max(1, max_prefix_len // _LEAST_PART)
     return rows, max(1, min(num_sms * _PROGRAMS_PER_SM // programs, most, _MAX_PARTS))
@@ -121,7 +122,7 @@ def attend_shared_prefixes(
     """
     batch, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
-    group, dim_padded = heads // kv_heads, triton.next_power_of_2(dim)
+    group, dim_padded = heads // kv_heads, next_power_of_2(dim)
     tile = tile or min(64 if dim <= 128 and q.dtype != torch.float32 else 32, block_size)
     use_tma = _can_use_tma(q, dim, tile, block_size) if tma is None else tma
     keys, values = (_descriptor(cache, tile) if use_tma else cache for cache in (key_cache, value_cache))

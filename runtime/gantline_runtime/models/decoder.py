@@ -65,7 +65,7 @@ class _Attention:
         queries, keys = parallel.shard(shape.num_heads * dim), parallel.shard_heads(shape.num_kv_heads, dim)
         self._prefix = prefix
         self._head_dim = dim
-        self._sizes = [queries.size, keys.size, keys.size]
+        self._heads = [shard.size // dim for shard in (queries, keys, keys)]
         names = [(f"{prefix}{name}_proj", shard) for name, shard in (("q", queries), ("k", keys), ("v", keys))]
         self.qkv = ColumnLinear(
             shape.hidden_size, [Part(name, shard, config.group_size(name)) for name, shard in names], bias=shape.qkv_bias, build=build
@@ -80,7 +80,7 @@ class _Attention:
 
     def __call__(self, x: torch.Tensor, cache: LayerCache, context: AttentionContext) -> torch.Tensor:
         """[T, hidden] -> [T, this rank's heads * head_dim]; the output projection is the caller's."""
-        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in self.qkv(x).split(self._sizes, dim=-1))
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self._head_dim)).split(self._heads, dim=1)
         return self.attend(q, k, v, cache, context, self.q_norm, self.k_norm).flatten(1)
 
     def targets(self) -> Iterator[Target]:
