@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gantline_runtime import garbage
 from gantline_runtime.config import EngineConfig, to_arguments
 from gantline_runtime.engine import EngineStats, LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams
@@ -117,6 +118,7 @@ def measure_all(model: Path, config: EngineConfig, names: list[str], repeats: in
     limits = ceilings.measure() if device == "cuda" else {}
     engine = LLMEngine(model, config)
     run_once(engine, workloads.build("chat").requests[:_WARM_UP_REQUESTS])
+    garbage.settle()  # as the engine's process does
     results, samples = {}, {}
     for name in names:
         figures, samples[name] = measure(engine, workloads.build(name), repeats)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
-from gantline_runtime import logs, termination
+from gantline_runtime import garbage, logs, termination
 from gantline_runtime.child_process import become_child
 from gantline_runtime.compilation import announce_compilations
 from gantline_runtime.config import EngineConfig, from_mapping
@@ -257,6 +257,7 @@ def _load(settings: EngineSettings) -> Callable[[Callable[[Any], None]], Engine]
         module, name = settings.engine.split(":")
         config = from_mapping(EngineConfig, settings.engine_config)
         engine: Engine = getattr(importlib.import_module(module), name)(settings.model_dir, config, on_progress=on_progress)
+        garbage.settle()
         return engine
 
     return load

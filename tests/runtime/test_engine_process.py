@@ -8,18 +8,19 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
-from gantline_runtime import engine_client
+from gantline_runtime import engine_client, garbage
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine_messages import (
     EngineFailed,
     EngineMessage,
     EngineProgress,
     EngineReport,
+    EngineSettings,
     RequestRefused,
     Shutdown,
     StepOutputs,
 )
-from gantline_runtime.engine_process import EngineServer, _Phases
+from gantline_runtime.engine_process import EngineServer, _load, _Phases
 from gantline_runtime.messages import AbortRequest, EngineRequest, SamplingParams
 
 from tests.runtime.server_fakes import EchoEngine, _Progress, write_model
@@ -148,3 +149,12 @@ def test_a_long_temporary_folder_does_not_break_the_socket(monkeypatch: pytest.M
     folder = Path(engine_client._socket_folder())
     assert len(str(folder / "engine")) < 100 and folder.stat().st_mode & 0o077 == 0
     folder.rmdir()
+
+
+def test_an_engine_that_is_loaded_is_out_of_the_garbage_collectors_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[None] = []
+    monkeypatch.setattr(garbage, "settle", lambda: settled.append(None))
+    folder = str(write_model(tmp_path / "m"))
+    settings = EngineSettings(endpoint="", parent_pid=0, model_dir=folder, engine_config={}, engine="tests.runtime.server_fakes:EchoEngine")
+    assert isinstance(_load(settings)(lambda _: None), EchoEngine)
+    assert len(settled) == 1

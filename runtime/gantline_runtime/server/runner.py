@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gantline_runtime import logs
+from gantline_runtime import garbage, logs
 from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient, EngineUnavailable, RequestFailed
 from gantline_runtime.engine_messages import EngineProgress, EngineReady
@@ -139,6 +139,7 @@ class Runner:
         seconds = time.monotonic() - self.lifecycle.began_at
         self._metrics.startup("total", seconds)
         await self._followers.tell(Serve(self._metrics.startup_phases))
+        garbage.settle()
         self.lifecycle.enter(State.READY)
         self._announcer.ready(self.url, model, seconds)
 
