@@ -98,11 +98,16 @@ def _own_stdout() -> IO[bytes]:
 
 
 def _tokenizer_info(library: Any, model_dir: str, vocab_size: int, stop_token_ids: Sequence[int]) -> Any:
-    """Special tokens have no text, so that no grammar allows them but by their number."""
+    """Special tokens begin with a byte that no text has, so that no grammar allows them but by their number."""
     tokenizer = Tokenizer.load(model_dir)
     known = min(vocab_size, tokenizer.vocab_size)
-    texts = [b"" if token in tokenizer.special_ids else tokenizer.token_bytes(token) for token in range(known)]
+    texts = [_spelled(tokenizer, token) for token in range(known)]
     return library.TokenizerInfo(texts, VOCABULARY_RAW, vocab_size, list(stop_token_ids), False)  # no space is put before a text
+
+
+def _spelled(tokenizer: Tokenizer, token: int) -> bytes:
+    spelled = tokenizer.token_bytes(token)
+    return b"\xff" + spelled if token in tokenizer.special_ids else spelled
 
 
 def _try_out(library: Any, compiled: Any, stop_token_ids: Sequence[int], vocab_size: int) -> None:
@@ -113,7 +118,7 @@ def _try_out(library: Any, compiled: Any, stop_token_ids: Sequence[int], vocab_s
         matcher = library.GrammarMatcher(compiled, list(stop_token_ids) or None, not stop_token_ids, -1, None)
         for _ in range(_TRIED_TOKENS):
             matcher.fill_next_token_bitmask(bits, 0, False)
-            flags = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")
+            flags = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[:vocab_size]
             flags[list(stop_token_ids)] = 0
             allowed = np.flatnonzero(flags)
             if not len(allowed) or not matcher.accept_token(int(allowed[int(share * (len(allowed) - 1))]), False):

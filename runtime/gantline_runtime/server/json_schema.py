@@ -7,6 +7,8 @@ Source: JSON Schema 2020-12, https://json-schema.org/draft/2020-12/json-schema-v
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,12 +135,50 @@ def _without_hints(schema: Any) -> Any:
     undeclared = [name for name in schema.get("required", ()) if name not in schema.get("properties", ())]
     if undeclared and not schema.get("additionalProperties"):
         kept["properties"] = {**kept.get("properties", {}), **dict.fromkeys(undeclared, True)}
+    if "pattern" in kept:
+        kept["pattern"] = json_pattern(kept["pattern"])
+    elif "format" not in kept and "string" in _types(kept) and kept.keys() & {"minLength", "maxLength"}:
+        # By itself the compiler would allow control characters here, which JSON does not.
+        kept["pattern"] = f"^.{{{kept.pop('minLength', 0)},{kept.pop('maxLength', '')}}}$"
     if "minProperties" in kept and not kept.get("properties") and "additionalProperties" not in kept:
         kept["additionalProperties"] = True
     return kept
 
 
+def _types(schema: dict[str, Any]) -> list[Any]:
+    value = schema.get("type", [])
+    return value if isinstance(value, list) else [value]
+
+
+_PATTERN_PART = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|c[A-Za-z]|.)|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+"""An escape, a class, or a character."""
+_CONTROLS = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
+
+
+def json_pattern(pattern: str) -> str:
+    """A pattern of a string's characters as one of its JSON text: the compiler matches the text. Quotes, backslashes and control characters
+    that it names become their JSON escapes; in classes the compiler leaves them out itself."""
+    return "".join(_json_part(part) for part in _PATTERN_PART.findall(pattern))
+
+
+def _json_part(part: str) -> str:
+    char = part
+    if part.startswith("\\") and len(part) > 1:
+        code = part[1:]
+        if code[0] in "xu" and len(code) > 1:
+            char = chr(int(code[1:], 16))
+        elif code[0] == "c" and len(code) > 1:
+            char = chr(ord(code[1].upper()) - 64)
+        else:
+            char = _CONTROLS.get(code, code if code in '"\\' else part)
+    if len(char) == 1 and (char in '"\\' or char < " "):
+        return f"({re.escape(json.dumps(char)[1:-1])})"
+    return part
+
+
 def _map_schemas(name: str, value: Any) -> Any:
+    if name == "propertyNames" and isinstance(value, dict):
+        return _without_hints({"type": "string", **value})
     if name in _SCHEMA:
         return _without_hints(value)
     if name in _SCHEMAS:

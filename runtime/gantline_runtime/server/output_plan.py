@@ -18,7 +18,7 @@ from gantline_runtime.parsers.tool_calls import HeldToolParser, ToolParser
 from gantline_runtime.parsers.tool_formats import TOOL_FORMATS, ToolFormat, choose_tool_format
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.structured import Constraint, Format, literal_formats, sequence
-from gantline_runtime.server.tools import ToolUse, calls_format
+from gantline_runtime.server.tools import ToolUse, calls_format, free_or_calls_format
 from gantline_runtime.tokenizer import Tokenizer
 
 __all__ = ["PLAIN", "ModelFormats", "OutputPlan", "plan_output"]
@@ -129,11 +129,12 @@ def plan_output(
 
 
 def _with_calls(constraint: Constraint | None, use: ToolUse, formats: ModelFormats) -> Constraint | None:
-    """Calls only, calls or what the constraint says, or anything."""
+    """Calls only, calls or what the constraint says, or anything, in which strict tools are called as their schemas say."""
     if use.held:
         return Constraint(calls_format(formats.tools, use, formats.special_tokens), "tools")
     if constraint is None:
-        return None
+        free = free_or_calls_format(formats.tools, use, formats.special_tokens) if use.strict else None
+        return Constraint(free, "tools") if free is not None else None
     calls = calls_format(formats.tools, use, formats.special_tokens)
     return Constraint({"type": "or", "elements": [calls, constraint.format]}, constraint.param)
 

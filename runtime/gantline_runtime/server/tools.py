@@ -13,7 +13,7 @@ from gantline_runtime.server.json_schema import prepare_schema
 from gantline_runtime.server.protocol_formats import AllowedChoice, NamedChoice, Tool, ToolChoice
 from gantline_runtime.server.structured import Format, json_format, literal_formats, sequence
 
-__all__ = ["ToolUse", "calls_format", "new_tool_call", "plan_tool_use"]
+__all__ = ["ToolUse", "calls_format", "free_or_calls_format", "new_tool_call", "plan_tool_use"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class ToolUse:
     schemas: Mapping[str, Any]
     held: bool
     parallel: bool
+
+    @property
+    def strict(self) -> bool:
+        """Whether calls are to match their schemas, also where the model decides whether to call."""
+        return any(tool.function.strict for tool in self.tools if tool.function.name in self.schemas)
 
 
 def plan_tool_use(tools: Sequence[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse | None:
@@ -74,20 +79,33 @@ def new_tool_call(name: str, arguments: str, id_length: int) -> dict[str, Any]:
 
 def calls_format(kind: ToolFormat, use: ToolUse, special_tokens: Mapping[str, int]) -> Format:
     """One call or several of what `use` allows, written as `kind` has it, and nothing else. `special_tokens`: numbers by text."""
+    return sequence(_block(kind, use, special_tokens, several=use.parallel))
+
+
+def free_or_calls_format(kind: ToolFormat, use: ToolUse, special_tokens: Mapping[str, int]) -> Format | None:
+    """Free text, in which whatever begins a block goes on as one. None for a format whose blocks begin like any text."""
+    if kind.only_at_start:
+        return None
+    marker, *rest = _block(kind, use, special_tokens, several=use.parallel and bool(kind.opening))
+    again = use.parallel and not kind.opening
+    if marker["type"] == "token":
+        return {"type": "token_dispatch", "rules": [[marker["token"], sequence(rest)]], "loop": again}
+    (begin,) = kind.begins
+    after = {"type": "const_string", "value": marker["value"].removeprefix(begin)}
+    return {"type": "dispatch", "rules": [[begin, sequence([after, *rest] if after["value"] else rest)]], "loop": again}
+
+
+def _block(kind: ToolFormat, use: ToolUse, special_tokens: Mapping[str, int], *, several: bool) -> list[Format]:
+    """The parts of a block; the first is, or begins with, the marker of formats that have one."""
 
     def literal(text: str) -> list[Format]:
         return literal_formats(text, special_tokens)
 
-    calls = [
-        sequence(
-            [
-                *literal(kind.before_name + name + kind.after_name),
-                json_format(schema),
-                *literal(kind.after_arguments),
-            ]
-        )
-        for name, schema in use.schemas.items()
-    ]
-    call = calls[0] if len(calls) == 1 else {"type": "or", "elements": calls}
-    more = [{"type": "star", "content": sequence([*literal(kind.separator), call])}] if use.parallel else []
-    return sequence([*literal(kind.opening), call, *more, *literal(kind.closing)])
+    named = _any_of([sequence([*literal(name + kind.after_name), json_format(schema)]) for name, schema in use.schemas.items()])
+    call = [*literal(kind.before_name), named, *literal(kind.after_arguments)]
+    more = [{"type": "star", "content": sequence([*literal(kind.separator), *call])}] if several else []
+    return [*literal(kind.opening), *call, *more, *literal(kind.closing)]
+
+
+def _any_of(formats: list[Format]) -> Format:
+    return formats[0] if len(formats) == 1 else {"type": "or", "elements": formats}
