@@ -54,8 +54,8 @@ class FreeExecutor:
         self._table.batch(step, num_rows=shape.num_samples)
         return np.ones(len(step.samples), dtype=np.int64)
 
-    def read(self, pending: Any) -> tuple[list[int], None]:
-        return pending.tolist(), None
+    def read(self, pending: Any) -> Any:
+        return pending.tolist(), None, ()
 
     def check(self) -> None: ...
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,9 @@ _LEAST_SHARE = 1.5
 """A step may take this many times what its decodes take, whatever the limit."""
 _KEPT = 24
 """Steps of each size of prompt that the fit is made from; four times as many without a prompt."""
-_FIT_EVERY = 8
+_FIT_EVERY = 32
+"""Steps, of which one with a prompt counts for `_PROMPT_NEWS`: what prompts cost changes as they get on, what decoding costs hardly."""
+_PROMPT_NEWS = 4
 _MOST_SURPRISE = 3.0
 """A step that took longer than this times what was expected counts as that: it compiled a kernel, or the machine was busy elsewhere."""
 _SCALE = np.array([1.0, 1.0, 1e3, 1e6, 1e2, 1e5])
@@ -51,9 +54,20 @@ class StepLoad:
         self.prompt_tokens += count
         self.pairs += count * (start + count / 2)
 
-    def terms(self) -> NDArray[np.float64]:
-        has_prompt = float(self.prompt_tokens > 0)
-        return np.array([1.0, has_prompt, self.prompt_tokens, self.pairs, self.decodes, self.decode_context]) / _SCALE
+    def terms(self) -> tuple[float, ...]:
+        """In the order of `Coefficients`."""
+        return 1.0, float(self.prompt_tokens > 0), self.prompt_tokens, self.pairs, self.decodes, self.decode_context
+
+
+class Coefficients(NamedTuple):
+    """Seconds for one of each term."""
+
+    base: float = 0.0
+    any_prompt: float = 0.0
+    prompt_token: float = 0.0
+    pair: float = 0.0
+    decode: float = 0.0
+    decode_context: float = 0.0
 
 
 class Pacer:
@@ -64,9 +78,9 @@ class Pacer:
 
     def __init__(self, max_step_s: float) -> None:
         self.max_step_s = max_step_s
-        self._samples: dict[int, deque[tuple[NDArray[np.float64], float]]] = {}
-        """By size of prompt: 0 for none, else the number of bits of its tokens."""
-        self._coefficients = np.zeros(len(_SCALE))
+        self._samples: dict[int, deque[tuple[float, ...]]] = {}
+        """(terms, seconds) by size of prompt: 0 for none, else the number of bits of its tokens."""
+        self._coefficients = Coefficients()
         self._until_fit = 1
         self._num_with_prompts = 0
         self._most_prompt_tokens = 0
@@ -77,7 +91,9 @@ class Pacer:
 
     def predict(self, load: StepLoad) -> float:
         """Seconds that a step of `load` takes."""
-        return float(load.terms() @ self._coefficients)
+        c = self._coefficients
+        prompt = c.any_prompt + c.prompt_token * load.prompt_tokens + c.pair * load.pairs if load.prompt_tokens else 0.0
+        return c.base + prompt + c.decode * load.decodes + c.decode_context * load.decode_context
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learn from a step that is over."""
@@ -87,19 +103,18 @@ class Pacer:
         if expected > 0.0 and (self._knows_prompts or not load.prompt_tokens):
             seconds = min(seconds, _MOST_SURPRISE * expected)
         size = max(load.prompt_tokens, _MIN_CHUNK).bit_length() if load.prompt_tokens else 0
-        self._samples.setdefault(size, deque(maxlen=_KEPT if size else 4 * _KEPT)).append((load.terms(), seconds))
+        self._samples.setdefault(size, deque(maxlen=_KEPT if size else 4 * _KEPT)).append((*load.terms(), seconds))
         self._num_with_prompts += load.prompt_tokens > 0
         self._most_prompt_tokens = max(self._most_prompt_tokens, load.prompt_tokens)
-        self._until_fit -= 1
+        self._until_fit -= _PROMPT_NEWS if load.prompt_tokens else 1
         if self._until_fit <= 0:
             self._fit()
 
     def _fit(self) -> None:
-        samples = [sample for kept in self._samples.values() for sample in kept]
+        samples = np.array([sample for kept in self._samples.values() for sample in kept])
         self._until_fit = _FIT_EVERY if len(samples) >= _FIT_EVERY else 1
-        times = np.array([seconds for _, seconds in samples])
-        rows = np.array([terms for terms, _ in samples]) / times[:, None]
-        self._coefficients = _fit_positive(rows, len(samples))
+        rows = samples[:, :-1] / (_SCALE * samples[:, -1:])
+        self._coefficients = Coefficients(*(_fit_positive(rows, len(samples)) / _SCALE).tolist())
 
     def chunk(self, load: StepLoad, start: int, wanted: int) -> int:
         """How many of `wanted` tokens, from position `start` of a prompt, to add to a step of `load`. The first prompt of a step gets on in
@@ -116,10 +131,10 @@ class Pacer:
     def _room(self, load: StepLoad, start: int) -> int:
         if not self._knows_prompts:
             return max(0, _FIRST_CHUNK - load.prompt_tokens)
-        _, more, per_token, per_pair, *_ = self._coefficients / _SCALE
-        decoding = self.predict(StepLoad(decodes=load.decodes, decode_context=load.decode_context))
-        left = max(self.max_step_s, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else float(more))
-        fits = _largest_count(left, float(per_token + per_pair * start), float(per_pair) / 2)
+        c = self._coefficients
+        decoding = c.base + c.decode * load.decodes + c.decode_context * load.decode_context
+        left = max(self.max_step_s, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else c.any_prompt)
+        fits = _largest_count(left, c.prompt_token + c.pair * start, c.pair / 2)
         return min(fits, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
 
 

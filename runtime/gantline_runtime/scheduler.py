@@ -133,7 +133,7 @@ class Scheduler:
         for sequence in list(self.prefilling):
             if not self._schedule_chunk(step, sequence):
                 return step
-        while self._has_room(step) and (admitted := self._admit_next()):
+        while len(self.waiting) and self._has_room(step) and (admitted := self._admit_next()):
             self._schedule_chunk(step, admitted)
         if step.reads:
             step.reads.sort(key=lambda read: read.sequence.pooling is not None)
@@ -197,8 +197,8 @@ class Scheduler:
 
     def _admit_next(self) -> Sequence | None:
         """Take the first waiting sequence that is ready into the running ones, if there is room."""
-        sequence = self.waiting.first()
-        if sequence is None or not self._free_slots:
+        sequence = self.waiting.first() if self._free_slots else None
+        if sequence is None:
             return None
         if sequence.in_flight or not self.cache.admit(sequence, self._free_slots[-1], reserve=self.num_running):
             return None
