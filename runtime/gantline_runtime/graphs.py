@@ -2,7 +2,8 @@
 
 A class of batches (`graph_classes.py`) is captured when it is met for the second time: the first time it runs without, which compiles and
 warms what it needs. Start-up waits for no capture, and a step waits for one capture at most. All graphs share one pool of memory, taken
-when the cache is; their inputs and outputs are the runner's own fixed tensors.
+when the cache is; their inputs and outputs are the runner's own fixed tensors. Where even that is not enough, or there are `MAX_GRAPHS`,
+no more are captured, and batches of further classes run without.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -30,6 +32,7 @@ class StepGraphs:
         self._classes = classes
         self._graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
         self._met: set[BatchShape] = set()
+        self._may_capture = True
         self.capture_seconds: list[float] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -38,22 +41,31 @@ class StepGraphs:
     def pad(self, shape: BatchShape) -> BatchShape:
         """What a batch is to be padded to; its own shape where it is to run without a graph."""
         padded = self._classes.pad(shape)
-        full = len(self._graphs) >= MAX_GRAPHS and _key(padded) not in self._graphs
-        return shape if full else padded
+        return padded if self._may_capture or _key(padded) in self._graphs else shape
 
     def run(self, shape: BatchShape) -> None:
         """Run a padded batch, by a graph if there is one by now."""
         key = _key(shape)
         graph = self._graphs.get(key)
-        if graph is None and key in self._met:
-            graph = self._graphs[key] = self._capture(shape)
-            if len(self._graphs) == MAX_GRAPHS:
-                log.warning("%d CUDA graphs are captured; batches of further classes run without", MAX_GRAPHS)
+        if graph is None and key in self._met and self._may_capture:
+            graph = self._capture_if_possible(shape, key)
         if graph is None:
             self._met.add(key)
             self._forward(shape)
         else:
             graph.replay()
+
+    def _capture_if_possible(self, shape: BatchShape, key: BatchShape) -> torch.cuda.CUDAGraph | None:
+        try:
+            graph = self._graphs[key] = self._capture(shape)
+        except torch.OutOfMemoryError as error:
+            self._may_capture = False
+            log.warning("no memory for a CUDA graph of %s; from now on none is captured: %s", key, error)
+            return None
+        if len(self._graphs) >= MAX_GRAPHS:
+            self._may_capture = False
+            log.warning("%d CUDA graphs are captured; batches of further classes run without", MAX_GRAPHS)
+        return graph
 
     def _capture(self, shape: BatchShape) -> torch.cuda.CUDAGraph:
         started = time.perf_counter()
@@ -70,8 +82,11 @@ class StepGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # the cause is what counts
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph
 
     def _reserve(self, device: torch.device, num_bytes: int) -> torch.cuda.CUDAGraph:

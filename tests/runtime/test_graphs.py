@@ -1,0 +1,117 @@
+"""When graphs are captured, replayed and done without. What torch records and replays is here the call itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gantline_runtime import graphs
+from gantline_runtime.batch import BatchShape
+from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.graphs import StepGraphs
+
+
+class Stream:
+    def __init__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+
+class Graph:
+    """Captures, in place of kernels, which shapes the forward pass was asked for meanwhile."""
+
+    recording: Graph | None = None
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture_begin(self, **_: Any) -> None:
+        Graph.recording = self
+
+    def capture_end(self) -> None:
+        Graph.recording = None
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, stand_in in (
+        ("CUDAGraph", Graph),
+        ("Stream", Stream),
+        ("current_stream", Stream),
+        ("graph_pool_handle", tuple),
+        ("stream", lambda _: contextlib.nullcontext()),
+        ("synchronize", lambda _: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def decodes(count: int) -> BatchShape:
+    return BatchShape(count, count, count, count, 0, 1, 100)
+
+
+def make(forward: Callable[[BatchShape], None]) -> StepGraphs:
+    classes = GraphClasses(max_sequences=64, max_tokens=512, session_len=4096)
+    return StepGraphs(forward, classes, device=torch.device("cpu"), pool_bytes=1 << 20)
+
+
+class Calls:
+    def __init__(self) -> None:
+        self.eager: list[BatchShape] = []
+        self.recorded: list[BatchShape] = []
+        self.out_of_memory = False
+
+    def forward(self, shape: BatchShape) -> None:
+        if Graph.recording is None:
+            self.eager.append(shape)
+        elif self.out_of_memory:
+            raise torch.OutOfMemoryError("no memory is left")
+        else:
+            self.recorded.append(shape)
+
+    def run(self, step_graphs: StepGraphs, shape: BatchShape) -> bool:
+        """Whether it was padded, and so could run as a graph."""
+        padded = step_graphs.pad(shape)
+        if padded.padded:
+            step_graphs.run(padded)
+        return bool(padded.padded)
+
+
+def test_a_class_is_run_then_captured_then_replayed_whatever_its_batches_hold() -> None:
+    calls = Calls()
+    step_graphs = make(calls.forward)
+    for count in (17, 18, 19, 24):
+        assert calls.run(step_graphs, decodes(count))
+    assert [shape.num_sequences for shape in calls.eager] == [24]
+    assert [shape.num_sequences for shape in calls.recorded] == [24]
+    assert [graph.replays for graph in step_graphs._graphs.values()] == [3]  # type: ignore[attr-defined]
+    assert len(step_graphs.capture_seconds) == 1
+
+
+def test_past_the_most_graphs_known_classes_go_on_and_others_run_unpadded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    calls = Calls()
+    step_graphs = make(calls.forward)
+    for count in (1, 1, 2, 2):
+        assert calls.run(step_graphs, decodes(count))
+    assert not calls.run(step_graphs, decodes(40))
+    assert calls.run(step_graphs, decodes(2))
+    assert len(calls.recorded) == 2
+
+
+def test_without_memory_for_a_graph_the_step_runs_all_the_same_and_none_is_tried_again() -> None:
+    calls = Calls()
+    step_graphs = make(calls.forward)
+    calls.run(step_graphs, decodes(1))
+    calls.run(step_graphs, decodes(1))
+    calls.out_of_memory = True
+    for _ in range(2):
+        calls.run(step_graphs, decodes(8))
+    assert [shape.num_sequences for shape in calls.eager] == [1, 8, 8]
+    assert not calls.run(step_graphs, decodes(8))
+    assert calls.run(step_graphs, decodes(1))
