@@ -55,7 +55,6 @@ HOPPER: list[dict[str, Any]] = [
     {"ahead": 12},
     {"lead": 3},
     {"lead": 6},
-    {"pieces": 2},
 ]
 
 

@@ -13,10 +13,10 @@ __all__ = ["MAX_ROWS", "fits_hopper_linear", "hopper_linear"]
 
 MAX_ROWS = 64
 _OUTPUTS, _DEPTH = 128, 64
-_MAX_TILES = 16384
+_MAX_TILES, _MAX_CHUNKS = 16384, 1 << 20
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _AHEAD, _LEAD = 0, 1 << 20
-"""Pieces of 16 KB: how many a block asks for into the second-level cache while the kernel ahead runs, and how many it has yet to ask for
+"""Chunks of 16 KB: how many a block asks for into the second-level cache while the kernel ahead runs, and how many it has yet to ask for
 when it lets its successor start (docs/perf-log.md, "Linear layers, few rows")."""
 _MAX_BLOCKS = 1024
 _CAPTURED = -1
@@ -37,10 +37,11 @@ _scratch: dict[tuple[int, int], _Scratch] = {}
 def fits_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel can take these; the caller knows whether it is built, and the chip."""
     rows, (outputs, inputs) = x.shape[0], weight.shape
-    if not 1 <= rows <= MAX_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype or outputs > _MAX_TILES * _OUTPUTS:
+    if not 1 <= rows <= MAX_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype:
         return False
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return aligned and inputs > 0 and inputs % 8 == 0 and weight.is_contiguous()
+    countable = outputs <= _MAX_TILES * _OUTPUTS and -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH) <= _MAX_CHUNKS
+    return aligned and countable and inputs > 0 and inputs % 8 == 0 and weight.is_contiguous()
 
 
 def hopper_linear(
@@ -49,7 +50,6 @@ def hopper_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype | None = None,
     *,
-    pieces: int = 1,
     blocks: int = 0,
     ahead: int = _AHEAD,
     lead: int = _LEAD,
@@ -58,7 +58,7 @@ def hopper_linear(
 ) -> torch.Tensor:
     """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N] in the type of x or `out_dtype`, for what `fits_hopper_linear`.
 
-    `pieces` (of 128 outputs in a tile, 1 or 2) and what follows are for tuning; blocks 0: one to each multiprocessor. Launches of one
+    `blocks` (0: one to each multiprocessor) and what follows are for tuning. Launches of one
     stream follow each other, and so must replays of graphs: each has one scratch memory. Raises RuntimeError if the first call of a
     device is captured in a graph (the scratch memory would be cleared by the graph's replay alone).
     """
@@ -67,12 +67,12 @@ def hopper_linear(
     stream = torch.cuda.current_stream(x.device).cuda_stream
     scratch = _scratch_of(x.device.index, stream)
     scratch.launches += 1
-    tiles = -(-outputs // (_OUTPUTS * pieces))
+    tiles = -(-outputs // _OUTPUTS)
     blocks = min(blocks or num_sms(x.device.index), tiles * -(-inputs // _DEPTH))
     library.call(
         "gantline_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
         out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs, scratch.sums.data_ptr(), scratch.counters.data_ptr(),
-        pieces, blocks, ahead, lead, patience, steady, scratch.launches % 2, stream,
+        blocks, ahead, lead, patience, steady, scratch.launches % 2, stream,
     )  # fmt: skip
     return out
 
@@ -96,5 +96,5 @@ def _scratch_of(index: int, stream: int) -> _Scratch:
 
 def _new_scratch(index: int) -> _Scratch:
     device = torch.device("cuda", index)
-    sums = torch.empty(2 * num_sms(index) * 2 * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
+    sums = torch.empty(2 * num_sms(index) * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
     return _Scratch(sums, torch.zeros(_MAX_TILES + 2 * _MAX_BLOCKS, dtype=torch.int32, device=device))

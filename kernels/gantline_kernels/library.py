@@ -23,7 +23,7 @@ _SIGNATURES = {
     ],
     "gantline_linear_hopper": [
         _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT,
-        _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _POINTER,
+        _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT, _POINTER,
     ],
     "gantline_sample_hopper": [
         _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER,
