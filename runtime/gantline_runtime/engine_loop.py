@@ -86,6 +86,8 @@ class EngineStats:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens that the prefix cache had."""
+    num_shared_tokens: int
+    """Context tokens that decoding requests behind one prefix did not read again."""
     num_generated_tokens: int
     num_finished: int
     num_steps: int
@@ -377,6 +379,7 @@ class EngineLoop:
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=counters.prompt_tokens,
             num_cached_tokens=cache.num_hit_tokens,
+            num_shared_tokens=cache.groups.num_saved_tokens,
             num_generated_tokens=counters.generated_tokens,
             num_finished=counters.finished,
             num_steps=counters.steps,

@@ -78,6 +78,7 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     prefix_hit_rate: float = 0.0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_shared_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0

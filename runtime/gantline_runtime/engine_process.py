@@ -216,6 +216,7 @@ _COPIED = (
     "prefix_hit_rate",
     "num_prompt_tokens",
     "num_cached_tokens",
+    "num_shared_tokens",
     "num_generated_tokens",
     "num_preemptions",
     "num_steps",

@@ -6,6 +6,7 @@ Run by `test_compilation.py` in a process of its own: `python -m tests.kernels.c
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,30 @@ def run_attention() -> None:
         api.paged_attention(*case.arguments, **case.options, backend="triton")
 
 
+def run_other_mixtures() -> None:
+    """Assert that batches of other sizes, whose parts lie differently in one packed array, compile nothing anew."""
+    kernels = (decode._decode, decode._join, shared_prefix._shared_prefix, prefill._prefill)
+    counts = []
+    for batch, prefix, chunks in ((64, 1024, 1), (65, 1088, 2), (99, 128, 17)):
+        lengths = [(1, prefix + 100)] * batch + [(30, 60)] * chunks
+        case = paged(lengths, heads=32, kv_heads=8, dim=128, dtype=torch.bfloat16, block_size=64)
+        case.share([(list(range(batch)), prefix // 64)])
+        shared, at = case.options["shared"], batch % 4
+        parts = [_moved(x, at + i) for i, x in enumerate((shared.lens, shared.members, shared.starts))]
+        case.options["shared"] = api.SharedPrefixes(*parts, max_own_len=shared.max_own_len)
+        case = replace(case, query_starts=_moved(case.query_starts, at + 3), context_lens=_moved(case.context_lens, at + 1))
+        api.paged_attention(*case.arguments, **case.options, backend="triton")
+        counts.append([len(cached[0]) for kernel in kernels for cached in kernel.device_caches.values()])
+    assert counts[0] == counts[1] == counts[2], f"compiled anew: {counts}"
+
+
+def _moved(x: torch.Tensor, words: int) -> torch.Tensor:
+    """A copy that begins so many words into other memory."""
+    memory = torch.zeros(len(x) + words, dtype=x.dtype)
+    memory[words:] = x
+    return memory[words:]
+
+
 def run_others() -> None:
     bf16 = torch.bfloat16
     x, weight = torch.randn(4, 4096).to(bf16), torch.randn(4096).to(bf16)
@@ -90,6 +115,7 @@ if __name__ == "__main__":
     compile_only(int(sys.argv[1]))
     run_attention()  # what takes much shared memory, and so differs between chips
     if sys.argv[1] == "90":
+        run_other_mixtures()
         run_others()
     for name, kernel in compiled:
         print(name, "registers", getattr(kernel, "n_regs", "?"), "shared", kernel.metadata.shared)

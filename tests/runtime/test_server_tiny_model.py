@@ -73,6 +73,17 @@ def test_a_repeated_prompt_is_read_from_the_cache(server: ServerProcess) -> None
     wait_until(lambda: server.metric("gantline_prefix_cache_hits_total") > 0, what="the hit is counted")
 
 
+def test_choices_of_one_prompt_read_it_together_and_say_what_one_alone_says(server: ServerProcess) -> None:
+    before = server.metric("gantline_shared_prefix_tokens_total")
+    ask = {"model": "tiny", "prompt": [3 + i % 200 for i in range(1700)], "temperature": 0, "max_tokens": 12}
+    alone = server.client().completions.create(**ask).choices[0].text
+    assert server.metric("gantline_shared_prefix_tokens_total") == before
+    answer = server.client().completions.create(**ask, n=40)
+    assert [choice.text for choice in answer.choices] == [alone] * 40
+    saved = server.metric("gantline_shared_prefix_tokens_total") - before
+    assert saved >= 39 * (1699 // 64 * 64), "what 39 of 40 choices did not read again in one step at least"
+
+
 def test_a_stop_string_cuts_the_answer_where_it_begins(server: ServerProcess) -> None:
     body = {"messages": QUESTION, "temperature": 0, "max_tokens": 48}
     text = server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]

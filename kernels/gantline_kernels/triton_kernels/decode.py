@@ -39,7 +39,11 @@ _SHARED_BYTES = 98304
 """Of the pipeline: chips between 8.0 and 9.0 have 99 KB a block."""
 
 
-@triton.jit
+# What differs from batch to batch is not specialized on: each new mixture of alignments and divisors would be compiled while requests wait.
+@triton.jit(
+    do_not_specialize=["window", "table_stride", "parts", "shared_parts", "least_tiles"],
+    do_not_specialize_on_alignment=["block_tables", "context_lens", "shared_lens"],
+)
 def _decode(
     q, key_cache, value_cache, block_tables, context_lens, shared_lens, out, part_out, part_lse,
     scale, softcap, window, q_stride, table_stride, kv_heads, parts, shared_parts, least_tiles,
@@ -123,7 +127,7 @@ def _decode(
         tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "shared_parts"], do_not_specialize_on_alignment=["context_lens", "shared_lens"])
 def _join(
     part_out, part_lse, context_lens, shared_lens, out, heads, parts, shared_parts,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr,

@@ -64,7 +64,11 @@ def _attend_tile(
     return acc, new_top, total
 
 
-@triton.jit
+# What differs from batch to batch is not specialized on: each new mixture of alignments and divisors would be compiled while requests wait.
+@triton.jit(
+    do_not_specialize=["window", "table_stride", "first_sequence", "sequences"],
+    do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lens"],
+)
 def _prefill(
     q, key_cache, value_cache, block_tables, query_starts, context_lens, out,
     scale, softcap, window, q_stride, table_stride, kv_heads, first_sequence, sequences,

@@ -50,7 +50,7 @@ def _store_halves(target, first, second, inside, half):
     tl.store(target + half, second.to(target.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])  # parts of a packed batch: they lie differently in each
 def _rope_and_cache_write(
     q, k, v, out, cos_sin, positions, key_cache, value_cache, slots, q_weight, k_weight,
     q_stride, k_stride, v_stride, heads, kv_heads, half, block_size, eps,

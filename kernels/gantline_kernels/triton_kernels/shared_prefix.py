@@ -31,7 +31,11 @@ _LEAST_PART = 128
 """Tokens of the shortest part worth a program of its own."""
 
 
-@triton.jit
+# What differs from batch to batch is not specialized on: each new mixture of alignments and divisors would be compiled while requests wait.
+@triton.jit(
+    do_not_specialize=["table_stride", "groups", "parts", "all_parts", "least_tiles"],
+    do_not_specialize_on_alignment=["block_tables", "shared_lens", "members", "group_starts"],
+)
 def _shared_prefix(
     q, key_cache, value_cache, block_tables, shared_lens, members, group_starts, part_out, part_lse,
     scale, softcap, q_stride, table_stride, kv_heads, groups, parts, all_parts, least_tiles,

@@ -59,6 +59,8 @@ class PrefixGroups:
         self._num_blocks = np.zeros(max_slots + 1, dtype=np.int32)
         self._count = np.zeros(max_slots + 1, dtype=np.int32)
         self._free = list(range(max_slots, 0, -1))
+        self.num_saved_tokens = 0
+        """Tokens of contexts that groups did not read again, so far."""
 
     def admit(self, slot: int, blocks: list[int], num_known: int) -> None:
         """A sequence has come to `slot` and holds `blocks` (the list that will grow), the first `num_known` from the prefix cache."""
@@ -99,16 +101,18 @@ class PrefixGroups:
         """Groups among the sequences in `slots`, which are about to attend with one query each; None where none is worth it."""
         if not self._of_block or len(slots) < 2:
             return None
-        saved = self._num_blocks * (1.0 - 1.0 / np.maximum(self._count, 1))
+        share = self._num_blocks * (1.0 - 1.0 / np.maximum(self._count, 1))
         choices = self._branches[slots]
-        chosen = choices[np.arange(len(slots)), saved[choices].argmax(axis=1)]
+        chosen = choices[np.arange(len(slots)), share[choices].argmax(axis=1)]
         counts = np.bincount(chosen, minlength=len(self._count))
         counts[0] = 0
         saving = (counts - 1) * self._num_blocks * self._block_size
         groups = np.flatnonzero(saving > 0)
         groups = groups[np.argsort(-saving[groups], kind="stable")][: num_groups(len(slots))]
-        if saving[groups].sum() < max(1, LEAST_SAVING):
+        saved_tokens = int(saving[groups].sum())
+        if saved_tokens < max(1, LEAST_SAVING):
             return None
+        self.num_saved_tokens += saved_tokens
         rank = np.zeros(len(counts), dtype=np.int32)
         rank[groups] = np.arange(1, len(groups) + 1)
         group = rank[chosen]

@@ -168,6 +168,7 @@ def _of_engine(report: EngineReport) -> Iterable[Metric]:
     yield _gauge("prefix_cache_hit_rate", "Share of prompt tokens that the prefix cache had, since the start.", report.prefix_hit_rate)
     yield _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", report.num_prompt_tokens)
     yield _counter("prefix_cache_hits", "Prompt tokens that the prefix cache had.", report.num_cached_tokens)
+    yield _counter("shared_prefix_tokens", _SHARED_TOKENS, report.num_shared_tokens)
     yield _counter("num_preemptions", "Requests that gave up their blocks and were computed again.", report.num_preemptions)
     yield _counter("engine_steps", "Steps of the engine.", report.num_steps)
     yield _counter_by("engine_step_seconds", _STEP_PARTS, "part", report.step_times)
@@ -175,6 +176,7 @@ def _of_engine(report: EngineReport) -> Iterable[Metric]:
     yield _gauge_by("memory_reserved_bytes", "Memory of one device that the engine took.", "part", report.reserved_bytes)
 
 
+_SHARED_TOKENS = "Context tokens that requests behind one prefix did not read again in each step, since they were read once for all."
 _STEP_PARTS = "Where the time of steps goes: of the host, and `device`, while the device has a step to run."
 
 
