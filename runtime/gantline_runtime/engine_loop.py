@@ -178,6 +178,7 @@ class EngineLoop:
             max_slots=executor.limits.max_slots,
             max_blocks=executor.limits.max_blocks,
             prefix_caching=config.enable_prefix_caching,
+            on_cpu=config.device == "cpu",
         )
         self.pacer = Pacer(config.max_step_ms / 1000)
         capacity = executor.num_blocks * config.block_size

@@ -179,7 +179,7 @@ def test_requests_behind_one_prefix_read_it_together_and_answer_as_if_each_read_
     monkeypatch.setattr(prefix_groups.PrefixGroups, "group", recorded)
     results = []
     for least, padded in ((1 << 30, False), (1, False), (1, True)):
-        monkeypatch.setattr(prefix_groups, "LEAST_SAVING", least)
+        monkeypatch.setattr(prefix_groups, "LEAST_SAVING_ON_CPU", least)
         groupings.clear()
         engine = LLMEngine(model, config(max_prefill_token_num=96))
         if padded:

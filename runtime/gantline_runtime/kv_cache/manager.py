@@ -21,14 +21,16 @@ class CacheManager:
     since it was last asked, so that only the changes travel.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_slots: int, max_blocks: int, prefix_caching: bool) -> None:
+    def __init__(
+        self, *, num_blocks: int, block_size: int, max_slots: int, max_blocks: int, prefix_caching: bool, on_cpu: bool = False
+    ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.prefix_caching = prefix_caching
         self.prefix = PrefixCache(block_size)
         self.pool = BlockPool(num_blocks, on_evict=self.prefix.forget)
         self.tables = np.zeros((max_slots, max_blocks), dtype=np.int32)
-        self.groups = PrefixGroups(self.tables, self.pool.refs, block_size)
+        self.groups = PrefixGroups(self.tables, self.pool.refs, block_size, on_cpu=on_cpu)
         self._updates: list[int] = []
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0

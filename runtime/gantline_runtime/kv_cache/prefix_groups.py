@@ -23,6 +23,8 @@ MAX_GROUPS = 16
 """Most groups of a step; the ones that save most are taken."""
 LEAST_SAVING = 48 * 1024
 """Tokens that all groups of a step must save from being read again, to be worth the launches. Measured, docs/perf-log.md."""
+LEAST_SAVING_ON_CPU = 1024
+"""There nothing is launched, and what is read again is copied again."""
 _MAX_BRANCHES = 8
 """Branches noted for a sequence; it is not in any further ones."""
 
@@ -44,11 +46,12 @@ class Grouping(NamedTuple):
 
 
 class PrefixGroups:
-    def __init__(self, tables: Words, refs: list[int], block_size: int) -> None:
+    def __init__(self, tables: Words, refs: list[int], block_size: int, *, on_cpu: bool) -> None:
         """`tables` [max_slots, max_blocks] and `refs` (holders of each block) are the cache manager's, and are read only."""
         self._tables = tables
         self._refs = refs
         self._block_size = block_size
+        self._on_cpu = on_cpu
         max_slots = len(tables)
         self._held: list[list[int]] = [[] for _ in range(max_slots)]
         """The blocks of the sequence in each slot; past them its table may be an earlier one's."""
@@ -110,7 +113,7 @@ class PrefixGroups:
         groups = np.flatnonzero(saving > 0)
         groups = groups[np.argsort(-saving[groups], kind="stable")][: num_groups(len(slots))]
         saved_tokens = int(saving[groups].sum())
-        if saved_tokens < max(1, LEAST_SAVING):
+        if saved_tokens < max(1, LEAST_SAVING_ON_CPU if self._on_cpu else LEAST_SAVING):
             return None
         self.num_saved_tokens += saved_tokens
         rank = np.zeros(len(counts), dtype=np.int32)
