@@ -15,6 +15,7 @@ from gantline_runtime.config import ServerConfig
 from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.app import create_app
+from gantline_runtime.server.connection import Connection
 from gantline_runtime.server.reloading import Reloader
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.tls import Certificate
@@ -24,6 +25,8 @@ __all__ = ["FLUSH_S", "Front", "bind_socket"]
 
 FLUSH_S = 2.0
 """For last answers and error events to reach their clients."""
+_DEAD_PEERS = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3), (socket.TCP_USER_TIMEOUT, 60_000))
+"""A client whose machine or network is gone says no goodbye; within a minute its connection is given up, and its requests with it."""
 _KEEP_ALIVE_S = 75
 """Longer than proxies keep idle connections (60 s for nginx), so that they close first and no request meets a closing connection."""
 
@@ -79,7 +82,7 @@ class _HttpServer(uvicorn.Server):
 def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -101,6 +104,9 @@ def bind_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for option, value in _DEAD_PEERS:
+            bound.setsockopt(socket.IPPROTO_TCP, option, value)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         bound.bind(address)
         # Listen now: who connects while the model loads is queued by the kernel, not refused.
         bound.listen(2048)

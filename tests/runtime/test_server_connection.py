@@ -1,0 +1,86 @@
+"""Connections that never finish what they began are given up."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import uvicorn
+from gantline_runtime.server import connection
+from gantline_runtime.server.front import bind_socket
+
+ANSWER = b"HTTP/1.1 200 OK"
+
+
+async def _app(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(0.6 if scope["path"] == "/slow" else 0.0)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.fixture
+async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.4)
+    config = uvicorn.Config(_app, http=connection.Connection, ws="none", lifespan="off", log_config=None)
+    server, bound = uvicorn.Server(config), bind_socket("127.0.0.1", 0)
+    config.load()
+    server.lifespan = config.lifespan_class(config)
+    await server.startup(sockets=[bound])
+    yield bound.getsockname()[1]
+    for listener in server.servers:
+        listener.close()
+
+
+async def _seconds_until_closed(port: int, *pieces: bytes, pause_s: float = 0.15) -> float:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    began = time.monotonic()
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+        assert await reader.read() == b""
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("pieces", [(), (b"GET / HTTP/1.1\r\n",), tuple(bytes([b]) for b in b"GET / HTTP")])
+async def test_a_head_that_does_not_come_ends_its_connection(port: int, pieces: tuple[bytes, ...]) -> None:
+    """Silent, stopped in the middle, or a byte now and then."""
+    assert 0.3 < await _seconds_until_closed(port, *pieces) < 3.0
+
+
+async def test_a_slow_answer_and_a_rest_between_requests_are_no_slow_head(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for path in (b"/slow", b"/"):
+        writer.write(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await asyncio.wait_for(reader.readuntil(b"ok"), 5)).startswith(ANSWER)
+        await asyncio.sleep(0.6)
+    writer.write(b"GET / HT")
+    await asyncio.sleep(0.1)
+    writer.write(b"TP/1.1\r\nHost: x\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readuntil(b"ok"), 5)).startswith(ANSWER)
+    writer.write(b"GET / HT")
+    assert await asyncio.wait_for(reader.read(), 5) == b"", "the second head is waited for no longer than the first"
+    writer.close()
+
+
+def test_a_client_that_is_gone_without_a_word_is_given_up_within_a_minute() -> None:
+    with bind_socket("127.0.0.1", 0) as bound:
+        assert bound.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+        client = socket.create_connection(bound.getsockname())
+        accepted, _ = bound.accept()
+        idle, interval, count = (
+            accepted.getsockopt(socket.IPPROTO_TCP, o) for o in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and idle + interval * count <= 60
+        accepted.close()
+        client.close()
