@@ -1,8 +1,8 @@
 """`make rehearsal`: what `make quickstart` does on a cluster of one's own, with images built from the Dockerfile, from end to end.
 
 A node without development images (`gantline_devcluster up --built-images`) and its registry; buildah; then apply, quantize, serve, stream,
-roll out, `helm upgrade`, `helm test`, scale, delete, `helm uninstall`. What it measured is printed at the end. Needs root and Debian's
-packages; takes minutes, and about 15 GB in the cache the first time. Not part of `make test`.
+`helm upgrade`, `helm test`, roll out, scale, share a GPU, delete, `helm uninstall`. What it measured is printed at the end. Needs root and
+Debian's packages; takes minutes, and about 15 GB in the cache the first time. Not part of `make test`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gantline_devcluster import profiles
 from gantline_devcluster.cache import cache_root
 from gantline_devcluster.errors import DevclusterError
 from gantline_devcluster.node.cluster import NodeCluster
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / ".quickstart"
 NAMESPACE = "gantline-system"
 NAME = "rehearsal"
+GPU = "nvidia.com/gpu"
 SERVERS = "gantline.io/service=chat,gantline.io/role=server"
 # What the machine says about certificates and package indexes is true inside a build as well; nothing of it gets into an image.
 MACHINE_SETTINGS = ("/etc/ssl/certs", "/etc/pip.conf")
@@ -251,9 +253,10 @@ def serving_pods(rehearsal: Rehearsal) -> set[str]:
 
 def upgrade_chart(rehearsal: Rehearsal) -> None:
     before = serving_pods(rehearsal)
+    changed = ("operator.logLevel=debug", f"runtime.images.cuda={images_of(rehearsal)['runtime-cpu']}")
     rehearsal.run(
         "helm", "upgrade", "gantline", "charts/gantline", "--namespace", NAMESPACE, "--values", str(STATE / "values.json"),
-        "--set", "operator.logLevel=debug", "--wait", "--timeout", "5m",
+        "--set", ",".join(changed), "--wait", "--timeout", "5m",
     )  # fmt: skip
     rehearsal.until("the service is Ready under the upgraded operator", lambda: ready(rehearsal, 1))
     if serving_pods(rehearsal) != before:
@@ -273,6 +276,45 @@ def scale(rehearsal: Rehearsal) -> None:
     for replicas in (2, 1):
         rehearsal.run("kubectl", "scale", "gisvc/chat", f"--replicas={replicas}")
         rehearsal.until(f"{replicas} replicas are ready", lambda replicas=replicas: ready(rehearsal, replicas))
+
+
+def share_one_gpu(rehearsal: Rehearsal) -> None:
+    """Two services for one GPU, counted and allocated by the kubelet: the second waits, visibly, and starts when the first is gone.
+
+    Nothing is behind the GPU, so the image for CPUs stands in for that of GPUs, and torch computes on the CPU.
+    """
+    labels = {**profiles.load("h100", 1)[0]["metadata"]["labels"], "nvidia.com/gpu.count": "1"}
+    gpu_labels = [f"{key}={value}" for key, value in labels.items() if key.startswith("nvidia.com/")]
+    rehearsal.run("kubectl", "label", "node", "node-0", "--overwrite", *gpu_labels)
+    rehearsal.cluster.offer_devices(GPU, 1)
+    rehearsal.until("the kubelet offers the GPU", lambda: rehearsal.get("node", "node-0")["status"]["allocatable"].get(GPU) == "1")
+    for name in ("first", "second"):
+        rehearsal.run("kubectl", "apply", "-f", "-", stdin=json.dumps(gpu_service(name)))
+        if name == "first":
+            rehearsal.until("the first is Ready", lambda: condition(rehearsal, "first", "Ready").get("status") == "True")
+    given = rehearsal.run("kubectl", "exec", "deployment/first", "--", "printenv", "GANTLINE_DEVICES").strip()
+    if given != "gpu-0":
+        raise RehearsalFailed(f"the kubelet gave the first service {given!r}")
+    waits = lambda: condition(rehearsal, "second", "Scheduled").get("reason") == "WaitingForCapacity"
+    rehearsal.until("the second waits for capacity", waits)
+    rehearsal.run("kubectl", "delete", "gisvc/first", "--timeout=120s")
+    rehearsal.until("the second is Ready", lambda: condition(rehearsal, "second", "Ready").get("status") == "True")
+    rehearsal.run("kubectl", "delete", "gisvc/second", "--timeout=120s")
+
+
+def gpu_service(name: str) -> dict[str, Any]:
+    spec = {
+        "model": {"uri": "file:///opt/gantline/tiny-model"},
+        "engine": {"backend": "torch"},
+        "accelerator": {"resource": GPU},
+        "pod": {"resources": {"requests": {"cpu": "100m", "memory": "512Mi"}}},  # a machine of two cores has room for the rest too
+    }
+    return {"apiVersion": "gantline.io/v1alpha1", "kind": "InferenceService", "metadata": {"name": name}, "spec": spec}
+
+
+def condition(rehearsal: Rehearsal, name: str, kind: str) -> dict[str, Any]:
+    conditions = rehearsal.get("gisvc", name).get("status", {}).get("conditions", [])
+    return next((c for c in conditions if c["type"] == kind), {})
 
 
 def remove(rehearsal: Rehearsal) -> None:
@@ -317,6 +359,7 @@ def rehearse(rehearsal: Rehearsal) -> None:
         ("helm test", lambda r: void(r.run("helm", "test", "gantline", "--namespace", NAMESPACE, "--timeout", "8m"))),
         ("roll out a changed setting", roll_out),
         ("scale to 2 and back", scale),
+        ("two services for one GPU, one after the other", share_one_gpu),
         ("delete the service, helm uninstall", remove),
     )
     for title, action in steps:

@@ -124,18 +124,20 @@ MODULES = (
         stamps=("github.com/distribution/distribution/v3/version.version={version}",),
         versioned="github.com/distribution/distribution/v3",
     ),
+    Module("devices", {"devices": "."}, versioned="k8s.io/kubelet"),
 )  # fmt: skip
 
 _API = frozenset({"keys", "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler"})
 _EVERYTHING = frozenset(name for module in MODULES for name in module.binaries)
-_NODE = _EVERYTHING - {"kwok", "registry"}
+_REHEARSAL = frozenset({"registry", "devices"})
+_NODE = _EVERYTHING - _REHEARSAL - {"kwok"}
 SETS: dict[str, frozenset[str]] = {
     "client": frozenset({"kubectl", "helm"}),
     "api": _API,
     "test": _API | {"kwok"},
     "node": _NODE,
     "suite": _NODE | {"kwok"},
-    "rehearsal": _NODE | {"registry"},
+    "rehearsal": _NODE | _REHEARSAL,
     "all": _EVERYTHING,
 }
 

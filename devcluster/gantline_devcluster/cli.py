@@ -68,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
     expose = add("expose", run_expose, "relay a loopback port to a Service, until `down`; prints its address")
     expose.add_argument("service", metavar="NAMESPACE/SERVICE:PORT")
     expose.add_argument("--local", type=int, default=0, metavar="PORT", help="this loopback port (default: a free one)")
+    devices = add("devices", run_devices, "have the kubelet offer devices that do not exist, such as nvidia.com/gpu")
+    devices.add_argument("resource")
+    devices.add_argument("count", type=int)
     add("unexpose", run_unexpose, "end such a relay").add_argument("local", type=int, metavar="PORT")
     return top
 
@@ -167,6 +170,10 @@ def run_simulate(options: argparse.Namespace) -> None:
 
 def run_expose(options: argparse.Namespace) -> None:
     print(f"http://127.0.0.1:{NodeCluster(options.name).expose(options.service, options.local)}")
+
+
+def run_devices(options: argparse.Namespace) -> None:
+    NodeCluster(options.name).offer_devices(options.resource, options.count, tell)
 
 
 def run_unexpose(options: argparse.Namespace) -> None:

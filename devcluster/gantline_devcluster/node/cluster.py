@@ -127,6 +127,12 @@ class NodeCluster:
         """Relay a loopback port to `namespace/service:port`; returns the port. Kept until `down`, or `unexpose`."""
         return int(self.order(do="expose", service=service, local=local)["port"])
 
+    def offer_devices(self, resource: str, count: int, tell: Tell = print) -> None:
+        """Have the kubelet offer `count` devices that do not exist: pods that ask for them are scheduled and started as with real ones."""
+        self._require_running()
+        build(SETS["rehearsal"], tell)
+        self.order(do="devices", resource=resource, count=count)
+
     def unexpose(self, local: int) -> None:
         self.order(do="unexpose", local=local)
 

@@ -2,7 +2,7 @@
 
 It lives outside the namespaces and holds the run's lock for as long as it lives. What it knows is in `state.json`; it takes orders on
 `control.sock`, one JSON object a line: `{"do": "expose", "service": "ns/name:port", "local": 0}`, `{"do": "unexpose", "local": 8000}`,
-`{"do": "kwok"}`, `{"do": "status"}`.
+`{"do": "devices", "resource": "nvidia.com/gpu", "count": 1}`, `{"do": "kwok"}`, `{"do": "status"}`.
 """
 
 from __future__ import annotations
@@ -275,6 +275,9 @@ class Supervisor:
             if "kwok" not in self.keeper.states:
                 self._run(self.plane.kwok(SIMULATED_LEASE_S))
             return {}
+        if order["do"] == "devices":
+            self._offer_devices(str(order["resource"]), int(order["count"]))
+            return {}
         if order["do"] == "unexpose":
             self.relays.close_port(int(order["local"]))
             del self.exposed[int(order["local"])]
@@ -283,6 +286,13 @@ class Supervisor:
         if order["do"] == "expose":
             return {"port": await self._expose(str(order["service"]), int(order.get("local") or 0))}
         raise DevclusterError(f"there is no order {order['do']!r}", "Use the same version of gantline_devcluster for `up` and for this")
+
+    def _offer_devices(self, resource: str, count: int) -> None:
+        """Run a device plugin for `resource`; the kubelet keeps what it once knew, so another count needs another run."""
+        name = f"devices-{resource.replace('/', '-')}"
+        if name in self.keeper.states:
+            raise DevclusterError(f"{resource} is offered already", "Use another resource, or `down` and `up`")
+        self._start(name, [find("devices"), self.run.folder / "kubelet/device-plugins", resource, count], {})
 
     async def _expose(self, service: str, local: int) -> int:
         """Open a loopback port for a Service, or return the one that it has. The Service is looked up anew as connections come."""
