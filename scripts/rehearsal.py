@@ -204,24 +204,25 @@ def run_as_anyone(rehearsal: Rehearsal) -> None:
         "runtime-cpu": ["gantline", "generate", "/opt/gantline/tiny-model", "What does os.path.join do?", "--max-tokens", "8"],
     }
     for target, image in images_of(rehearsal).items():
-        user = random.randrange(100_000, 2_000_000_000)
-        rehearsal.run("kubectl", "apply", "-f", "-", stdin=json.dumps(lone_pod(f"anyone-{target}", image, commands[target], user)))
-        name = f"pod/anyone-{target}"
-        rehearsal.until(f"{target} ran as user {user}", lambda name=name: ended(rehearsal.get(name)))
-        log = rehearsal.run("kubectl", "logs", name)
-        if rehearsal.get(name)["status"]["phase"] != "Succeeded" or not log.strip():
-            raise RehearsalFailed(f"{target} does not run as user {user} with a read-only root:\n{log}")
-        rehearsal.run("kubectl", "delete", name, "--wait=false")
+        run_pod(rehearsal, lone_pod(f"anyone-{target}", image, commands[target], random.randrange(100_000, 2_000_000_000)))
 
 
-def ended(pod: Any) -> bool:
-    return pod["status"]["phase"] in ("Succeeded", "Failed")
+def run_pod(rehearsal: Rehearsal, pod: dict[str, Any]) -> str:
+    """Run it to its end, remove it, and return what it wrote. Raises RehearsalFailed with its log where it does not succeed."""
+    name = f"pod/{pod['metadata']['name']}"
+    rehearsal.run("kubectl", "apply", "-f", "-", stdin=json.dumps(pod))
+    rehearsal.until(f"{name} ended", lambda: rehearsal.get(name)["status"]["phase"] in ("Succeeded", "Failed"))
+    log = rehearsal.run("kubectl", "logs", name)
+    if rehearsal.get(name)["status"]["phase"] != "Succeeded" or not log.strip():
+        raise RehearsalFailed(f"{name} failed as user {pod['spec']['securityContext']['runAsUser']} with a read-only root:\n{log}")
+    rehearsal.run("kubectl", "delete", name, "--grace-period=1")
+    return log
 
 
-def lone_pod(name: str, image: str, command: list[str], user: int) -> dict[str, Any]:
+def lone_pod(name: str, image: str, command: list[str], user: int, devices: dict[str, str] | None = None) -> dict[str, Any]:
     security = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
     container = {
-        "name": "main", "image": image, "command": command, "securityContext": security,
+        "name": "main", "image": image, "command": command, "securityContext": security, "resources": {"limits": devices or {}},
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
     }  # fmt: skip
     return {
@@ -279,26 +280,26 @@ def scale(rehearsal: Rehearsal) -> None:
 
 
 def share_one_gpu(rehearsal: Rehearsal) -> None:
-    """Two services for one GPU, counted and allocated by the kubelet: the second waits, visibly, and starts when the first is gone.
-
-    Nothing is behind the GPU, so the image for CPUs stands in for that of GPUs, and torch computes on the CPU.
+    """A GPU that the kubelet counts and allocates, and that is not there: the first service gets it and says what is wrong with it, the
+    second waits, visibly, and gets it when the first is gone.
     """
     labels = {**profiles.load("h100", 1)[0]["metadata"]["labels"], "nvidia.com/gpu.count": "1"}
     gpu_labels = [f"{key}={value}" for key, value in labels.items() if key.startswith("nvidia.com/")]
     rehearsal.run("kubectl", "label", "node", "node-0", "--overwrite", *gpu_labels)
     rehearsal.cluster.offer_devices(GPU, 1)
     rehearsal.until("the kubelet offers the GPU", lambda: rehearsal.get("node", "node-0")["status"]["allocatable"].get(GPU) == "1")
-    for name in ("first", "second"):
-        rehearsal.run("kubectl", "apply", "-f", "-", stdin=json.dumps(gpu_service(name)))
-        if name == "first":
-            rehearsal.until("the first is Ready", lambda: condition(rehearsal, "first", "Ready").get("status") == "True")
-    given = rehearsal.run("kubectl", "exec", "deployment/first", "--", "printenv", "GANTLINE_DEVICES").strip()
+    image = images_of(rehearsal)["runtime-cpu"]
+    given = run_pod(rehearsal, lone_pod("given", image, ["printenv", "GANTLINE_DEVICES"], 1000, {GPU: "1"})).strip()
     if given != "gpu-0":
-        raise RehearsalFailed(f"the kubelet gave the first service {given!r}")
-    waits = lambda: condition(rehearsal, "second", "Scheduled").get("reason") == "WaitingForCapacity"
-    rehearsal.until("the second waits for capacity", waits)
+        raise RehearsalFailed(f"the kubelet gave a pod {given!r}")
+    rehearsal.run("kubectl", "apply", "-f", "-", stdin=json.dumps(gpu_service("first")))
+    fault = lambda: condition(rehearsal, "first", "Ready").get("message", "")
+    rehearsal.until("the first names the GPU's fault", lambda: "torch sees no GPU" in fault())
+    rehearsal.run("kubectl", "apply", "-f", "-", stdin=json.dumps(gpu_service("second")))
+    scheduled = lambda: condition(rehearsal, "second", "Scheduled")
+    rehearsal.until("the second waits for capacity", lambda: scheduled().get("reason") == "WaitingForCapacity")
     rehearsal.run("kubectl", "delete", "gisvc/first", "--timeout=120s")
-    rehearsal.until("the second is Ready", lambda: condition(rehearsal, "second", "Ready").get("status") == "True")
+    rehearsal.until("the second has the GPU", lambda: scheduled().get("status") == "True")
     rehearsal.run("kubectl", "delete", "gisvc/second", "--timeout=120s")
 
 

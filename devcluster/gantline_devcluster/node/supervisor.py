@@ -39,6 +39,7 @@ START_TIMEOUT_S = 180.0
 POLL_S = 0.2
 WATCH_S = 1.0
 SIMULATED_LEASE_S = 40
+DEVICE_PLUGINS = "/var/lib/kubelet/device-plugins"  # compiled into the kubelet, whatever its root folder is
 # overlayfs cannot lie on overlayfs, which is what the root of a container is; and of these file systems no kubelet knows the size.
 UNMEASURED = ("btrfs", "zfs")
 # Imported once where no bytecode exists yet: otherwise every container would compile torch and its like anew, since there the environment
@@ -292,7 +293,7 @@ class Supervisor:
         name = f"devices-{resource.replace('/', '-')}"
         if name in self.keeper.states:
             raise DevclusterError(f"{resource} is offered already", "Use another resource, or `down` and `up`")
-        self._start(name, [find("devices"), self.run.folder / "kubelet/device-plugins", resource, count], {})
+        self._start(name, [find("devices"), DEVICE_PLUGINS, resource, count], {})
 
     async def _expose(self, service: str, local: int) -> int:
         """Open a loopback port for a Service, or return the one that it has. The Service is looked up anew as connections come."""
