@@ -163,7 +163,7 @@ class Executor:
         num_words = shape.num_words
         if self._workers is not None:
             self._workers.send_step(shape, array[:num_words])
-        sampling = self._table.batch(step, num_rows=shape.num_samples)
+        sampling = self._table.batch(step)
         try:
             return self._runner.execute(buffer[:num_words], shape, sampling, build_read_batch(step), masks)
         except RuntimeError:

@@ -173,7 +173,7 @@ class ModelRunner:
             hidden = self._forward(inputs, shape)
         mask = masks() if masks is not None else None
         if mask is not None:
-            sampling = replace(sampling or SamplingBatch(num_rows=shape.num_samples), mask=mask)
+            sampling = replace(sampling or SamplingBatch(), mask=mask)
         slots = inputs[segments(shape).sample_slots][: shape.num_samples].long()
         sampled = self._sample(hidden[: shape.num_samples], slots, sampling) if shape.num_samples else None
         read = read_rows(hidden[shape.num_samples :], shape.num_scored, reads, self._model.logits) if shape.num_reads or reads else None

@@ -41,7 +41,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], *, num_decodes: int 
         table.set(member)
     step = Step(samples=sequences, num_decodes=num_decodes, sample_rows=list(range(len(sequences))))
     sampler = Sampler(max_slots=16, vocab_size=V, device=torch.device("cpu"), backend="torch")
-    return sampler(logits, table.batch(step, num_rows=len(logits)), torch.tensor([s.slot for s in sequences]))
+    return sampler(logits, table.batch(step), torch.tensor([s.slot for s in sequences]))
 
 
 def random_logits(rows: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_uniform_numbers_are_uniform_and_depend_on_seed_and_position_only() -> N
 
 def test_greedy_requests_need_no_parameters_on_the_device() -> None:
     sequences = [sequence(i, temperature=0.0) for i in range(3)]
-    assert SamplingTable(16).batch(Step(samples=sequences, num_decodes=0), num_rows=3) is None
+    assert SamplingTable(16).batch(Step(samples=sequences, num_decodes=0)) is None
 
 
 def test_rows_of_all_kinds_mix_and_do_not_influence_each_other() -> None:
@@ -120,7 +120,7 @@ def test_penalties_count_prompt_and_output_as_each_is_defined() -> None:
     for token, times in ((7, 2), (8, 1)):
         expected[token] -= 0.4 + 0.3 * times
     sampler = Sampler(max_slots=4, vocab_size=V, device=torch.device("cpu"), backend="torch")
-    batch = SamplingTable(4).batch(Step(samples=[made], num_decodes=0), num_rows=1)
+    batch = SamplingTable(4).batch(Step(samples=[made], num_decodes=0))
     assert batch is not None
     torch.testing.assert_close(sampler._penalize(logits, batch, torch.tensor([0]))[0], expected)
 

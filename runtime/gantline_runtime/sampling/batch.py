@@ -62,7 +62,6 @@ class FreshPenalties:
 class SamplingBatch:
     """Parameters of the S rows that a step samples. An absent part means that no row needs it; within a part, other rows are neutral."""
 
-    num_rows: int
     temperature: Floats | None = None
     """0 for greedy rows; None if all are."""
     uniforms: Floats | None = None
@@ -115,8 +114,8 @@ class SamplingTable:
             flags |= _LOGPROBS
         self._flags[slot] = flags
 
-    def batch(self, step: Step, *, num_rows: int) -> SamplingBatch | None:
-        """The parameters for a step's samples, or None if plain greedy will do; `num_rows` may include padding at the end."""
+    def batch(self, step: Step) -> SamplingBatch | None:
+        """The parameters for a step's samples, or None if plain greedy will do."""
         for sequence in step.samples[step.num_decodes :]:
             self.set(sequence)
         slots = np.array([s.slot for s in step.samples], dtype=np.int64)
@@ -126,34 +125,34 @@ class SamplingTable:
             return None
         parts: dict[str, Any] = {}
         if present & _RANDOM:
-            parts |= self._random_part(step, slots, num_rows, filtered=bool(present & _FILTERED))
+            parts |= self._random_part(step, slots, filtered=bool(present & _FILTERED))
         if present & _PENALIZED:
-            parts |= self._penalty_part(step, slots, flags, num_rows)
+            parts |= self._penalty_part(step, slots, flags)
         if present & _EDITED:
             parts["edits"] = _edits([(int(i), step.samples[i]) for i in np.flatnonzero(flags & _EDITED)], step.num_decodes)
         if present & _LOGPROBS:
             rows = np.flatnonzero(flags & _LOGPROBS)
             parts["logprob_rows"] = rows
             parts["logprob_counts"] = tuple(step.samples[i].sampling.num_logprobs or 0 for i in rows)
-        return SamplingBatch(num_rows=num_rows, **parts)
+        return SamplingBatch(**parts)
 
-    def _random_part(self, step: Step, slots: Integers, num_rows: int, *, filtered: bool) -> dict[str, Any]:
+    def _random_part(self, step: Step, slots: Integers, *, filtered: bool) -> dict[str, Any]:
         positions = np.array([s.length - 1 for s in step.samples], dtype=np.uint64)
         part: dict[str, Any] = {
-            "temperature": _pad(self._floats["temperature"][slots], num_rows, 0.0),
-            "uniforms": _pad(uniforms(self._seeds[slots], positions), num_rows, 0.0),
+            "temperature": self._floats["temperature"][slots],
+            "uniforms": uniforms(self._seeds[slots], positions),
         }
         if filtered:
-            part["top_k"] = _pad(self._top_k[slots], num_rows, 0)
-            part["top_p"] = _pad(self._floats["top_p"][slots], num_rows, 1.0)
-            part["min_p"] = _pad(self._floats["min_p"][slots], num_rows, 0.0)
+            part["top_k"] = self._top_k[slots]
+            part["top_p"] = self._floats["top_p"][slots]
+            part["min_p"] = self._floats["min_p"][slots]
         return part
 
-    def _penalty_part(self, step: Step, slots: Integers, flags: NDArray[np.uint8], num_rows: int) -> dict[str, Any]:
+    def _penalty_part(self, step: Step, slots: Integers, flags: NDArray[np.uint8]) -> dict[str, Any]:
         part: dict[str, Any] = {
-            "repetition_penalty": _pad(self._floats["repetition_penalty"][slots], num_rows, 1.0),
-            "presence_penalty": _pad(self._floats["presence_penalty"][slots], num_rows, 0.0),
-            "frequency_penalty": _pad(self._floats["frequency_penalty"][slots], num_rows, 0.0),
+            "repetition_penalty": self._floats["repetition_penalty"][slots],
+            "presence_penalty": self._floats["presence_penalty"][slots],
+            "frequency_penalty": self._floats["frequency_penalty"][slots],
         }
         fresh = [s for i, s in enumerate(step.samples) if i >= step.num_decodes and flags[i] & _PENALIZED]
         part["fresh_penalties"] = tuple(_fresh(sequence) for sequence in fresh)
@@ -200,9 +199,3 @@ def _forbidden(sequence: Sequence, *, on_device: bool) -> Iterator[tuple[int, in
         if len(word) > 1 and (len(word) > generated + 1 or (begun and tuple(known[-len(begun) :]) != begun)):
             continue
         yield word[-1], word[-2] if on_device and len(word) > 1 else -1
-
-
-def _pad(values: NDArray[Any], size: int, neutral: float) -> NDArray[Any]:
-    if len(values) == size:
-        return values
-    return np.concatenate([values, np.full(size - len(values), neutral, dtype=values.dtype)])
