@@ -236,3 +236,11 @@ def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
             Certificate(tmp_path / cert, tmp_path / key)
     with pytest.raises(ConfigurationError, match="tls_key"):
         ServerConfig(tls_cert="cert.pem")
+
+
+def test_the_openapi_document_says_where_a_key_is_wanted(server: ServerProcess) -> None:
+    document = server.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    for endpoint in ROUTES:
+        operation = document["paths"][endpoint.name][endpoint.method.lower()]
+        assert (operation.get("security") == [{"key": []}, {}]) == (endpoint.path not in OPEN_PATHS) == ("401" in operation["responses"])

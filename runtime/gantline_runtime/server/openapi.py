@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.json_schema import models_json_schema
 
+from gantline_runtime.server.access import OPEN_PATHS
+
 if TYPE_CHECKING:
     from gantline_runtime.server.routes import Endpoint
 
@@ -27,7 +29,7 @@ _ERROR: dict[str, Any] = {
             "required": ["message", "type", "param", "code"],
             "properties": {
                 "message": {"type": "string"},
-                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
+                "type": {"enum": ["authentication_error", "invalid_request_error", "rate_limit_error", "server_error"]},
                 "param": {"type": ["string", "null"]},
                 "code": {"type": ["string", "null"]},
             },
@@ -36,6 +38,7 @@ _ERROR: dict[str, Any] = {
 }
 _STATUSES = {
     "400": "The request is at fault; `param` names the field.",
+    "401": "The server asks for an API key, and this is none of its own.",
     "404": "There is no such model, or no such path.",
     "405": "The path takes another method.",
     "408": "The body did not arrive in time.",
@@ -67,7 +70,10 @@ def build_document(routes: Sequence[Endpoint], version: str) -> dict[str, Any]:
             "description": "A model, served as OpenAI's clients expect it. A null field counts as left out; unknown fields are refused.",
         },
         "paths": paths,
-        "components": {"schemas": {**schemas, "Error": _ERROR}},
+        "components": {
+            "schemas": {**schemas, "Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Where the server has `--api-keys`."}},
+        },
     }
 
 
@@ -77,9 +83,13 @@ def _operation(route: Endpoint, reference: Any) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {"description": _EVENTS}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, text in _STATUSES.items():
+        if status == "401" and route.path in OPEN_PATHS:
+            continue
         if route.body is not None or status not in _WITH_BODY:
             responses[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     operation: dict[str, Any] = {"summary": route.summary, "operationId": route.handler.__name__, "responses": responses}
+    if route.path not in OPEN_PATHS:
+        operation["security"] = [{"key": []}, {}]
     if reference is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
     parameters = re.findall(r"{(\w+)}", route.name)
