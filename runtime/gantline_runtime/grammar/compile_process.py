@@ -1,15 +1,16 @@
 """Compiles grammars in a process of its own: they come from clients, and no time or memory limit holds inside a process.
 
-    parent -> child   {"model_dir", "vocab_size", "stop_token_ids"}, then {"grammar"} any number of times
+    parent -> child   {"model_dir", "vocab_size", "stop_token_ids"}, then {"grammar", "limit_s"} any number of times
     child -> parent   {"tokenizer"}, then {"compiled"} or {"error"} for each       (4 bytes of length, then MessagePack)
 
-What goes back is xgrammar's own serialization. The child may take `MEMORY_BYTES` beyond what it has once its tokenizer is loaded; one that
-takes too long is killed by its parent (`compiler.py`), and dies with it.
+What goes back is xgrammar's own serialization. The child may take `MEMORY_BYTES` beyond what it has once its tokenizer is loaded. A grammar
+that takes more than `limit_s` seconds of processor time (a busy machine is no client's fault) ends it by SIGXCPU. It dies with its parent.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import resource
 import signal
@@ -79,6 +80,7 @@ def main() -> None:
     limit = _address_space() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     while (request := read_message(requests)) is not None:
+        _limit_time(request["limit_s"])
         try:
             compiled = compiler.compile_structural_tag(request["grammar"])
             _try_out(library, compiled, setup["stop_token_ids"], setup["vocab_size"])
@@ -125,6 +127,13 @@ def _try_out(library: Any, compiled: Any, stop_token_ids: Sequence[int], vocab_s
                 break
             if time.thread_time() - began > _TRIAL_S:
                 raise ValueError("following it takes too long; use a simpler one")
+
+
+def _limit_time(seconds: float) -> None:
+    """Let the kernel end this process when it has computed for `seconds` more."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def describe(error: Exception) -> str:

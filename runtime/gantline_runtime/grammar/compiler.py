@@ -4,7 +4,7 @@
                        └─no──> thread ──pipe──> child compiles ──pipe──> deserialized there ──┘
 
 A thread waits for each child, so neither the engine's loop nor its device ever does. Requests for the same text share one compilation.
-A child that exceeds the time limit is killed, one that crashes is replaced: both are the grammar's fault alone.
+A child that exceeds the limits is ended, as one that crashes it is replaced: both are the grammar's fault alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -27,9 +28,10 @@ from gantline_runtime.grammar.library import load_library
 
 __all__ = ["GrammarCompiler", "InvalidGrammar"]
 
-COMPILE_TIMEOUT_S = 10.0
-START_TIMEOUT_S = 120.0
-"""For a child to import the library and to read a tokenizer, on a machine that is busy."""
+LIMIT_S = 10.0
+"""Processor time that a grammar may take."""
+TIMEOUT_S = 120.0
+"""For a child to answer at all, or to start, on a machine that is busy."""
 CACHE_BYTES = 256 << 20
 CACHE_ENTRIES = 1024
 
@@ -56,11 +58,11 @@ class GrammarCompiler:
         vocab_size: int,
         stop_token_ids: Sequence[int],
         num_workers: int = 2,
-        timeout_s: float = COMPILE_TIMEOUT_S,
+        limit_s: float = LIMIT_S,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._setup = {"model_dir": str(model_dir), "vocab_size": vocab_size, "stop_token_ids": list(stop_token_ids)}
-        self._timeout_s, self._cache_bytes = timeout_s, cache_bytes
+        self._limit_s, self._cache_bytes = limit_s, cache_bytes
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._pool = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="grammar")
         self._idle: queue.SimpleQueue[_Child] = queue.SimpleQueue()
@@ -115,11 +117,11 @@ class GrammarCompiler:
     def _compile(self, grammar: str) -> Any:
         child = self._take_child()
         try:
-            answer = child.ask({"grammar": grammar}, self._timeout_s)
+            answer = child.ask({"grammar": grammar, "limit_s": self._limit_s})
         except _ChildDied as death:
             self._forget(child)
             if death.timed_out:
-                raise InvalidGrammar(f"compiling it takes longer than {self._timeout_s:g} s; use a simpler one") from None
+                raise InvalidGrammar(f"compiling it takes longer than {self._limit_s:g} s; use a simpler one") from None
             raise InvalidGrammar("the compiler crashed over it; use a simpler one") from None
         self._idle.put(child)
         if "error" in answer:
@@ -139,7 +141,7 @@ class GrammarCompiler:
                 child.kill()
             self._children.add(child)
         try:
-            answer = child.ask(self._setup, START_TIMEOUT_S)
+            answer = child.ask(self._setup)
         except _ChildDied:
             self._forget(child)
             raise RuntimeError("the grammar compiler could not be started; see the log") from None
@@ -170,8 +172,8 @@ class _Child:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
-    def ask(self, message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Raises _ChildDied, also for one that was killed since it took too long."""
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Raises _ChildDied, also for one that was ended since it took too long."""
         assert self._process.stdin is not None and self._process.stdout is not None
         late = threading.Event()
 
@@ -179,7 +181,7 @@ class _Child:
             late.set()
             self._process.kill()
 
-        timer = threading.Timer(timeout_s, kill)
+        timer = threading.Timer(TIMEOUT_S, kill)
         timer.daemon = True
         timer.start()
         try:
@@ -190,7 +192,7 @@ class _Child:
         finally:
             timer.cancel()
         if answer is None:
-            raise _ChildDied(timed_out=late.is_set())
+            raise _ChildDied(timed_out=late.is_set() or self._process.wait() == -signal.SIGXCPU)
         return answer
 
     def kill(self) -> None:

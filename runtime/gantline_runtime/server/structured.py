@@ -19,7 +19,7 @@ from gantline_runtime.server.protocol_formats import ResponseFormat, StructuredO
 
 __all__ = ["Constraint", "Format", "build_constraint", "json_format", "literal_formats", "sequence"]
 
-_MAX_WHITESPACE = 16
+_MAX_WHITESPACE = 8
 """Characters of white space between two parts of a JSON text: enough to indent, too few to go on for ever."""
 
 Format = dict[str, Any]
