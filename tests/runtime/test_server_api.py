@@ -68,6 +68,13 @@ def test_a_chat_streams_whole_characters_and_ends_with_its_usage(server: ServerP
     assert all(c.usage is None for c in chunks[:-1])
 
 
+def test_a_stream_tells_of_its_usage_so_far_in_each_event_if_asked(server: ServerProcess) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    told = events(server.post("/v1/completions", {"prompt": "abc", "stream": True, "stream_options": options}).text)
+    counts = [event["usage"]["completion_tokens"] for event in told]
+    assert counts == sorted(counts) and counts[-1] == 4 and all(event["usage"]["prompt_tokens"] == 4 for event in told)
+
+
 def test_a_stream_ends_with_done(server: ServerProcess) -> None:
     text = server.post("/v1/chat/completions", {"messages": _user("hi"), "stream": True}).text
     assert text.endswith("data: [DONE]\n\n") and text.count("[DONE]") == 1

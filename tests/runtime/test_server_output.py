@@ -6,10 +6,11 @@ import pytest
 from gantline_runtime.messages import FinishReason, TokenLogprobs, TokenOutput
 from gantline_runtime.server.output import ChoiceOutput, Delta
 from gantline_runtime.tokenizer import Tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.server_fakes import byte_tokenizer
+from tests.runtime.server_process import ROOT
 
 TOKENIZER = Tokenizer(byte_tokenizer())
 END = 257
@@ -96,3 +97,47 @@ def test_the_token_that_ends_a_choice_is_counted_but_not_shown() -> None:
 def test_the_same_token_is_shown_where_it_does_not_end_the_choice() -> None:
     deltas, _ = _run(_outputs([*_ids("hi"), END, *_ids("!")], [], "length"), skip_special_tokens=False)
     assert _text(deltas) == "hi<|end|>!"
+
+
+# ---- with a tokenizer that joins characters to words
+
+TINY = ROOT / "examples" / "tiny-model"
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    if not (TINY / "tokenizer.json").exists():
+        pytest.skip("the shipped model is not here")
+    return Tokenizer.load(TINY)
+
+
+_TEXTS = st.lists(
+    st.sampled_from(["The ", "quick", " list", "\n\n", "  ", "é", "世界", "😀", "👩‍👩‍👧", "x", ".", "stop", "STOP", "\t", "<", "\u2028"]),
+    max_size=14,
+).map("".join)
+
+
+@settings(max_examples=200)
+@given(text=_TEXTS, data=st.data())
+def test_stop_strings_of_any_length_end_the_text_where_it_says_whatever_tokens_they_cross(
+    words: Tokenizer, text: str, data: st.DataObject
+) -> None:
+    ids = words.encode(text, add_special_tokens=False)
+    text = words.decode(ids)
+    if not ids:
+        return
+    cut = st.tuples(st.integers(0, len(text)), st.integers(1, 40)).map(lambda part: text[part[0] : part[0] + part[1]])
+    stops = [stop for stop in data.draw(st.lists(cut | st.text(alphabet="e \n😀é", min_size=1, max_size=3), max_size=3)) if stop]
+    found = [(text.find(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
+    expected = text[: min(found)[0] + min(found)[1]] if found else text
+    cuts = sorted(set(data.draw(st.lists(st.integers(1, len(ids)), max_size=6))) - {len(ids)})
+    for grouping in ([], cuts, list(range(1, len(ids)))):
+        choice = ChoiceOutput(words, [], stop=stops)
+        pieces = []
+        for output in _outputs(ids, grouping, "length"):
+            pieces.append(choice.feed([output]).text)
+            assert expected.startswith("".join(pieces)), "nothing is shown that is not part of the answer"
+            if choice.finish_reason is not None:
+                break
+        assert "".join(pieces) == expected and choice.finish_reason == ("stop" if found else "length")
+        assert all("\ufffd" not in piece for piece in pieces)

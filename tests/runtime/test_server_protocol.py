@@ -126,6 +126,7 @@ def test_parts_of_a_message_are_joined_and_developers_are_the_system() -> None:
         ({"logprobs": 3}, "invalid_value", "logprobs"),
         ({"stream": "yes"}, "invalid_value", "stream"),
         ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "invalid_value", "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "unsupported_parameter", "stream_options.include_obfuscation"),
         ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids[0]"),
         ({"min_tokens": -1}, "invalid_value", "min_tokens"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,23 @@ def test_promise_and_reservation_of_memory_are_told(server: ServerProcess) -> No
         promised = server.metric("gantline_memory_promised_bytes", part=part)
         reserved = server.metric("gantline_memory_reserved_bytes", part=part)
         assert reserved == pytest.approx(promised, rel=0.03)
+
+
+def test_what_a_checkpoint_says_of_generating_is_honoured(server: ServerProcess, tmp_path: Path) -> None:
+    """Its defaults for requests that say nothing, and every token of its list ends an answer."""
+    folder = Path(shutil.copytree(MODEL, tmp_path / "changed"))
+    free = server.post("/v1/completions", {"prompt": "A list is", "max_tokens": 12, "return_token_ids": True}).json()["choices"][0]
+    assert free == server.post("/v1/completions", {"prompt": "A list is", "max_tokens": 12, "return_token_ids": True}).json()["choices"][0]
+    ends = next(i for i, token in enumerate(free["token_ids"]) if i > 3 and token not in free["token_ids"][:i])
+    settings = {"do_sample": True, "temperature": 1.9, "top_k": 1, "eos_token_id": [2, free["token_ids"][ends]]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    with running(folder, "--drain-delay=0", "--device=cpu", "--num-cache-blocks=64", program=REAL) as other:
+        body = {"prompt": "A list is", "max_tokens": 12, "return_token_ids": True}
+        answer = other.post("/v1/completions", body).json()["choices"][0]
+        assert answer["token_ids"] == free["token_ids"][: ends + 1] and answer["finish_reason"] == "stop", "top_k 1 takes the likeliest"
+        spoken = [other.post("/v1/completions", {**body, "top_k": 0, "seed": seed}).json()["choices"][0]["token_ids"] for seed in range(3)]
+        assert any(ids != answer["token_ids"] for ids in spoken), "the request's top_k wins, and its temperature is the checkpoint's"
+        assert other.post("/v1/completions", {**body, "ignore_eos": True}).json()["choices"][0]["token_ids"] == free["token_ids"]
 
 
 def test_a_folder_that_is_no_model_is_refused_with_its_reason(tmp_path: Path) -> None:

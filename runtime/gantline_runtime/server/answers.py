@@ -17,6 +17,7 @@ from gantline_runtime.parsers.events import ContentDelta, Event
 from gantline_runtime.server.errors import ApiError, json_response
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
+from gantline_runtime.server.protocol import UsageEvents
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.sse import DONE, EventStream, encode_event, unless_client_leaves
 from gantline_runtime.tokenizer import Tokenizer
@@ -58,12 +59,18 @@ class AnswerWriter:
     """What a stream ends with when nothing failed."""
 
     def __init__(
-        self, generation: Generation, tokenizer: Tokenizer, frame: dict[str, Any], *, include_usage: bool, return_token_ids: bool = False
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        frame: dict[str, Any],
+        *,
+        usage_events: UsageEvents = "none",
+        return_token_ids: bool = False,
     ) -> None:
         self.generation = generation
         self.tokenizer = tokenizer
         self.frame = frame
-        self.include_usage = include_usage
+        self.usage_events = usage_events
         self.return_token_ids = return_token_ids
 
     def failure(self, error: ApiError) -> bytes:
@@ -102,7 +109,7 @@ class AnswerWriter:
             if self.generation.finished:
                 break
             deltas = await self.generation.next()
-        if self.include_usage:
+        if self.usage_events != "none":
             yield self._event([], self.generation.usage())
 
     async def whole(self, first: Sequence[tuple[int, Delta]]) -> dict[str, Any]:
@@ -127,8 +134,8 @@ class AnswerWriter:
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         body = {**self.frame, "choices": choices}
-        if self.include_usage:  # OpenAI: null in all events but the last
-            body["usage"] = usage
+        if self.usage_events != "none":  # OpenAI: null in all events but the last
+            body["usage"] = usage if self.usage_events == "last" else self.generation.usage()
         return encode_event(body)
 
 

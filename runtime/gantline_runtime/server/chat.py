@@ -67,7 +67,7 @@ async def start_chat(service: Service, model: Model, request_id: str, fields: Ch
 
 class ChatWriter(AnswerWriter):
     def __init__(self, generation: Generation, model: Model, frame: dict[str, Any], fields: ChatRequest) -> None:
-        super().__init__(generation, model.tokenizer, frame, include_usage=fields.include_usage, return_token_ids=fields.return_token_ids)
+        super().__init__(generation, model.tokenizer, frame, usage_events=fields.usage_events, return_token_ids=fields.return_token_ids)
         self._wants_logprobs = fields.logprobs
         self._id_length = model.formats.tools.id_length
         self._called: set[int] = set()

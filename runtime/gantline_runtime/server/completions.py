@@ -78,7 +78,7 @@ class _CompletionWriter(AnswerWriter):
     def __init__(
         self, generation: Generation, model: Model, frame: dict[str, Any], fields: CompletionRequest, echoes: Sequence[str] = ()
     ) -> None:
-        super().__init__(generation, model.tokenizer, frame, include_usage=fields.include_usage, return_token_ids=fields.return_token_ids)
+        super().__init__(generation, model.tokenizer, frame, usage_events=fields.usage_events, return_token_ids=fields.return_token_ids)
         self._wants_logprobs = fields.logprobs is not None
         self._echoes = echoes
 

@@ -57,7 +57,7 @@ class _GenerateWriter(AnswerWriter):
     """One choice; a stream's events each hold what was added, and the counts so far."""
 
     def __init__(self, generation: Generation, model: Model, fields: GenerateRequest) -> None:
-        super().__init__(generation, model.tokenizer, {}, include_usage=False, return_token_ids=True)
+        super().__init__(generation, model.tokenizer, {}, return_token_ids=True)
         self._wants_logprobs = fields.return_logprob
 
     def build_chunk(self, index: int, delta: Delta) -> dict[str, Any]:

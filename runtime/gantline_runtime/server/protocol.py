@@ -43,6 +43,7 @@ __all__ = [
     "TokenId",
     "TokenizeRequest",
     "Tokens",
+    "UsageEvents",
 ]
 
 MAX_MESSAGES = 4096
@@ -82,14 +83,20 @@ _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
+UsageEvents = Literal["none", "last", "all"]
+
+
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
     @model_validator(mode="after")
     def _no_obfuscation(self) -> Self:
         if self.include_obfuscation:
             raise unsupported("stream_options.include_obfuscation")
+        if self.continuous_usage_stats and not self.include_usage:
+            raise invalid("stream_options: continuous_usage_stats is only allowed together with include_usage: true.", "stream_options")
         return self
 
 
@@ -139,8 +146,11 @@ class SamplingFields(Body):
         return self
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_events(self) -> UsageEvents:
+        """Which of a stream's events have a usage."""
+        if self.stream_options is None or not self.stream_options.include_usage:
+            return "none"
+        return "all" if self.stream_options.continuous_usage_stats else "last"
 
 
 class _TextPart(Body):

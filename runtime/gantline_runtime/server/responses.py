@@ -76,7 +76,7 @@ class _ResponseWriter(AnswerWriter):
     ending = b""
 
     def __init__(self, generation: Generation, model: Model, request_id: str, fields: ResponsesRequest, chat: ChatRequest) -> None:
-        super().__init__(generation, model.tokenizer, {}, include_usage=False)
+        super().__init__(generation, model.tokenizer, {})
         self._chat = ChatWriter(generation, model, {}, chat)
         self._items = ResponseItems(_frame(request_id, model, fields))
 
