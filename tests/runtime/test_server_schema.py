@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import ServerProcess, running
 
-EXAMPLES = max(20, int(os.environ.get("GANTLINE_FUZZ", "0")) // len(ROUTES))
+EXAMPLES = max(8, int(os.environ.get("GANTLINE_FUZZ", "0")) // len(ROUTES))
 DOCUMENT = build_document(ROUTES, "0")
 CHECKED = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 schema = schemathesis.openapi.from_dict(DOCUMENT)

@@ -55,13 +55,14 @@ _EVENTS = "Events whose data are objects of JSON, the last of all `[DONE]` (but 
 
 def build_document(routes: Sequence[Endpoint], version: str) -> dict[str, Any]:
     """The document as plain data."""
-    models = list(dict.fromkeys(route.body for route in routes if route.body is not None))
+    bodies = {route.body for route in routes}
+    models = list(dict.fromkeys(model for route in routes for model in (route.body, route.answer) if model is not None))
     references, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REFERENCE)
-    schemas = {name: _take_null(schema) for name, schema in definitions["$defs"].items()}
+    schemas = _take_nulls(definitions["$defs"], [references[body, "validation"] for body in bodies if body is not None])
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        reference = references[route.body, "validation"] if route.body is not None else None
-        paths.setdefault(route.name, {})[route.method.lower()] = _operation(route, reference)
+        body, answer = (None if model is None else references[model, "validation"] for model in (route.body, route.answer))
+        paths.setdefault(route.name, {})[route.method.lower()] = _operation(route, body, answer)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -77,8 +78,9 @@ def build_document(routes: Sequence[Endpoint], version: str) -> dict[str, Any]:
     }
 
 
-def _operation(route: Endpoint, reference: Any) -> dict[str, Any]:
-    content: dict[str, Any] = {route.media_type: {"schema": {"type": "object" if route.media_type == "application/json" else "string"}}}
+def _operation(route: Endpoint, body: Any, answer: Any) -> dict[str, Any]:
+    plain = {"type": "object" if route.media_type == "application/json" else "string"}
+    content: dict[str, Any] = {route.media_type: {"schema": answer or plain}}
     if route.streams:
         content["text/event-stream"] = {"schema": {"description": _EVENTS}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
@@ -90,12 +92,30 @@ def _operation(route: Endpoint, reference: Any) -> dict[str, Any]:
     operation: dict[str, Any] = {"summary": route.summary, "operationId": route.handler.__name__, "responses": responses}
     if route.path not in OPEN_PATHS:
         operation["security"] = [{"key": []}, {}]
-    if reference is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     parameters = re.findall(r"{(\w+)}", route.name)
     if parameters:
         operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters]
     return operation
+
+
+def _take_nulls(schemas: dict[str, Any], bodies: Sequence[Any]) -> dict[str, Any]:
+    """All schemas; in those that `bodies` and their members refer to, null is taken as the server takes it."""
+    names: set[str] = set()
+    found = {name for body in bodies for name in _references(body)}
+    while found - names:
+        names |= found
+        found = {other for name in names for other in _references(schemas[name])}
+    return {name: _take_null(schema) if name in names else schema for name, schema in schemas.items()}
+
+
+def _references(schema: Any) -> set[str]:
+    """Names of the schemas that `schema` refers to."""
+    if isinstance(schema, dict):
+        own = {schema["$ref"].rsplit("/", 1)[1]} if isinstance(schema.get("$ref"), str) else set()
+        return own.union(*map(_references, schema.values()))
+    return set().union(*map(_references, schema)) if isinstance(schema, list) else set()
 
 
 def _take_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +147,7 @@ def build_page(document: dict[str, Any]) -> str:
     """The document as one page of HTML."""
     schemas = document["components"]["schemas"]
     parts = [_endpoint(method, path, operation) for path, item in document["paths"].items() for method, operation in item.items()]
-    parts.append("<h2>Bodies</h2>")
+    parts.append("<h2>Bodies and answers</h2>")
     parts += [_model(name, schema) for name, schema in schemas.items() if schema.get("properties")]
     info = document["info"]
     title = f"{_text(info['title'])} {_text(info['version'])}"
@@ -141,12 +161,16 @@ def build_page(document: dict[str, Any]) -> str:
 def _endpoint(method: str, path: str, operation: dict[str, Any]) -> str:
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     rows = [("body", _kind(body))] if body is not None else []
-    answers = ", ".join(operation["responses"]["200"]["content"])
-    rows += [("answer", f"<code>{_text(answers)}</code>")]
+    answers = operation["responses"]["200"]["content"]
+    rows += [("answer", ", or ".join(_answer(kind, content["schema"]) for kind, content in answers.items()))]
     rows += [(_text(status), _text(answer["description"])) for status, answer in operation["responses"].items() if status != "200"]
     table = "".join(f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in rows)
     heading = f"<b>{method.upper()}</b> <code>{_text(path)}</code> {_text(operation['summary'])}"
     return f"<details><summary>{heading}</summary><table>{table}</table></details>"
+
+
+def _answer(kind: str, schema: dict[str, Any]) -> str:
+    return _kind(schema) if "$ref" in schema else f"<code>{_text(kind)}</code>"
 
 
 def _model(name: str, schema: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gantline_runtime.server import answer_schemas as answers
 from gantline_runtime.server import chat, completions, documents, generate, prompts, responses, system, text
 from gantline_runtime.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gantline_runtime.server.protocol_prompts import EmbeddingRequest, EncodeRequest, GenerateRequest, PerplexityRequest
@@ -19,14 +20,15 @@ __all__ = ["ROUTES", "Endpoint"]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`path` as Starlette writes it. `body` is the model of a JSON body; `media_type` that of a good answer, and `streams` says that it may
-    be a stream of events instead."""
+    """`path` as Starlette writes it. `body` is the model of a JSON body, `answer` that of a good answer, a stream of events instead
+    if `streams` and the body asks for one."""
 
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
     summary: str
     body: type[BaseModel] | None = None
+    answer: type[BaseModel] | None = None
     streams: bool = False
     media_type: str = "application/json"
 
@@ -37,21 +39,21 @@ class Endpoint:
 
 
 ROUTES = (
-    Endpoint("POST", "/v1/chat/completions", chat.create_chat_completion, "Answer messages", ChatRequest, streams=True),
-    Endpoint("POST", "/v1/completions", completions.create_completion, "Continue texts", CompletionRequest, streams=True),
-    Endpoint("POST", "/v1/responses", responses.create_response, "Answer a conversation of items", ResponsesRequest, streams=True),
-    Endpoint("POST", "/v1/embeddings", prompts.create_embeddings, "Turn texts into vectors", EmbeddingRequest),
-    Endpoint("GET", "/v1/models", system.list_models, "The model that is served"),
-    Endpoint("GET", "/v1/models/{model:path}", system.show_model, "One model by its name"),
-    Endpoint("POST", "/tokenize", text.tokenize, "Turn a text or messages into tokens", TokenizeRequest),
-    Endpoint("POST", "/detokenize", text.detokenize, "Turn tokens into a text", DetokenizeRequest),
-    Endpoint("POST", "/generate", generate.generate, "Continue a text, as LMDeploy's clients ask", GenerateRequest, streams=True),
-    Endpoint("POST", "/v1/encode", prompts.encode, "Turn texts into tokens, as LMDeploy's clients ask", EncodeRequest),
-    Endpoint("POST", "/get_ppl", prompts.compute_perplexity, "The perplexity of a text", PerplexityRequest),
-    Endpoint("GET", "/health", system.health, "Liveness"),
-    Endpoint("GET", "/ready", system.ready, "Readiness"),
+    Endpoint("POST", "/v1/chat/completions", chat.create_chat_completion, "Answer messages", ChatRequest, answers.ChatCompletion, True),
+    Endpoint("POST", "/v1/completions", completions.create_completion, "Continue texts", CompletionRequest, answers.Completion, True),
+    Endpoint("POST", "/v1/responses", responses.create_response, "Answer items", ResponsesRequest, answers.ResponseObject, True),
+    Endpoint("POST", "/v1/embeddings", prompts.create_embeddings, "Turn texts into vectors", EmbeddingRequest, answers.Embeddings),
+    Endpoint("GET", "/v1/models", system.list_models, "The model that is served", answer=answers.ModelList),
+    Endpoint("GET", "/v1/models/{model:path}", system.show_model, "One model by its name", answer=answers.ModelCard),
+    Endpoint("POST", "/tokenize", text.tokenize, "Turn a text or messages into tokens", TokenizeRequest, answers.Tokenized),
+    Endpoint("POST", "/detokenize", text.detokenize, "Turn tokens into a text", DetokenizeRequest, answers.Detokenized),
+    Endpoint("POST", "/generate", generate.generate, "Continue a text, as LMDeploy does", GenerateRequest, answers.Generated, True),
+    Endpoint("POST", "/v1/encode", prompts.encode, "Turn texts into tokens, as LMDeploy does", EncodeRequest, answers.Encoded),
+    Endpoint("POST", "/get_ppl", prompts.compute_perplexity, "The perplexity of a text", PerplexityRequest, answers.Perplexity),
+    Endpoint("GET", "/health", system.health, "Liveness", answer=answers.ServerState),
+    Endpoint("GET", "/ready", system.ready, "Readiness", answer=answers.ServerState),
     Endpoint("GET", "/metrics", system.metrics, "Prometheus' text format", media_type="text/plain"),
-    Endpoint("GET", "/version", system.version, "The server's version"),
+    Endpoint("GET", "/version", system.version, "The server's version", answer=answers.Version),
     Endpoint("GET", "/openapi.json", documents.show_openapi, "This API as an OpenAPI document"),
     Endpoint("GET", "/docs", documents.show_docs, "This API as a page to read", media_type="text/html"),
 )
