@@ -169,7 +169,7 @@ def _mass(row, size, top, inverse, least, BLOCK: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["uniforms", "temperatures", "top_ks", "top_ps", "min_ps"])  # columns of one upload
 def _sample(
     logits, uniforms, temperatures, top_ks, top_ps, min_ps, scratch, out, stride, size, capacity,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
