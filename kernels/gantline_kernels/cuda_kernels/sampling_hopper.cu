@@ -26,6 +26,8 @@ constexpr int MAX_LEVELS = 64;    // each is at least three orders of magnitude 
 constexpr int MAX_MOVES = 8;
 constexpr float REACH = 40.f;     // e^-40 of the likeliest token weighs nothing
 constexpr float ONE = 65536.f;    // a weight of one in fixed point, relative to its bin's upper edge; 65536 of them fit a block's bin
+constexpr float LINEAR_SLACK = 3e-4f;  // the same where a bin's weights are taken to lie on a line
+constexpr float TINY = 1e-30f;         // some bin that is not empty
 constexpr float SLACK = 1e-5f;    // more than what fixed point errs by in a sum
 constexpr float LARGEST = 1e38f;  // below -LARGEST is forbidden; so that differences are finite
 constexpr float LOG2_E = 1.44269504f;
@@ -60,14 +62,15 @@ struct Arguments {
   unsigned long long* listed;  // [LONG_LIST]: key of the logit, stretch
 };
 
-// Bin 0 holds what is not below `hi`, the last one what is below `lo`, the others are equally wide.
+constexpr float WHOLE = 8388608.f;  // 2^23: a float from here on has no fraction, and its last bits are an integer's
+__device__ __forceinline__ int last_bits(float whole) { return __float_as_int(whole) - 0x4B000000; }
+
+// Bin 0 holds what is not below `hi`, the others are equally wide, `scale` to a unit, and the last one goes on without end.
 struct Spread {
-  float hi, lo, scale;
-  __device__ __forceinline__ int of(float value) const {
-    if (value >= hi) return 0;
-    if (value < lo) return BINS - 1;
-    return 1 + min(static_cast<int>(__fmul_rn(__fsub_rn(hi, value), scale)), BINS - 3);
-  }
+  float hi, scale;
+  // The bin's number is the integer nearest to this: in few instructions, since they are most of what a logit costs.
+  __device__ __forceinline__ float place(float value) const { return fmaxf(fminf(__fmaf_rn(__fsub_rn(hi, value), scale, 0.5f), BINS - 1), 0.f); }
+  __device__ __forceinline__ int of(float value) const { return last_bits(place(value) + WHOLE); }
 };
 
 enum Kind { DONE, TO_FLOOR, BY_NUMBER, BY_WEIGHT, SLOW };
@@ -636,8 +639,7 @@ __device__ __forceinline__ float clamped(float value) { return value < -LARGEST 
 template <typename T>
 __device__ __forceinline__ float4 four_at(const T* logits, int at, int size) {
   const bool aligned = reinterpret_cast<uintptr_t>(logits) % (4 * sizeof(T)) == 0 && at + 4 <= size;
-  const float4 four = aligned ? load_aligned(logits + at) : load_any(logits, at, size);
-  return {clamped(four.x), clamped(four.y), clamped(four.z), clamped(four.w)};
+  return aligned ? load_aligned(logits + at) : load_any(logits, at, size);
 }
 
 // Sums and so on over a block's threads, in a fixed order; the same in all of them.
@@ -666,16 +668,10 @@ __device__ Spread choose_spread(const Arguments& args, Desk& desk, const Limits&
     if (value > -INFINITE) most = fmaxf(most, value), least = fminf(least, value), sum += value, count += 1.f;
   }
   most = over_block(desk, most, larger), least = over_block(desk, least, smaller), sum = over_block(desk, sum, add), count = over_block(desk, count, add);
-  if (count == 0.f) return {-LARGEST, -LARGEST, 0.f};
-  Spread spread = {most, least, 0.f};
-  if (limits.by_weight) spread.lo = fmaxf(least, most - REACH * limits.temperature);
-  if (limits.by_number && limits.top_k <= args.size / 16) spread.lo = sum / count;  // few are kept: what is below the middle need not be spread
-  if (spread.hi > spread.lo) {
-    spread.scale = (BINS - 2) / (spread.hi - spread.lo);
-  } else {
-    spread.lo = spread.hi;
-  }
-  return spread;
+  if (count == 0.f) return {-LARGEST, 1.f};
+  if (limits.by_weight) least = fmaxf(least, most - REACH * limits.temperature);
+  if (limits.by_number && limits.top_k <= args.size / 16) least = sum / count;  // few are kept: what is below the middle need not be spread
+  return {most, most > least ? (BINS - 2) / (most - least) : 1.f};
 }
 
 // The last of a row's blocks to come here?
@@ -730,7 +726,7 @@ __device__ void pick_bins(const Arguments& args, Desk& desk, const Limits& limit
   }
   float2 counts = sums;
   if (limits.by_weight) {
-    const float step = state.spread.scale > 0.f ? limits.rate / state.spread.scale : 0.f, top = (state.spread.hi - state.high) * limits.rate;
+    const float step = limits.rate / state.spread.scale, top = (state.spread.hi - state.high) * limits.rate;
     const int bin = 2 * threadIdx.x - 1;  // its upper edge, counted in bins from `hi`
     sums.x *= fast_exp2(top - bin * step) / ONE, sums.y *= fast_exp2(top - (bin + 1) * step) / ONE;
     counts.x *= 1.05f / ONE, counts.y *= 1.05f / ONE;
@@ -738,7 +734,7 @@ __device__ void pick_bins(const Arguments& args, Desk& desk, const Limits& limit
   if (threadIdx.x == 0) sums.x = limits.by_weight ? top_weight : top_count, counts.x = top_count;
   const float2 before = sums_before(desk, {sums.x + sums.y, counts.x + counts.y});
   const float goal = limits.by_weight ? limits.top_p * whole : static_cast<float>(limits.top_k);
-  const float early = limits.by_weight ? goal * (1.f - SLACK) : goal, late = limits.by_weight ? goal * (1.f + SLACK) : goal;
+  const float early = limits.by_weight ? fmaxf(goal * (1.f - LINEAR_SLACK), TINY) : goal, late = limits.by_weight ? fmaxf(goal * (1.f + LINEAR_SLACK), TINY) : goal;
   const float one = before.x + sums.x, two = before.x + (sums.x + sums.y);
   if (threadIdx.x == 0) desk.found = BINS - 1, desk.count = BINS - 1;
   __syncthreads();
@@ -810,13 +806,15 @@ __global__ __launch_bounds__(THREADS, 2) void survey(const Arguments args) {
     for (int i = 0; i < STRETCH_STEPS; ++i) next[i] = four_at(logits, stretch * STRETCH + i * ROW_OF_WARP + lane * 4, args.size);
   };
   fetch(blockIdx.x * STRETCHES + warp);
-  Spread spread = {INFINITE, INFINITE, 0.f};
+  Spread spread = {INFINITE, 1.f};
   if (spreads) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) desk.bins[i] = 0;
     spread = choose_spread(args, desk, limits, logits);
     __syncthreads();
   }
-  const float step = spread.scale > 0.f ? 1.f / (spread.scale * limits.temperature) : 0.f;  // a bin's width, as an exponent
+  const float step = 1.f / (spread.scale * limits.temperature);          // a bin's width, as an exponent
+  const float slope = ONE * (1.f - __expf(-step));                      // of the weight along a bin, in fixed point
+  const float middle = WHOLE + (ONE - 0.5f * slope);
   for (int round = 0; round < STRETCHES / WARPS; ++round) {
     const int stretch = blockIdx.x * STRETCHES + round * WARPS + warp;
     float values[STRETCH_STEPS * 4];
@@ -833,17 +831,14 @@ __global__ __launch_bounds__(THREADS, 2) void survey(const Arguments args) {
     int count = 0;
 #pragma unroll
     for (int i = 0; i < STRETCH_STEPS * 4; ++i) {
-      const float value = values[i], weight = weight_of(value, from, limits.rate);
+      const float value = values[i], weight = fast_exp2(__fmaf_rn(value, limits.rate, -from * limits.rate));
       whole += weight;
       if (!spreads) continue;
-      const int bin = spread.of(value);
+      const float place = spread.place(value), nearest = place + WHOLE;
+      const int bin = last_bits(nearest);
       if (bin == 0) top += weight, ++count;
-      if (bin == 0 || bin == BINS - 1) continue;
-      uint32_t amount = 1;
-      if (limits.by_weight) {
-        const float below = __saturatef((spread.hi - value) * spread.scale - (bin - 1)) * step;
-        amount = __float2uint_rn(ONE * (1.f - below * (1.f - below * (0.5f - below * (1.f / 6.f)))));  // e^-below, to 1e-7
-      }
+      const uint32_t amount = limits.by_weight ? last_bits(__fmaf_rn(place - (nearest - WHOLE), -slope, middle)) : 1;
+      if (static_cast<unsigned>(bin - 1) >= BINS - 2) continue;
       atomicAdd(&desk.bins[bin], amount);
     }
     whole = reduce(whole, add);
@@ -884,14 +879,14 @@ __device__ float where_weight_reaches(Desk& desk, int counted, float above, floa
   for (int i = 0; i < 4; ++i) sums[i] = sum += begin + i < counted ? weight_of(value_of(desk.list[begin + i]), high, rate) : 0.f;
   const float before = above + sums_before(desk, {sum, 0.f}).x;
   if (threadIdx.x == THREADS - 1) desk.goal = goal > 0.f ? goal : share * (before + sum);
-  if (threadIdx.x == 0) desk.found = counted - 1;
+  if (threadIdx.x == 0) desk.found = counted;
   __syncthreads();
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
     if (begin + i < counted && before + sums[i] >= desk.goal) atomicMin(&desk.found, begin + i);
   }
   __syncthreads();
-  return value_of(desk.list[desk.found]);
+  return value_of(desk.list[min(desk.found, counted - 1)]);
 }
 
 // The last block of a row: the least logit that is kept, and the draw.
@@ -910,7 +905,12 @@ __device__ void finish_row(const Arguments& args, Desk& desk, const Limits& limi
     if (state.kind == BY_WEIGHT) {
       float sum = 0.f;
       for (int i = threadIdx.x; i < args.stretches; i += THREADS) sum += __ldcg(above + i);
-      least = where_weight_reaches(desk, count, over_block(desk, sum, add), state.goal, limits.top_p, state.high, limits.rate);
+      sum = over_block(desk, sum, add);
+      least = where_weight_reaches(desk, count, sum, state.goal, limits.top_p, state.high, limits.rate);
+      if (state.goal > 0.f && (sum >= state.goal || desk.found == count)) {  // fixed point was further off than it may be
+        if (threadIdx.x == 0) args.states[line].kind = SLOW;
+        return;
+      }
     } else {
       least = value_of(desk.list[min(max(static_cast<int>(state.goal), 1), count) - 1]);
       if (state.share < 1.f) {
