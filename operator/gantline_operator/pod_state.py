@@ -34,7 +34,9 @@ class Trouble:
 
     @property
     def text(self) -> str:
-        return f"{self.message} {self.cure}".strip()
+        """Cause and cure as sentences: a container's own words come without a full stop."""
+        whole = not self.cure or self.message.endswith((".", "!", "?"))
+        return f"{self.message if whole else f'{self.message}.'} {self.cure}".strip()
 
 
 @dataclass(frozen=True)

@@ -266,3 +266,15 @@ def test_a_ready_pod_has_no_trouble_whatever_it_went_through() -> None:
         "status": {"phase": "Running", "containerStatuses": [container], "conditions": conditions_},
     }
     assert read_pod(body).trouble is None
+
+
+@pytest.mark.parametrize(
+    ("cause", "cure", "text"),
+    [
+        ("torch sees no GPU", "Give --device cpu.", "torch sees no GPU. Give --device cpu."),
+        ("The claim is missing.", "Create it.", "The claim is missing. Create it."),
+        ("0/1 nodes are available", "", "0/1 nodes are available"),
+    ],
+)
+def test_cause_and_cure_are_two_sentences_whoever_wrote_them(cause: str, cure: str, text: str) -> None:
+    assert Trouble(Reason.CONTAINER_FAILED, cause, cure).text == text
