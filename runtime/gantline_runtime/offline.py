@@ -16,6 +16,7 @@ beginnings have in common. Not for several threads: one thread at a time uses a 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -31,6 +32,7 @@ from gantline_runtime.errors import CheckpointError, ConfigurationError
 from gantline_runtime.generation_config import GenerationConfig
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from gantline_runtime.request import QueueFull
 from gantline_runtime.server.output import ChoiceOutput
 from gantline_runtime.tokenizer import Tokenizer
 
@@ -107,11 +109,13 @@ class Pipeline:
         encoded = [self._encode(prompt, do_preprocess) for prompt in batch]
         running: dict[str, _Answer] = {}
         try:
-            for index, ids in enumerate(encoded):
-                name = f"pipeline-{next(self._names)}"
-                running[name] = self._begin(name, index, ids, config)
-            while running:
+            pending, room = deque(enumerate(encoded)), True
+            while pending or running:
+                if room:
+                    self._fill(pending, running, config)
+                before = len(running)
                 yield from self._advance(running)
+                room = len(running) < before
         finally:
             for name in running:
                 self._engine.abort(name)
@@ -163,6 +167,16 @@ class Pipeline:
             cause = f"a prompt has {len(ids)} tokens; the context holds {limit}, with at least one to generate"
             raise ConfigurationError(cause, cure="Shorten the prompt, or raise session_len if the model allows it.")
         return ids
+
+    def _fill(self, pending: deque[tuple[int, list[int]]], running: dict[str, _Answer], config: GenerationConfig) -> None:
+        """Hand the engine as many of `pending` as may wait there; the rest follows when some have ended."""
+        while pending:
+            name, (index, ids) = f"pipeline-{next(self._names)}", pending[0]
+            try:
+                running[name] = self._begin(name, index, ids, config)
+            except QueueFull:
+                return
+            pending.popleft()
 
     def _begin(self, name: str, index: int, ids: list[int], config: GenerationConfig) -> _Answer:
         sampling = self._sampling(config)

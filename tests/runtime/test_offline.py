@@ -48,6 +48,13 @@ def test_a_streams_pieces_are_the_whole_answer(pipe: Pipeline) -> None:
     assert len(parts) > len(whole)
 
 
+def test_a_batch_longer_than_the_queue_is_answered_whole_and_in_order() -> None:
+    config = EngineConfig(device="cpu", num_cache_blocks=64, session_len=512, max_batch_size=2, max_waiting=1)
+    with pipeline(TINY, config, progress=False) as small:
+        answers = small.batch_infer([f"Number {i}" for i in range(12)], GenerationConfig(max_new_tokens=2, ignore_eos=True))
+    assert [answer.index for answer in answers] == list(range(12)) and {answer.generate_token_len for answer in answers} == {2}
+
+
 def test_a_stream_that_is_left_early_ends_its_requests(pipe: Pipeline) -> None:
     stream = pipe.stream_infer(QUESTIONS, GenerationConfig(max_new_tokens=200, ignore_eos=True))
     next(stream)
