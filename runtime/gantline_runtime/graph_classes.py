@@ -11,29 +11,15 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from gantline_runtime.batch import MAX_PADDED_PROMPTS, BatchShape
+from gantline_runtime.graph_sizes import decode_sizes, token_sizes
 from gantline_runtime.kv_cache.prefix_groups import num_groups
-from gantline_runtime.sizing import GRAPH_TOKENS
 
-__all__ = ["GraphClasses", "decode_sizes", "token_sizes"]
+__all__ = ["GraphClasses"]
 
-_MAX_SIZE = 512
 _FIRST_CONTEXT = 2048
 _CONTEXT_STEP = 4
 _MIXED_DECODES = (0, 16)
 _PROMPTS = (4, 16, MAX_PADDED_PROMPTS)
-
-
-def decode_sizes(max_size: int) -> list[int]:
-    """Of a batch of decodes: 1, 2, 4, 8, then every 8 to 256, every 16 to 512. Products of up to 8 more rows cost nothing extra."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, _MAX_SIZE + 1, 16)]
-    return [size for size in sizes if size < max_size] + ([max_size] if max_size <= _MAX_SIZE else [])
-
-
-def token_sizes(max_tokens: int) -> list[int]:
-    """Tokens of a mixed batch: every 32 to 512, every 64 to 1024, every 128 to 2048. Larger ones have no class: their kernels take far
-    longer than their launches, so that padding would only cost."""
-    sizes = [*range(32, 513, 32), *range(576, 1025, 64), *range(1152, GRAPH_TOKENS + 1, 128)]
-    return [size for size in sizes if size <= max_tokens]
 
 
 class GraphClasses:

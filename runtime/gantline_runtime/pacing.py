@@ -18,12 +18,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gantline_runtime.graph_sizes import token_step
+
 __all__ = ["Pacer", "StepLoad"]
 
 _MIN_CHUNK = 32
 """Tokens that a prompt gets on with in any step: on a GPU they cost next to nothing beside the weights that are read anyway."""
 _GRAIN = 64
-"""Chunks are multiples of it where they are longer: kernels work in tiles."""
+"""Longer chunks are cut so that the step's tokens fill a class of CUDA graphs: padding would cost what tokens cost."""
 _FIRST_CHUNK = 512
 """Until `_MIN_SAMPLES` steps with prompts have been measured."""
 _MIN_SAMPLES = 4
@@ -125,7 +127,7 @@ class Pacer:
         if count >= wanted:
             return wanted
         if count > _GRAIN:
-            return count - count % _GRAIN
+            return count - _surplus(load, count)
         return min(wanted, max(count, _MIN_CHUNK)) if not load.prompt_tokens else 0
 
     def _room(self, load: StepLoad, start: int) -> int:
@@ -136,6 +138,13 @@ class Pacer:
         left = max(self.max_step_s, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else c.any_prompt)
         fits = _largest_count(left, c.prompt_token + c.pair * start, c.pair / 2)
         return min(fits, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
+
+
+def _surplus(load: StepLoad, count: int) -> int:
+    """Tokens of a chunk of `count` past the class that the step's tokens fill, or past whole least chunks if too few were left."""
+    tokens = load.decodes + load.prompt_tokens + count
+    surplus = tokens % token_step(tokens)
+    return surplus if count - surplus >= _MIN_CHUNK else count % _MIN_CHUNK
 
 
 def _largest_count(seconds: float, linear: float, quadratic: float) -> int:

@@ -132,10 +132,12 @@ class PaddedBatches:
         self._runner._forward_padded(shape)
 
 
-def test_padding_batches_to_the_classes_of_graphs_changes_no_token_and_no_logprob(model: Path) -> None:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_padding_batches_to_the_classes_of_graphs_changes_no_token_and_no_logprob(model: Path, tp: int) -> None:
+    """With two ranks, the second is told of the padded batch."""
     results = []
     for padded in (False, True):
-        engine = LLMEngine(model, config(max_prefill_token_num=96))
+        engine = LLMEngine(model, config(max_prefill_token_num=96, tp=tp if padded else 1))
         if padded:
             runner = engine._executor._runner  # type: ignore[attr-defined]
             runner._graphs = batches = PaddedBatches(runner, engine.config)

@@ -18,7 +18,8 @@ import torch
 from gantline_runtime.batch import BatchShape
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineStats, LLMEngine
-from gantline_runtime.graph_classes import GraphClasses, decode_sizes, token_sizes
+from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.graph_sizes import decode_sizes, token_sizes
 from gantline_runtime.graphs import StepGraphs
 from gantline_runtime.messages import TokenOutput
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine_loop import EngineLoop
+from gantline_runtime.graph_sizes import token_sizes
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.pacing import Pacer, StepLoad
 from gantline_runtime.scheduler import Step
@@ -157,6 +158,23 @@ def test_a_machine_that_became_slower_is_learned_anew() -> None:
     load = StepLoad(decodes=64, decode_context=64_000)
     load.add_chunk(0, 500)
     assert pacer.predict(load) == pytest.approx(slow.seconds(load), rel=0.2)
+
+
+@pytest.mark.parametrize("max_step_s", [0.012, 0.02, 0.05])
+def test_a_chunk_that_is_cut_fills_a_class_of_graphs(max_step_s: float) -> None:
+    machine, pacer = Machine(), Pacer(max_step_s)
+    for i in range(60):
+        load = StepLoad(decodes=64, decode_context=64_000)
+        load.add_chunk(0, 40 + 45 * i)
+        pacer.observe(load, machine.seconds(load))
+    sizes = set()
+    for decodes in range(1, 200):
+        count = pacer.chunk(StepLoad(decodes=decodes, decode_context=1000 * decodes), 0, 20_000)
+        assert 32 <= count < 20_000
+        if count > 64:
+            assert decodes + count in token_sizes(8192) or count % 32 == 0
+            sizes.add(decodes + count)
+    assert len(sizes - set(token_sizes(8192))) <= 0.1 * len(sizes)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
