@@ -82,6 +82,12 @@ def test_what_a_model_writes_freely_is_parsed_the_same_in_a_stream(
     assert [(name, json.loads(arguments)) for name, arguments in got[2]] == [("get_weather", value) for value in calls]
 
 
+def test_tokens_of_reasoning_are_counted(ask: Any) -> None:
+    usage = ask("<think>12345</think>abc").usage
+    assert usage.completion_tokens_details.reasoning_tokens == len("<12345</think")
+    assert ask("abc").usage.completion_tokens_details.reasoning_tokens == 0
+
+
 def test_an_answer_that_was_cut_off_tells_so(ask: Any) -> None:
     content, _, calls, reason = whole(ask(CALL, tools=TOOLS, max_tokens=20))
     assert (content, calls, reason) == (CALL[:20], [], "length")

@@ -15,6 +15,10 @@ class ChainedParser:
     def __init__(self, first: OutputParser, second: OutputParser) -> None:
         self._first, self._second = first, second
 
+    @property
+    def reasoning(self) -> bool:
+        return self._first.reasoning
+
     def feed(self, text: str) -> list[Event]:
         return self._pass_on(self._first.feed(text))
 

@@ -45,6 +45,11 @@ Event = ContentDelta | ReasoningDelta | CallBegin | ArgumentsDelta
 class OutputParser(Protocol):
     """How text is cut into pieces makes no difference to what comes of it, but to how deltas are cut."""
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether the text is in the midst of reasoning."""
+        ...
+
     def feed(self, text: str) -> list[Event]:
         """What `text` completes. What may be the beginning of something else is held back."""
         ...

@@ -45,6 +45,10 @@ class ReasoningParser:
         self._pending = ""
         self._trim = inside
 
+    @property
+    def reasoning(self) -> bool:
+        return self._step == self._inside
+
     def feed(self, text: str) -> list[Event]:
         """What is no reasoning comes as ContentDelta."""
         self._pending += text

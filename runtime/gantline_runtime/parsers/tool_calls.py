@@ -24,6 +24,8 @@ _MAX_BLOCK_CHARS = 1 << 20
 class ToolParser:
     """For text that no grammar holds. White space beside calls belongs to them."""
 
+    reasoning = False
+
     def __init__(self, kind: ToolFormat, names: Collection[str]) -> None:
         self._kind, self._names = kind, frozenset(names)
         self._step: Callable[[], list[Event] | None] = self._start if kind.only_at_start else self._text
@@ -109,6 +111,8 @@ class HeldToolParser:
     opening ──> before_name ──> name ──> arguments ──> after_arguments ──> separator ──> before_name ...
                                                               └──────────> closing
     """
+
+    reasoning = False
 
     def __init__(self, kind: ToolFormat) -> None:
         self._kind = kind

@@ -154,6 +154,7 @@ class Generation:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": sum(choice.output.num_reasoning_tokens for choice in self._choices)},
         }
 
     def close(self) -> None:

@@ -85,6 +85,7 @@ class ChoiceOutput:
         self._shown = 0
         self.num_tokens = 0
         """Tokens generated, with the one that ended the choice."""
+        self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
         self.embedding = b""
         """The pooled hidden state, of a request that asked for it: float32, little-endian."""
@@ -94,8 +95,8 @@ class ChoiceOutput:
         """Take what the engine sent. Once the delta has a finish reason, the engine's request may be closed."""
         delta = self._read(outputs)
         if self._parser is not None:
-            last = self._parser.finish if delta.finish_reason is not None else list
-            delta.events = joined([*self._parser.feed(delta.text), *last()])
+            last = self._parser.finish() if delta.finish_reason is not None else []
+            delta.events = joined([*(delta.events or []), *last])
         return delta
 
     def feed_each(self, outputs: Sequence[TokenOutput]) -> list[Delta]:
@@ -136,29 +137,33 @@ class ChoiceOutput:
         if logprobs is not None:
             self._entries.append(TokenEntry(token, logprobs, self._decoded))
         self._show(self._detokenizer.feed(token), delta)
+        if self._parser is not None and self._parser.reasoning:
+            self.num_reasoning_tokens += 1
 
     def _end(self, reason: FinishReason, delta: Delta) -> None:
         self._show(self._detokenizer.finish(), delta)
         if self.finish_reason is None:  # the last characters may have completed a stop string
-            rest = self._stops.finish()
-            self._shown += len(rest)
-            delta.text += rest
+            self._add(self._stops.finish(), delta)
             delta.entries.extend(self._entries)
             self._entries.clear()
             self.finish_reason = delta.finish_reason = reason
+
+    def _add(self, text: str, delta: Delta) -> None:
+        self._shown += len(text)
+        delta.text += text
+        if self._parser is not None and text:
+            delta.events = [*(delta.events or []), *self._parser.feed(text)]
 
     def _show(self, piece: str, delta: Delta) -> None:
         if not piece:
             return
         self._decoded += len(piece)
         shown = piece if self.num_tokens <= self._min_tokens else self._stops.feed(piece)
-        self._shown += len(shown)
-        delta.text += shown
+        self._add(shown, delta)
         if self._stops.stopped:
             self.finish_reason = delta.finish_reason = "stop"
             if self._include_stop:
-                self._shown += len(self._stops.matched)
-                delta.text += self._stops.matched
+                self._add(self._stops.matched, delta)
         while self._entries and self._entries[0].start < self._shown:
             delta.entries.append(self._entries.popleft())
 
