@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -29,6 +30,10 @@ EXAMPLE = ROOT / "examples/quickstart.yaml"
 SERVICE = "chat"
 QUESTION = "What does os.path.join do?"
 READY_TIMEOUT_S = 600
+WORKS = {"Fetching": "fetch", "Quantizing": "quantize", "Starting": "server"}
+"""Reason of Ready -> the role of the pod whose log tells how far the work is."""
+LOOK_INTO_LOGS_EVERY = 5
+"""Looks at the service: each look takes a tenth of a second of processor time, which the work needs as well."""
 DEVELOPMENT_IMAGES = {"operator": "localhost/gantline-operator:dev", "cpu": "localhost/gantline-runtime-cpu:dev"}
 
 
@@ -132,11 +137,9 @@ def run(command: list[str], *, log: str, ticker: Ticker | None = None, environme
 def embedded_cluster(tick: Callable[[str], Ticker]) -> Tools:
     module = [sys.executable, "-m", "gantline_devcluster"]
     with tick("build Kubernetes' parts (once for each version)") as ticker:
-        run([*module, "build", "--set", "node"], log="build", ticker=ticker)
+        binaries = Path(run([*module, "build", "--set", "node"], log="build", ticker=ticker).strip().splitlines()[-1])
     with tick("start a node of our own, in its own namespaces") as ticker:
-        run([*module, "up"], log="up", ticker=ticker)
-        kubeconfig = Path(run([*module, "kubeconfig"], log="up").strip().splitlines()[-1])
-        binaries = Path(run([*module, "binaries"], log="up").strip().splitlines()[-1])
+        kubeconfig = Path(run([*module, "up"], log="up", ticker=ticker).strip().rpartition("export KUBECONFIG=")[2])
     return Tools(str(binaries / "kubectl"), str(binaries / "helm"), kubeconfig, DEVELOPMENT_IMAGES, embedded=True)
 
 
@@ -214,7 +217,7 @@ def install_chart(tools: Tools, ticker: Ticker) -> None:
 def wait_until_ready(tools: Tools, ticker: Ticker) -> None:
     """Follow the service's conditions until Ready, showing what it waits for and the progress of its Job."""
     deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
+    for turn in itertools.takewhile(lambda _: time.monotonic() < deadline, itertools.count()):
         service = tools.get("gisvc", SERVICE)
         conditions = {c["type"]: c for c in (service or {}).get("status", {}).get("conditions", [])}
         ready = conditions.get("Ready", {})
@@ -223,8 +226,9 @@ def wait_until_ready(tools: Tools, ticker: Ticker) -> None:
         refused = next((c for c in conditions.values() if is_final(c)), None)
         if refused:
             raise PhaseFailed(f"{refused['type']} is False, {refused['reason']}: {refused['message']}", save_state(tools))
-        ticker.detail = progress(tools, ready)
-        time.sleep(1)
+        if turn % LOOK_INTO_LOGS_EVERY == 0:
+            ticker.detail = progress(tools, ready)
+        time.sleep(0.5)
     raise PhaseFailed(f"the service was not Ready within {READY_TIMEOUT_S} s; last: {ticker.detail}", save_state(tools))
 
 
@@ -240,14 +244,13 @@ def is_final(condition: dict[str, Any]) -> bool:
 
 
 def progress(tools: Tools, ready: dict[str, Any]) -> str:
-    """What the service waits for, and the last line of the newest pod that works for it."""
+    """What the service waits for, and how far the pod is that works for it."""
     waiting = f"{ready.get('reason', 'waiting')}: {ready.get('message', '')}".strip(": ")
-    pods = (tools.get("pods", "-l", f"gantline.io/service={SERVICE}") or {}).get("items", [])
-    running = [p for p in pods if p.get("status", {}).get("phase") == "Running"]
-    if not running:
+    role = WORKS.get(ready.get("reason", ""))
+    if role is None:
         return waiting
-    newest = max(running, key=lambda p: p["metadata"]["creationTimestamp"])["metadata"]["name"]
-    tail = subprocess.run([tools.kubectl, "logs", newest, "--tail=1"], env=tools.environment(), capture_output=True, text=True, timeout=60)
+    command = [tools.kubectl, "logs", "-l", f"gantline.io/service={SERVICE},gantline.io/role={role}", "--tail=1"]
+    tail = subprocess.run(command, env=tools.environment(), capture_output=True, text=True, timeout=60)
     last = tail.stdout.strip().replace("\r", "\n").splitlines()
     return bar(last[-1]) or waiting if last else waiting
 

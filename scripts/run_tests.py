@@ -32,7 +32,7 @@ def streams(arguments: list[str]) -> dict[str, list[str]]:
     workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
     commands = {
         "node": [*PYTEST, "tests/e2e", "tests/devcluster", "-m", "node and not gpu", *arguments],
-        "api-server": [*PYTEST, "tests/operator", "tests/devcluster", "-m", "apiserver and not node and not gpu", *arguments],
+        "api-server": [*PYTEST, "tests/devcluster", "tests/operator", "-m", "apiserver and not node and not gpu", *arguments],
         "rest": ["nice", "-n", "5", *PYTEST, "tests", *workers, "-m", "not apiserver and not node and not gpu", *arguments],
     }
     return commands if arguments else {"check": ["make", "--no-print-directory", "check"], **commands}

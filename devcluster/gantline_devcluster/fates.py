@@ -35,17 +35,17 @@ class FatePolicies:
         """
         if fate not in FATES:
             raise DevclusterError(f"there is no fate {fate!r}", f"Choose one of {', '.join(FATES)}")
-        annotations = {FATE: fate, MESSAGE: message, EXIT_CODE: str(exit_code), AFTER: after}
+        annotations = {k: v for k, v in {FATE: fate, MESSAGE: message, EXIT_CODE: str(exit_code), AFTER: after}.items() if v}
         name = _PREFIX + "-".join(
             part.replace("/", ".").replace("_", "-").lower() for item in sorted(labels.items()) for part in item if part
         )
         name = name[:200] + (f"-{namespace}" if namespace else "")
-        policy, binding = build_policy(name, labels, {k: v for k, v in annotations.items() if v}, namespace)
+        policy, binding = build_policy(name, labels, annotations, namespace)
         self._client.apply(f"{_PATH}/mutatingadmissionpolicies/{name}", policy)
         self._client.apply(f"{_PATH}/mutatingadmissionpolicybindings/{name}", binding)
         if name not in self._names:
             self._names.append(name)
-        self._wait_until_it_acts(labels, fate, namespace or "default")
+        self._wait_until_it_acts(labels, annotations, namespace or "default")
 
     def clear(self) -> None:
         """Forget every fate that was set."""
@@ -55,7 +55,7 @@ class FatePolicies:
                     self._client.call("DELETE", f"{_PATH}/{kind}/{name}")
         self._names.clear()
 
-    def _wait_until_it_acts(self, labels: dict[str, str], fate: str, namespace: str) -> None:
+    def _wait_until_it_acts(self, labels: dict[str, str], annotations: dict[str, str], namespace: str) -> None:
         """The API server learns of a policy a moment after it was written: try with a pod that is never stored."""
         probe = {
             "apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "probe-", "labels": labels},
@@ -64,10 +64,11 @@ class FatePolicies:
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while time.monotonic() < deadline:
             made = self._client.post(f"/api/v1/namespaces/{namespace}/pods?dryRun=All", probe)
-            if made["metadata"].get("annotations", {}).get(FATE) == fate:
+            if annotations.items() <= made["metadata"].get("annotations", {}).items():
                 return
             time.sleep(0.1)
-        raise DevclusterError(f"the fate {fate} did not take effect within {SETTLE_TIMEOUT_S:.0f} s", "Look into kube-apiserver's log")
+        late = f"the fate {annotations[FATE]} did not take effect within {SETTLE_TIMEOUT_S:.0f} s"
+        raise DevclusterError(late, "Look into kube-apiserver's log")
 
 
 _RESTRICTED = {"securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}

@@ -224,14 +224,15 @@ def _of_record(record: Record) -> Failed:
 
 def _of_job(job: JobState, pods: Sequence[PodState]) -> Step:
     newest = max(pods, key=lambda pod: (pod.created, pod.name), default=None)
+    answered = (pod.answer for pod in pods if pod.phase == "Succeeded" and pod.answer)
+    answer = next((answer for answer in answered if answer.reason is termination.Reason.COMPLETED), None)
+    if answer is not None and job.state != "Failed":
+        return Succeeded(job.name, answer)  # also before its controller has counted the pod, which takes it a second or two
     if job.state == "Active":
         running = newest if newest is not None and newest.phase in ("Pending", "Running") else None
         return Running(job.name, job.attempt, running.trouble if running else None, running.name if running else "")
     finished = job.finished or job.created
     if job.state == "Complete":
-        answer = next((pod.answer for pod in pods if pod.answer and pod.answer.reason is termination.Reason.COMPLETED), None)
-        if answer is not None:
-            return Succeeded(job.name, answer)
         lost = Trouble(Reason.INTERNAL_ERROR, f"Job {job.name} completed, but its answer is gone with its pod.")
         return _failed(job.name, job.attempt, lost, finished)
     trouble = next((pod.trouble for pod in sorted(pods, key=lambda pod: pod.created, reverse=True) if pod.trouble), None)

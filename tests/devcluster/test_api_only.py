@@ -89,7 +89,7 @@ def test_a_service_of_ready_simulated_pods_has_endpoints(simulated_nodes: ApiClu
     }
     simulated_nodes.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(body))
     simulated_nodes.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(deployment("web", replicas=2)))
-    simulated_nodes.kubectl("rollout", "status", "deployment/web", "-n", namespace, "--timeout=30s")
+    simulated_nodes.kubectl("rollout", "status", "deployment/web", "-n", namespace, "--timeout=90s")
     slices = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
 
     def addresses() -> set[str]:

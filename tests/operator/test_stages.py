@@ -71,11 +71,15 @@ def test_a_waiting_pod_says_what_it_waits_for() -> None:
     assert found.trouble.reason is Reason.WAITING_FOR_CAPACITY
 
 
-def test_the_answer_of_a_completed_job_is_taken_over() -> None:
-    found = step(
-        None, [job(state="Complete")], [pod(job().name, phase="Succeeded", terminated=ended(termination.Reason.COMPLETED, code=0))]
-    )
-    assert isinstance(found, Succeeded)
+def test_the_answer_of_a_pod_that_succeeded_is_taken_over_whether_or_not_its_job_has_counted_it() -> None:
+    done = pod(job().name, phase="Succeeded", terminated=ended(termination.Reason.COMPLETED, code=0))
+    assert isinstance(step(None, [job(state="Complete")], [done]), Succeeded)
+    assert isinstance(step(None, [job()], [done]), Succeeded)
+
+
+def test_a_pod_that_still_holds_its_devices_is_waited_for() -> None:
+    ending = pod(job().name, phase="Running", terminated=ended(termination.Reason.COMPLETED, code=0))
+    assert isinstance(step(None, [job()], [ending]), Running)
 
 
 def test_a_completed_job_whose_answer_is_gone_is_done_again() -> None:
