@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 __all__ = ["Sample", "check", "choose"]
 
@@ -83,7 +84,8 @@ def _teacher_forced(
     from transformers import AutoModelForCausalLM
 
     where = {} if device == "cpu" else {"device_map": device}
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **where).eval()
+    how = {"attn_implementation": _exact_attention()} if dtype == torch.float32 else {}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **where, **how).eval()
     results = {}
     for name, samples in groups.items():
         logits_parts = (part for sample in samples for part in _logits(model, sample, device))
@@ -92,6 +94,35 @@ def _teacher_forced(
     if device == "cuda":
         torch.cuda.empty_cache()
     return results
+
+
+def _exact_attention() -> str:
+    """The name of an attention for float32 that needs no memory for scores: torch's kernels of that kind take heads that share keys in
+    16 bits only, and 32k tokens of a few heads are 70 GB of scores. So keys and values are repeated."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = "gantline_exact"
+    AttentionInterface.register(name, _attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """[1, heads, T, D] -> [1, T, heads, D]; without a mask causal."""
+    del module
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    causal = attention_mask is None and query.shape[2] > 1
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=causal)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _logits(model: Any, sample: Sample, device: str) -> Iterator[torch.Tensor]:
