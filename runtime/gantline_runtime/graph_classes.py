@@ -16,7 +16,8 @@ from gantline_runtime.kv_cache.prefix_groups import num_groups
 
 __all__ = ["GraphClasses"]
 
-_FIRST_CONTEXT = 2048
+_FIRST_CONTEXTS = (1024, 2048)
+"""Up to the first, decode attention splits no context where its programs fill the chip once; up to the second, none of many sequences."""
 _CONTEXT_STEP = 4
 _MIXED_DECODES = (0, 16)
 _PROMPTS = (4, 16, MAX_PADDED_PROMPTS)
@@ -28,10 +29,10 @@ class GraphClasses:
         self._decodes = decode_sizes(max_sequences)
         self._tokens = token_sizes(max_tokens)
         self._mixed_decodes = [*(size for size in _MIXED_DECODES if size < max_sequences), max_sequences]
-        self._contexts = [_FIRST_CONTEXT]
-        while self._contexts[-1] < session_len:
-            self._contexts.append(self._contexts[-1] * _CONTEXT_STEP)
-        self._contexts = [min(context, session_len) for context in self._contexts]
+        contexts = [*_FIRST_CONTEXTS]
+        while contexts[-1] < session_len:
+            contexts.append(contexts[-1] * _CONTEXT_STEP)
+        self._contexts = sorted({min(context, session_len) for context in contexts})
 
     def pad(self, shape: BatchShape) -> BatchShape:
         """The class of a batch, or the batch's own shape where there is none."""

@@ -33,6 +33,8 @@ _MAX_PARTS = 128
 _LEAST_PART = 64
 _LEAST_PART_OF_MANY = 2048
 """Tokens of the shortest part worth a program of its own: where programs are few, and where there are enough without splitting."""
+_ALL_BUSY, _SHORT = 0.9, 1024
+"""Share of multiprocessors that have a program, and tokens of a context, with which nothing is split."""
 _MOST_TAKEN_IN = 4
 """Parts of a shared prefix that the program of a sequence's own context takes in one after the other."""
 _SHARED_BYTES = 98304
@@ -157,9 +159,12 @@ def _num_sms(index: int | None) -> int:
 def plan_parts(batch: int, kv_heads: int, max_context_len: int, num_sms: int) -> tuple[int, int]:
     """(parts of each context, least tokens of a part). Measured on an H200, docs/perf-log.md.
 
-    Few programs are split until there are _PROGRAMS_PER_SM for each multiprocessor. Where there are enough, only what is long is split,
-    so that a long context among short ones does not finish alone.
+    Few programs are split until there are _PROGRAMS_PER_SM for each multiprocessor, but for short contexts that occupy nearly all of them
+    once: joining parts would take longer than it saves. Where there are enough, only what is long is split, so that a long context among
+    short ones does not finish alone.
     """
+    if _ALL_BUSY * num_sms <= batch * kv_heads <= num_sms and max_context_len <= _SHORT:
+        return 1, _LEAST_PART
     wanted = -(-num_sms * _PROGRAMS_PER_SM // (batch * kv_heads))
     least = _LEAST_PART if wanted > 1 else _LEAST_PART_OF_MANY
     most = -(-max_context_len // least)
@@ -186,7 +191,9 @@ def plan_decode(batch: int, heads: int, kv_heads: int, max_context_len: int, max
         return DecodePlan(parts, least, joined=parts > 1)
     parts, least = plan_parts(batch, kv_heads, max_own_len, num_sms)
     rows, shared_parts = plan_prefix(batch * heads // kv_heads, kv_heads, max_context_len, num_sms)
-    return DecodePlan(parts, least, rows, shared_parts, joined=parts > 1 or shared_parts > _MOST_TAKEN_IN)
+    if parts > 1 or shared_parts > _MOST_TAKEN_IN:
+        return DecodePlan(parts, least, rows, shared_parts, joined=True)
+    return DecodePlan(parts, least, rows, min(2 * shared_parts, _MOST_TAKEN_IN))  # measured: two programs for each multiprocessor
 
 
 def decode_attention(

@@ -21,7 +21,7 @@ Words = NDArray[np.int32]
 
 MAX_GROUPS = 16
 """Most groups of a step; the ones that save most are taken."""
-LEAST_SAVING = 48 * 1024
+LEAST_SAVING = 8 * 1024
 """Tokens that all groups of a step must save from being read again, to be worth the launches. Measured, docs/perf-log.md."""
 LEAST_SAVING_ON_CPU = 1024
 """There nothing is launched, and what is read again is copied again."""
