@@ -75,9 +75,10 @@ class Stream(threading.Thread):
 
 def main(arguments: list[str]) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
-    running = [Stream(name, command, environment) for name, command in streams(arguments).items()]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    running: list[Stream] = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # before there are children: a signal that is ignored here they would ignore too
         signal.signal(number, lambda *_: [stream.interrupt() for stream in running])
+    running += [Stream(name, command, environment) for name, command in streams(arguments).items()]
     for stream in running:
         stream.start()
     for stream in running:
