@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine import LLMEngine
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.scheduler import Step
 
+from tests.runtime.checkpoints import write_checkpoint
 from tests.runtime.engine_support import VOCAB, FakeExecutor, drain, expected_tokens, fake_engine, request, tokens_of
 
 POISON = 13
@@ -163,3 +167,39 @@ def test_where_every_request_fails_the_engine_is_at_fault() -> None:
             engine.add_request(request(str(i), [POISON]))
             drain(engine)
     assert executor.attempts > 16
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_with_a_real_model_the_others_get_the_tokens_that_they_would_have_got(tmp_path: Path, late: bool) -> None:
+    """Sampled, penalized and greedy ones; the step fails before it began, or when all of it had been computed and counted."""
+    model = write_checkpoint("llama", tmp_path / "model")
+    config = EngineConfig(device="cpu", block_size=16, num_cache_blocks=64, session_len=256, max_batch_size=8)
+
+    def answers(*, poisoned: bool) -> dict[str, list[int]]:
+        engine = LLMEngine(model, config)
+        launch = engine._executor.launch
+
+        def failing(step: Step, cache: CacheManager, masks: Any = None) -> Any:
+            pending = launch(step, cache, masks) if late else None
+            if any(s.request_id == "poison" and s.num_generated == 3 for s in step.sequences):
+                raise RuntimeError("shapes do not fit")
+            return pending if late else launch(step, cache, masks)
+
+        engine._executor.launch = failing  # type: ignore[method-assign]
+        kinds: list[dict[str, Any]] = [
+            {},
+            {"temperature": 0.9, "top_p": 0.9, "seed": 4},
+            {"repetition_penalty": 1.3, "frequency_penalty": 0.7},
+            {"temperature": 1.0, "presence_penalty": 1.5, "seed": 9},
+        ]
+        for i, sampling in enumerate(kinds):
+            engine.add_request(request(str(i), [20 + i, 30, 40, 50 + i], count=16, **sampling))
+        if poisoned:
+            engine.add_request(request("poison", [9, 8, 7], count=16))
+        outputs = drain(engine)
+        engine.close()
+        if poisoned:
+            assert outputs.pop("poison")[-1].finish_reason == "error"
+        return {name: tokens_of(parts) for name, parts in outputs.items()}
+
+    assert answers(poisoned=True) == answers(poisoned=False)

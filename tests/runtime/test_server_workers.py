@@ -98,9 +98,9 @@ def test_what_does_not_finish_in_time_is_cut_off_in_every_process(tmp_path: Path
 def test_a_process_that_dies_ends_the_server_with_its_reason(tmp_path: Path, victim: str) -> None:
     server = ServerProcess(write_model(tmp_path / "m", step_seconds=0.02), *WORKERS).wait_ready()
     workers, engine = _worker_pids(server), server.engine_pid
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(_stream, server, 4000) for _ in range(8)]
-        wait_until(lambda: server.metric("gantline_time_to_first_token_seconds_count") >= 8, what="8 requests run")
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(_stream, server, 4000) for _ in range(16)]
+        wait_until(lambda: server.metric("gantline_time_to_first_token_seconds_count") >= 16, what="16 requests run")
         os.kill(engine if victim == "engine" else workers[0], signal.SIGKILL)
         ends = []
         for stream in streams:
@@ -114,6 +114,23 @@ def test_a_process_that_dies_ends_the_server_with_its_reason(tmp_path: Path, vic
     assert server.termination["reason"] == "InternalError" and f"{what} was killed by SIGKILL" in server.termination["message"]
     for pid in (*workers, engine):
         wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 5, "everything ends")  # type: ignore[misc]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_own_reason(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", load_seconds=30)
+    (folder / "tokenizer.json").write_text("{}")
+    server = ServerProcess(folder, *WORKERS)
+    assert server.wait_exit() == 65
+    assert server.termination["reason"] == "InvalidCheckpoint"
+
+
+def test_sigterm_while_loading_ends_all_at_once(tmp_path: Path) -> None:
+    server = ServerProcess(write_model(tmp_path / "m", load_seconds=60), *WORKERS).wait_listening()
+    wait_until(lambda: len(_worker_pids(server)) == 1, what="the other process is there")
+    pids = [*_worker_pids(server), server.engine_pid]
+    server.terminate()
+    assert server.wait_exit(15) == 0 and server.termination["reason"] == "Drained"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_hung_process_ends_the_server(tmp_path: Path) -> None:

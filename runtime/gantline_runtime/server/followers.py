@@ -29,6 +29,8 @@ __all__ = ["Followers"]
 
 _ACKNOWLEDGE_S = 2.0
 _END_S = 5.0
+_FIRST_SAYS_WHY_S = 5.0
+"""What keeps one process from loading the model keeps the first from it too, and that one can say what it was."""
 
 log = logging.getLogger("gantline.server")
 
@@ -125,8 +127,10 @@ class Followers:
 
     async def _watch_end(self, name: bytes, worker: _Worker) -> None:
         code = await wait_for_exit(worker.process)
-        worker.report = None
+        had_loaded, worker.report = worker.report is not None and worker.report.loaded, None
         self._changed.set()
+        if not had_loaded:
+            await asyncio.sleep(_FIRST_SAYS_WHY_S)
         if not self._closing:
             self._fail(describe_exit(code, killed_for_memory=False, what=f"the API process {name.decode()}"))
 
@@ -154,7 +158,8 @@ class Followers:
         for worker in self._workers.values():
             if worker.process.poll() is None:
                 worker.process.kill()
-        await asyncio.gather(*watching, return_exceptions=True)
+        for worker in self._workers.values():
+            worker.process.wait()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
