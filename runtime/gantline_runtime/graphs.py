@@ -19,9 +19,15 @@ from gantline_runtime.batch import BatchShape
 from gantline_runtime.graph_classes import GraphClasses
 from gantline_runtime.sizing import MAX_GRAPHS
 
-__all__ = ["StepGraphs"]
+__all__ = ["StepGraphs", "take_product_workspace"]
 
 log = logging.getLogger(__name__)
+
+
+def take_product_workspace(device: torch.device) -> None:
+    """Have the vendor's library take the memory that it keeps for products on the current stream: with the first of them, for ever."""
+    small = torch.ones((128, 128), device=device, dtype=torch.bfloat16)
+    torch.mm(small, small)
 
 
 class StepGraphs:
@@ -92,9 +98,8 @@ class StepGraphs:
     def _reserve(self, device: torch.device, num_bytes: int) -> torch.cuda.CUDAGraph:
         """Fill the pool with one block, which the activations of every graph are cut from: taken one by one, classes of growing sizes
         would each add blocks of their own. The graph that is returned keeps the pool; it is never replayed."""
-        with torch.cuda.stream(self._stream):  # cuBLAS keeps its workspace of a stream for ever: not in the middle of that block
-            small = torch.ones((16, 16), device=device, dtype=torch.bfloat16)
-            torch.mm(small, small)
+        with torch.cuda.stream(self._stream):  # not in the middle of that block
+            take_product_workspace(device)
         torch.cuda.synchronize(device)
         return self._record(lambda: torch.empty(max(num_bytes, 1 << 20), dtype=torch.uint8, device=device)[:1].zero_())
 

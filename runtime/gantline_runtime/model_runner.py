@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gantline_runtime.batch import BatchLimits, BatchShape, segments
 from gantline_runtime.checkpoint import Checkpoint
 from gantline_runtime.graph_classes import GraphClasses
-from gantline_runtime.graphs import StepGraphs
+from gantline_runtime.graphs import StepGraphs, take_product_workspace
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.loader import Progress
@@ -231,7 +231,8 @@ class ModelRunner:
         if self.device.type != "cuda":
             return 0
         self.allocate(1, block_size, limits, graphs=False)
-        self._model.logits(self._hidden[:64])  # cuBLAS takes its workspace now, and keeps it
+        take_product_workspace(self.device)
+        self._model.logits(self._hidden[:64])
         measured = self._peak_bytes(lambda: self._run_largest(limits, block_size))
         graphs = graphs and self._model.capturable
         if graphs:
