@@ -7,11 +7,28 @@ import json
 import random
 from typing import Any
 
-__all__ = ["BODIES", "mutated_request"]
+__all__ = ["BODIES", "CONSTRAINED", "mutated_request"]
 
 _USER = {"role": "user", "content": "Hi é 😀"}
+_FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string"}, "b": {"enum": [1, 2]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+CONSTRAINED: list[dict[str, Any]] = [
+    {"messages": [_USER], "tools": [{"type": "function", "function": _FUNCTION}], "tool_choice": "required", "max_tokens": 3},
+    {"messages": [_USER], "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA}}, "max_tokens": 3},
+    {"messages": [_USER], "structured_outputs": {"regex": "[a-c]+"}, "max_tokens": 3},
+    {"messages": [_USER], "structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 3},
+    {"messages": [_USER], "structured_outputs": {"grammar": 'root ::= "a" root | "b"'}, "max_tokens": 3},
+]
+"""Bodies that a grammar comes of."""
+
 BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
+        *CONSTRAINED,
         {"messages": [{"role": "system", "content": "Be brief."}, _USER], "max_tokens": 4, "stream": True},
         {"messages": [_USER], "max_completion_tokens": 3, "logprobs": True, "top_logprobs": 2, "n": 2, "seed": 3, "stop": ["x", "yy"]},
         {
@@ -28,6 +45,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"prompt": ["a", "b"], "logit_bias": {"5": 3}, "min_tokens": 1, "bad_words": ["c"], "repetition_penalty": 1.2, "max_tokens": 2},
     ],
     "/v1/responses": [
+        {"input": "a", "tools": [{"type": "function", **_FUNCTION}], "tool_choice": "none", "max_output_tokens": 3},
         {"input": [_USER, {"type": "function_call_output", "call_id": "c", "output": "1"}], "instructions": "x", "max_output_tokens": 3},
         {"input": "hello", "stream": True, "text": {"format": {"type": "text"}}, "metadata": {"a": "b"}, "max_output_tokens": 3},
     ],
@@ -65,10 +83,10 @@ _NAMES = (
 )
 
 
-def mutated_request(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
+def mutated_request(rng: random.Random, bodies: dict[str, list[dict[str, Any]]] = BODIES) -> tuple[str, bytes, dict[str, str]]:
     """(path, body, headers) of a request that was right before one to four things happened to it."""
-    path = rng.choice(list(BODIES))
-    body: Any = copy.deepcopy(rng.choice(BODIES[path]))
+    path = rng.choice(list(bodies))
+    body: Any = copy.deepcopy(rng.choice(bodies[path]))
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
         body = _mutate(body, rng)
     data = json.dumps(body).encode()
@@ -79,7 +97,7 @@ def mutated_request(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
         headers["Content-Type"] = rng.choice(
             ["text/plain", "application/json; charset=utf-16", "application/xml", "", "multipart/form-data"]
         )
-    return (rng.choice(list(BODIES)) if rng.random() < 0.05 else path), data, headers
+    return (rng.choice(list(bodies)) if rng.random() < 0.05 else path), data, headers
 
 
 def _mutate(body: Any, rng: random.Random) -> Any:

@@ -11,13 +11,12 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.runtime.fuzzing import mutated_request
+from tests.runtime.fuzzing import BODIES, CONSTRAINED, mutated_request
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import REAL, ROOT, ServerProcess, events, running, wait_until
 
@@ -35,8 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield server
 
 
-def _ask(server: ServerProcess, client: httpx.Client, rng: random.Random, tally: Counter[str]) -> None:
-    path, body, headers = mutated_request(rng)
+def _ask(server: ServerProcess, client: httpx.Client, rng: random.Random, tally: Counter[str], bodies: Any = BODIES) -> None:
+    path, body, headers = mutated_request(rng, bodies)
     response = client.post(server.url + path, content=body, headers=headers)
     context = f"{path} {body[:2000]!r}\n{response.status_code} {response.text[:500]}"
     may_expire = b'"timeout"' in body
@@ -132,17 +131,32 @@ _SAMPLING: dict[str, tuple[Any, ...]] = {
 }
 
 
-def test_any_legal_sampling_parameters_give_an_answer_of_the_real_engine(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[ServerProcess]:
     if not (TINY / "model.safetensors").exists():
         pytest.skip("the shipped model is not here")
-    rng = random.Random(SEED)
     with running(TINY, "--device=cpu", "--num-cache-blocks=64", "--drain-delay=0", program=REAL) as server:
+        yield server
+
+
+def test_any_legal_sampling_parameters_give_an_answer_of_the_real_engine(tiny: ServerProcess) -> None:
+    rng = random.Random(SEED)
+    for _ in range(max(60, COUNT // 40)):
+        fields = {name: rng.choice(values) for name, values in _SAMPLING.items() if rng.random() < 0.5}
+        prompt = rng.choice(["The quick", "\x00", "é😀", [1], [rng.randrange(4000) for _ in range(100)]])
+        response = tiny.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, **fields})
+        assert response.status_code == 200, (fields, response.text)
+        logprobs = response.json()["choices"][0]["logprobs"]
+        values = [value for value in (logprobs or {}).get("token_logprobs", []) if value is not None]
+        assert all(-9999 <= value <= 1e-3 for value in values), fields
+    _assert_sound(tiny)
+
+
+def test_mutated_tools_and_schemas_do_not_harm_the_real_engine(tiny: ServerProcess) -> None:
+    rng, tally = random.Random(SEED), Counter[str]()
+    with httpx.Client(timeout=60) as client:
         for _ in range(max(60, COUNT // 40)):
-            fields = {name: rng.choice(values) for name, values in _SAMPLING.items() if rng.random() < 0.5}
-            prompt = rng.choice(["The quick", "\x00", "é😀", [1], [rng.randrange(4000) for _ in range(100)]])
-            response = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, **fields})
-            assert response.status_code == 200, (fields, response.text)
-            logprobs = response.json()["choices"][0]["logprobs"]
-            values = [value for value in (logprobs or {}).get("token_logprobs", []) if value is not None]
-            assert all(-9999 <= value <= 1e-3 for value in values), fields
-        _assert_sound(server)
+            _ask(tiny, client, rng, tally, {"/v1/chat/completions": CONSTRAINED})
+    print(f"{tally.total()} mutated grammars: {dict(tally.most_common())}")
+    assert tally["200"] > 5 and tally["400"] > 5
+    _assert_sound(tiny)
