@@ -157,6 +157,6 @@ def test_mutated_tools_and_schemas_do_not_harm_the_real_engine(tiny: ServerProce
     with httpx.Client(timeout=60) as client:
         for _ in range(max(60, COUNT // 40)):
             _ask(tiny, client, rng, tally, {"/v1/chat/completions": CONSTRAINED})
-    print(f"{tally.total()} mutated grammars: {dict(tally.most_common())}")
+    print(f"{max(60, COUNT // 40)} mutated grammars: {dict(tally.most_common())}")
     assert tally["200"] > 5 and tally["400"] > 5
     _assert_sound(tiny)

@@ -63,6 +63,8 @@ def test_an_embedding_comes_as_numbers_or_as_their_bytes_and_with_its_own_length
         ({"input": [99999]}, (400, "invalid_value", "input")),
         ({"input": "a" * 600}, (400, "context_length_exceeded", "input")),
         ({"input": ["a"] * 9}, (400, "invalid_value", "n")),
+        ({"input": "a", "priority": -11}, (400, "invalid_value", "priority")),
+        ({"input": "a", "timeout": 1e-9}, (504, "deadline_exceeded", None)),
         ({"input": "a", "dimensions": 8}, (400, "unsupported_parameter", "dimensions")),
         ({"input": "a", "pooling": "max"}, (400, "invalid_value", "pooling")),
         ({"input": "a", "encoding_format": "int8"}, (400, "invalid_value", "encoding_format")),

@@ -74,7 +74,7 @@ UNSUPPORTED_EXTRAS: dict[str, tuple[Any, ...]] = {
 
 UNSUPPORTED_GENERATE: dict[str, tuple[Any, ...]] = {"n": (1,), "stream_options": ()}
 
-UNSUPPORTED_EMBEDDING: dict[str, tuple[Any, ...]] = {"dimensions": (), "priority": (0,), "truncate_prompt_tokens": ()}
+UNSUPPORTED_EMBEDDING: dict[str, tuple[Any, ...]] = {"dimensions": (), "truncate_prompt_tokens": ()}
 
 UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
     "access_programs": (),

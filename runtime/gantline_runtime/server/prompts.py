@@ -25,7 +25,6 @@ from gantline_runtime.server.sse import unless_client_leaves
 __all__ = ["compute_perplexity", "create_embeddings", "encode"]
 
 _READ_ONLY = SamplingParams(max_new_tokens=0)
-_ONE_CHOICE = SamplingFields.model_validate({})
 
 
 async def create_embeddings(request: Request) -> Response:
@@ -36,7 +35,7 @@ async def create_embeddings(request: Request) -> Response:
     model = service.check_state()
     service.check_model_name(fields.model)
     pooling = fields.pooling or model.pooling
-    generation = await _read(request, service, fields.input, add_special_tokens=fields.add_special_tokens, pooling=pooling)
+    generation = await _read(request, service, fields.input, fields.sampling, add_special_tokens=fields.add_special_tokens, pooling=pooling)
     data = [
         {"object": "embedding", "index": i, "embedding": _written(vector, fields)}
         for i, vector in enumerate(choice.output.embedding for choice in generation.choices)
@@ -72,7 +71,7 @@ async def compute_perplexity(request: Request) -> Response:
         for chunk in delta.prompt_logprobs:
             total, count = total - math.fsum(chunk.chosen), count + len(chunk.chosen)
 
-    await _read(request, service, [fields.input], num_prompt_logprobs=0, on_delta=add)
+    await _read(request, service, [fields.input], fields.sampling, num_prompt_logprobs=0, on_delta=add)
     if not count:
         raise ApiError(400, "input: a text of one token has no perplexity; give at least two.", code="invalid_value", param="input")
     loss = total / count
@@ -88,6 +87,7 @@ async def _read(
     request: Request,
     service: Service,
     inputs: Sequence[str | list[int]],
+    fields: SamplingFields,
     *,
     add_special_tokens: bool = True,
     on_delta: Any = lambda index, delta: None,
@@ -98,7 +98,7 @@ async def _read(
     try:
         prompts = await unless_client_leaves(request, _encode_all(service, inputs, add_special_tokens))
         sampling = [_READ_ONLY] * len(prompts)
-        generation = service.start(new_request_id("read"), prompts, sampling, _ONE_CHOICE, ticket, **wanted)
+        generation = service.start(new_request_id("read"), prompts, sampling, fields, ticket, **wanted)
     except BaseException:
         ticket.release()
         raise

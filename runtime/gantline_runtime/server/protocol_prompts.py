@@ -7,18 +7,31 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from gantline_runtime.messages import Pooling
+from gantline_runtime.server.callers import BEST_PRIORITY
 from gantline_runtime.server.parameters import UNSUPPORTED_EMBEDDING, UNSUPPORTED_EXTRAS, UNSUPPORTED_GENERATE, drop_harmless
-from gantline_runtime.server.protocol import MAX_TOKENS, Body, Prompts, SamplingFields, Tokens, invalid
+from gantline_runtime.server.protocol import MAX_TIMEOUT_S, MAX_TOKENS, Body, Prompts, SamplingFields, Tokens, invalid
 
 __all__ = ["EmbeddingRequest", "EncodeRequest", "GenerateRequest", "PerplexityRequest"]
 
 _MAX_TEXTS = 256
 
 
-class EmbeddingRequest(Body):
-    """OpenAI's, and how to pool: left out, the checkpoint decides (`pooling.py`)."""
+class _ReadingFields(Body):
+    """What requests share that generate nothing."""
 
     model: str | None = Field(None, max_length=512)
+    timeout: float | None = Field(None, gt=0.0, le=MAX_TIMEOUT_S)
+    priority: int = Field(0, ge=BEST_PRIORITY, le=-BEST_PRIORITY)
+
+    @property
+    def sampling(self) -> SamplingFields:
+        """The same of a request that generates."""
+        return SamplingFields.model_validate({"timeout": self.timeout, "priority": self.priority})
+
+
+class EmbeddingRequest(_ReadingFields):
+    """OpenAI's, and how to pool: left out, the checkpoint decides (`pooling.py`)."""
+
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Pooling | None = None
@@ -61,8 +74,7 @@ class EncodeRequest(Body):
     add_bos: bool = True
 
 
-class PerplexityRequest(Body):
+class PerplexityRequest(_ReadingFields):
     """LMDeploy's `/get_ppl`."""
 
-    model: str | None = Field(None, max_length=512)
     input: str | Tokens
