@@ -79,13 +79,13 @@ class Reconcile(Preparation):
 
     async def _roll_out(self, planned: Plan, location: ModelLocation) -> None:
         mark = resources.revision(self.owner, planned, location)
-        if self.paused:
-            self._found |= {"one_node": location.one_node, "current": await self._serves(mark)}
-            return
         self._found["one_node"] = location.one_node
         record = RolloutRecord.from_status(self.recorded.get("rollout"))
         if self.spec.rollout.auto_rollback and record.gives_up(mark) and self._revision(record.good) is not None:
             await self._roll_back(record)
+            return
+        if self.paused:
+            self._found["current"] = await self._serves(mark)
             return
         await self._advance(mark, planned, location)
         record = advance(record, mark, read_rollout(self.children.live.get(("Deployment", self.name))), self.server_pods)
