@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,27 +10,13 @@ from gantline_kernels import library
 
 __all__ = ["MAX_ROWS", "fits_hopper_linear", "hopper_linear"]
 
-MAX_ROWS = 64
+MAX_ROWS = 16
 _OUTPUTS, _DEPTH = 128, 64
 _MAX_TILES, _MAX_CHUNKS = 16384, 1 << 20
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
-_AHEAD, _LEAD = 0, 1 << 20
-"""Chunks of 16 KB: how many a block asks for into the second-level cache while the kernel ahead runs, and how many it has yet to ask for
-when it lets its successor start (docs/perf-log.md, "Linear layers, few rows")."""
-_MAX_BLOCKS = 1024
 _CAPTURED = -1
-
-
-@dataclass
-class _Scratch:
-    """Memory of launches that follow each other, and how many there were."""
-
-    sums: torch.Tensor
-    counters: torch.Tensor
-    launches: int = 0
-
-
-_scratch: dict[tuple[int, int], _Scratch] = {}
+_scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+"""Of each device and stream, or device and _CAPTURED: see `_scratch_of`."""
 
 
 def fits_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -45,34 +30,22 @@ def fits_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def hopper_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype | None = None,
-    *,
-    blocks: int = 0,
-    ahead: int = _AHEAD,
-    lead: int = _LEAD,
-    patience: int = 0,
-    steady: int = 0,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None, *, blocks: int = 0
 ) -> torch.Tensor:
     """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N] in the type of x or `out_dtype`, for what `fits_hopper_linear`.
 
-    `blocks` (0: one to each multiprocessor) and what follows are for tuning. Launches of one
-    stream follow each other, and so must replays of graphs: each has one scratch memory. Raises RuntimeError if the first call of a
-    device is captured in a graph (the scratch memory would be cleared by the graph's replay alone).
+    `blocks` is for tuning; 0: one to each multiprocessor. Launches of one stream follow each other, and so must replays of graphs: each
+    has one scratch memory. Raises RuntimeError if the first call of a device is captured in a graph (the scratch memory would be cleared by
+    the graph's replay alone).
     """
     rows, (outputs, inputs) = x.shape[0], weight.shape
     out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    scratch = _scratch_of(x.device.index, stream)
-    scratch.launches += 1
-    tiles = -(-outputs // _OUTPUTS)
-    blocks = min(blocks or num_sms(x.device.index), tiles * -(-inputs // _DEPTH))
+    sums, counters = _scratch_of(x.device.index, stream)
+    blocks = min(blocks or num_sms(x.device.index), -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH))
     library.call(
         "gantline_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
-        out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs, scratch.sums.data_ptr(), scratch.counters.data_ptr(),
-        blocks, ahead, lead, patience, steady, scratch.launches % 2, stream,
+        out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs, sums.data_ptr(), counters.data_ptr(), blocks, stream,
     )  # fmt: skip
     return out
 
@@ -82,7 +55,7 @@ def num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _scratch_of(index: int, stream: int) -> _Scratch:
+def _scratch_of(index: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and counters for launches that follow each other: of a stream, or of all graphs."""
     if torch.cuda.is_current_stream_capturing():
         if (index, _CAPTURED) not in _scratch:
@@ -94,7 +67,7 @@ def _scratch_of(index: int, stream: int) -> _Scratch:
     return _scratch[index, stream]
 
 
-def _new_scratch(index: int) -> _Scratch:
+def _new_scratch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
     device = torch.device("cuda", index)
     sums = torch.empty(2 * num_sms(index) * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
-    return _Scratch(sums, torch.zeros(_MAX_TILES + 2 * _MAX_BLOCKS, dtype=torch.int32, device=device))
+    return sums, torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)

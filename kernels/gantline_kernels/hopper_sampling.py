@@ -26,24 +26,15 @@ def hopper_sample(
     top_p: torch.Tensor | None,
     min_p: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`api.sample` in a fixed number of launches, for what `fits_hopper_sample`."""
+    """`api.sample` in one launch, for what `fits_hopper_sample`."""
     rows, size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     floats = [None if x is None else x.float().contiguous() for x in (uniforms, temperature, top_p, min_p)]
     uniforms_at, temperatures_at, top_ps_at, min_ps_at = (None if x is None else x.data_ptr() for x in floats)
     counts = None if top_k is None else top_k.int().contiguous()
-    counts_at = None if counts is None else counts.data_ptr()
-    arrivals = torch.zeros(3 * rows, dtype=torch.int32, device=logits.device)
-    work = torch.empty(rows * _work_bytes(size), dtype=torch.uint8, device=logits.device)
     library.call(
         "gantline_sample_hopper", _TYPES[logits.dtype], logits.data_ptr(), logits.stride(0), uniforms_at, temperatures_at,
-        counts_at, top_ps_at, min_ps_at, out.data_ptr(), arrivals.data_ptr(), work.data_ptr(), rows, size,
+        None if counts is None else counts.data_ptr(), top_ps_at, min_ps_at, out.data_ptr(), rows, size,
         torch.cuda.current_stream(logits.device).cuda_stream,
     )  # fmt: skip
     return out
-
-
-def _work_bytes(size: int) -> int:
-    """Scratch memory of a row: its list, its stretches of 512 tokens, and the bins of each block of 32 stretches."""
-    stretches = -(-size // 512)
-    return 16448 + 20 * stretches + 4096 * -(-stretches // 32)

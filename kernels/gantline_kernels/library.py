@@ -23,10 +23,11 @@ _SIGNATURES = {
     ],
     "gantline_linear_hopper": [
         _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT,
-        _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT, _POINTER,
+        _INT, _INT, _POINTER, _POINTER, _INT, _POINTER,
     ],
+    "gantline_prefer_shared_memory": [_POINTER],
     "gantline_sample_hopper": [
-        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER,
+        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER,
     ],
 }  # fmt: skip
 

@@ -39,11 +39,11 @@ def linear(backend: str) -> float:
 
 
 def hopper_linear(_: str) -> float:
-    """Rows that `api.linear` leaves to the vendor's library."""
+    """Also the single row that `api.linear` leaves to Triton's kernel."""
     from gantline_kernels.hopper_linear import hopper_linear
 
     worst = 0.0
-    for rows in (1, 17, 64):
+    for rows in (1, 16):
         x, weight = _randn(rows, 520), _randn(700, 520) / 520**0.5
         worst = max(worst, largest_error(hopper_linear(x, weight, None), reference.linear(x, weight)))
     return worst

@@ -48,12 +48,12 @@ def test_the_one_row_kernel_compiles_and_waits_for_earlier_kernels_only_if_it_st
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (1, 8), (1000, 200), (18944, 3584), (262144, 2304)])
-@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+@pytest.mark.parametrize("rows", [1, 2, 9, 16])
 def test_the_cuda_kernel_takes_any_shape_of_aligned_rows(rows: int, outputs: int, inputs: int) -> None:
     x, weight = (torch.empty(n, inputs, dtype=torch.bfloat16, device="meta") for n in (rows, outputs))
     assert fits_hopper_linear(x, weight)
     assert not fits_hopper_linear(x.float(), weight.float())
-    assert not fits_hopper_linear(torch.empty(65, inputs, dtype=torch.bfloat16, device="meta"), weight)
+    assert not fits_hopper_linear(torch.empty(17, inputs, dtype=torch.bfloat16, device="meta"), weight)
     assert not fits_hopper_linear(*(torch.empty(n, inputs + 4, dtype=torch.bfloat16, device="meta") for n in (rows, outputs)))
 
 

@@ -44,4 +44,14 @@ cudaError_t raise_shared_memory(int bytes) {
   return error;
 }
 
+// Of a kernel of any module (a CUfunction): as much shared memory as a multiprocessor has, and the least cache.
+inline int prefer_shared_memory(void* function) {
+  void* pointer = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuFuncSetAttribute", &pointer, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const auto set = reinterpret_cast<CUresult (*)(CUfunction, CUfunction_attribute, int)>(pointer);
+  return set(static_cast<CUfunction>(function), CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100);
+}
+
 }  // namespace gantline

@@ -1,4 +1,4 @@
-// Linear layers for few rows (up to 64), for Hopper (sm_90a): bound by reading the weights once.
+// Linear layers for few rows (up to 16), for Hopper (sm_90a): bound by reading the weights once.
 //
 // out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias. The matrix units take the weights as their left operand, so
 // that few rows waste little. A tile is 128 outputs, a chunk 64 inputs of it. A multiprocessor gets an even share of the bandwidth
@@ -7,11 +7,9 @@
 // scratch memory and counts itself; the last one to do so adds them in the blocks' order, so results do not depend on timing, and nobody
 // waits for another block.
 //
-// Weights depend on nothing, so a block may start before the kernel ahead of it ends (programmatic dependent launch): two fit a
-// multiprocessor. But what it asks for while that kernel is in full swing only takes that kernel's bandwidth; what counts is the time when
-// memory would idle, from that kernel's last loads until this one has its x. So each block says in memory when it is `lead` chunks from its
-// end, and its successor's block of the same number waits for that (or for the end itself) before it fills its stages and asks for `ahead`
-// chunks more into the second-level cache. The words alternate between launches; a wrong one costs time, never a result.
+// Weights depend on nothing, so a block may start before the kernel ahead of it ends (programmatic dependent launch), fill its stages, and
+// only then wait. Two blocks fit a multiprocessor, and successors may start at once: were they let in at the end, some multiprocessors would
+// be free by then and get two of their blocks, while others get none.
 
 #include "host.cuh"
 #include "hopper.cuh"
@@ -23,10 +21,9 @@ constexpr int OUTPUTS = 128;  // of a tile
 constexpr int DEPTH = 64;     // inputs of a chunk, which a stage holds
 constexpr int COMPUTE_THREADS = 128;
 constexpr int THREADS = COMPUTE_THREADS + 32;
-constexpr int MAX_ROWS = 64;
-constexpr int MAX_TILES = 16384, MAX_BLOCKS = 1024;
+constexpr int MAX_ROWS = 16;
+constexpr int MAX_TILES = 16384;
 constexpr int SHARED_LIMIT = 113 * 1024;  // so that two blocks fit
-constexpr int BUSY = 1, ENDING = 0;
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000;  // weights are not met again before they would be evicted
 
 struct Arguments {
@@ -39,12 +36,6 @@ struct Arguments {
   int chunks;  // of a tile
   int total;   // chunks of all tiles; times the blocks it fits 31 bits
   int wide;    // out is float32
-  int ahead;
-  int lead;
-  int patience;  // what waits for the end of the kernel ahead: 0 nothing, 1 all weights, 2 what goes to the second-level cache
-  int steady;    // stay ahead in the second-level cache to the end
-  volatile int* state;              // of each block: whether it is far from its end
-  const volatile int* state_ahead;  // the same of the kernel ahead
 };
 
 template <typename T, int COLUMNS>
@@ -57,7 +48,6 @@ struct __align__(1024) Shared {
   Stage stage[STAGES];
   uint64_t full[STAGES], empty[STAGES];
   int is_last;
-  volatile int may_start;  // the kernels ahead have ended
 };
 
 // A place in a ring of stages, and the parity of its current round.
@@ -77,10 +67,6 @@ __device__ __forceinline__ void copy_once_box(void* target, const CUtensorMap* m
                : "memory");
 }
 
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
-}
-
 __device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
@@ -96,18 +82,6 @@ __device__ __forceinline__ void let_later_kernels_start() { asm volatile("gridde
     asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%8, %10};\nmov.b64 b, {%9, %10};\nwgmma.mma_async.sync.aligned.m64n16k16.f32." name "."  \
                  name " {%0, %1, %2, %3, %4, %5, %6, %7}, a, b, 1, 1, 1, 0, 0;\n}"                                                      \
                  : GANTLINE_F8(d, 0)                                                                                                   \
-                 : "r"(a), "r"(b), "n"(GANTLINE_PANEL_UPPER));                                                                         \
-  }                                                                                                                                    \
-  __device__ __forceinline__ void product(float (&d)[16], uint32_t a, uint32_t b, const type*) {                                       \
-    asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%16, %18};\nmov.b64 b, {%17, %18};\nwgmma.mma_async.sync.aligned.m64n32k16.f32." name "." \
-                 name " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, a, b, 1, 1, 1, 0, 0;\n}"                \
-                 : GANTLINE_F8(d, 0), GANTLINE_F8(d, 8)                                                                                \
-                 : "r"(a), "r"(b), "n"(GANTLINE_PANEL_UPPER));                                                                         \
-  }                                                                                                                                    \
-  __device__ __forceinline__ void product(float (&d)[32], uint32_t a, uint32_t b, const type*) {                                       \
-    asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%32, %34};\nmov.b64 b, {%33, %34};\nwgmma.mma_async.sync.aligned.m64n64k16.f32." name "." \
-                 name " {" GANTLINE_LIST32 "}, a, b, 1, 1, 1, 0, 0;\n}"                                                                 \
-                 : GANTLINE_F32(d, 0)                                                                                                  \
                  : "r"(a), "r"(b), "n"(GANTLINE_PANEL_UPPER));                                                                         \
   }
 
@@ -133,9 +107,9 @@ struct Cursor {
 template <typename T, int COLUMNS>
 __device__ void feed(const CUtensorMap* weight_map, const CUtensorMap* x_map, Shared<T, COLUMNS>& shared, const Arguments& args, int first, int last) {
   constexpr int STAGES = Shared<T, COLUMNS>::STAGES;
-  const int total = last - first, early = min(STAGES, total), signal = total - args.lead;
+  const int total = last - first, early = min(STAGES, total);
   const Cursor start = {first / args.chunks, first % args.chunks};
-  Cursor at = start, later = start;
+  Cursor at = start;
   Ring<STAGES> ring;
   const auto copy_weights = [&] {
     barrier_arrive_expect(&shared.full[ring.stage], sizeof(shared.stage[0]));
@@ -143,30 +117,14 @@ __device__ void feed(const CUtensorMap* weight_map, const CUtensorMap* x_map, Sh
   };
   const auto copy_x = [&] { copy_box(shared.stage[ring.stage].x, x_map, at.column(), 0, &shared.full[ring.stage]); };
   const auto advance = [&] { at.advance(args.chunks), ring.advance(); };
-  const auto wait_for_tail = [&] {
-    while (args.state_ahead[blockIdx.x] == BUSY && !shared.may_start) {
-    }
-  };
-  args.state[blockIdx.x] = signal > early ? BUSY : ENDING;
-  __threadfence();
   let_later_kernels_start();
-  if (args.patience == 1) wait_for_tail();
   for (int i = 0; i < early; ++i) copy_weights(), advance();
-  later = at;
-  int asked = early;
-  const auto ask = [&](int until) {
-    for (; asked < min(total, until); ++asked) prefetch_box(weight_map, later.column(), later.row()), later.advance(args.chunks);
-  };
-  if (args.patience == 2) wait_for_tail();
-  ask(early + args.ahead);
   wait_for_earlier_kernels();
   at = start, ring = {};
   for (int i = 0; i < early; ++i) copy_x(), advance();
   for (int i = early; i < total; ++i) {
     barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
     copy_weights(), copy_x(), advance();
-    if (args.steady & 1) ask(i + 1 + args.ahead);
-    if (i + 1 == signal) args.state[blockIdx.x] = ENDING;
   }
 }
 
@@ -213,7 +171,7 @@ __device__ __forceinline__ void store(const Sums<COLUMNS>& sums, const Arguments
 // Leave this block's sums of a tile that blocks `first` to `last` share, and if all have: add them up, in the blocks' order, and store.
 template <typename T, int COLUMNS>
 __device__ __forceinline__ void share(Sums<COLUMNS>& sums, Shared<T, COLUMNS>& shared, const Arguments& args, int tile, int first, int last, bool begins) {
-  constexpr int QUADS = Sums<COLUMNS>::QUADS, BATCH = QUADS >= 8 ? 1 : 8 / QUADS;  // blocks whose sums are under way at once
+  constexpr int QUADS = Sums<COLUMNS>::QUADS, BATCH = 6;  // blocks whose sums are under way at once, since everything waits for them: mostly all
   const auto place = [&](int block, bool begins_there) { return args.sums + (2ll * block + !begins_there) * QUADS * COMPUTE_THREADS + threadIdx.x; };
   float4* mine = place(blockIdx.x, begins);
 #pragma unroll
@@ -235,17 +193,16 @@ __device__ __forceinline__ void share(Sums<COLUMNS>& sums, Shared<T, COLUMNS>& s
     float4 parts[BATCH][QUADS];
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
-      const int from = min(block + b, last);
-      const float4* theirs = place(from, share_begin(args, from) >= tile * args.chunks);
+      if (block + b > last) continue;
+      const float4* theirs = place(block + b, share_begin(args, block + b) >= tile * args.chunks);
 #pragma unroll
       for (int i = 0; i < QUADS; ++i) parts[b][i] = __ldcg(theirs + i * COMPUTE_THREADS);
     }
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
+      if (block + b > last) continue;
 #pragma unroll
-      for (int i = 0; i < QUADS; ++i) {
-        if (block + b <= last) sums.add(i, parts[b][i]);
-      }
+      for (int i = 0; i < QUADS; ++i) sums.add(i, parts[b][i]);
     }
   }
   store<T>(sums, args, tile);
@@ -291,7 +248,7 @@ __device__ void compute(Shared<T, COLUMNS>& shared, const Arguments& args, int b
 }
 
 template <typename T, int COLUMNS>
-__global__ __launch_bounds__(THREADS) void few_rows(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map, const Arguments args) {
+__global__ __launch_bounds__(THREADS, 2) void few_rows(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map, const Arguments args) {
   constexpr int STAGES = Shared<T, COLUMNS>::STAGES;
   extern __shared__ unsigned char raw[];
   auto& shared = *reinterpret_cast<Shared<T, COLUMNS>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
@@ -300,7 +257,6 @@ __global__ __launch_bounds__(THREADS) void few_rows(const __grid_constant__ CUte
     prefetch_map(&weight_map), prefetch_map(&x_map);
     for (int i = 0; i < STAGES; ++i) barrier_init(&shared.full[i], 1), barrier_init(&shared.empty[i], COMPUTE_THREADS / 32);
     barrier_init_visible();
-    shared.may_start = 0;
   }
   __syncthreads();
   if (threadIdx.x >= COMPUTE_THREADS) {
@@ -308,7 +264,6 @@ __global__ __launch_bounds__(THREADS) void few_rows(const __grid_constant__ CUte
     __syncwarp();
   } else {
     wait_for_earlier_kernels();  // whoever writes must have waited
-    if (threadIdx.x == 0) shared.may_start = 1;
     compute<T, COLUMNS>(shared, args, first, last);
   }
 }
@@ -326,11 +281,12 @@ int launch(const void* x, long long x_stride, const void* weight, int inputs, co
   constexpr int bytes = sizeof(Shared<T, COLUMNS>) + 1024;
   static_assert(bytes <= SHARED_LIMIT, "two blocks must fit a multiprocessor");
   cudaError_t error = raise_shared_memory<few_rows<T, COLUMNS>>(bytes);
+  // A multiprocessor that must divide its memory anew first runs empty: so kernels beside this one ask for the same (early.py).
   if (error == cudaSuccess) error = cudaFuncSetAttribute(few_rows<T, COLUMNS>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   CUtensorMap weight_map, x_map;
-  const auto promotion = args.steady & 2 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-  if (!make_map<T>(&weight_map, weight, args.outputs, inputs, inputs, OUTPUTS, promotion) ||
+  // Weights come in stretches of 128 bytes, but the next 128 of a row are asked for soon: both at once spares memory an access.
+  if (!make_map<T>(&weight_map, weight, args.outputs, inputs, inputs, OUTPUTS, CU_TENSOR_MAP_L2_PROMOTION_L2_256B) ||
       !make_map<T>(&x_map, x, args.rows, inputs, x_stride, COLUMNS, CU_TENSOR_MAP_L2_PROMOTION_L2_128B)) {
     return cudaErrorInvalidValue;
   }
@@ -349,31 +305,28 @@ int launch(const void* x, long long x_stride, const void* weight, int inputs, co
 
 template <typename T>
 int launch_for_rows(const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, int blocks, cudaStream_t stream) {
-  if (args.rows <= 8) return launch<T, 8>(x, x_stride, weight, inputs, args, blocks, stream);
-  if (args.rows <= 16) return launch<T, 16>(x, x_stride, weight, inputs, args, blocks, stream);
-  if (args.rows <= 32) return launch<T, 32>(x, x_stride, weight, inputs, args, blocks, stream);
-  return launch<T, 64>(x, x_stride, weight, inputs, args, blocks, stream);
+  return args.rows <= 8 ? launch<T, 8>(x, x_stride, weight, inputs, args, blocks, stream) : launch<T, 16>(x, x_stride, weight, inputs, args, blocks, stream);
 }
 
 }  // namespace
 }  // namespace gantline
 
 // `type` 0: bfloat16, 1: float16, of x, weight and bias; out likewise, or float32 if `wide`. x [rows, inputs] with `x_stride` elements
-// between rows, weight [outputs, inputs] contiguous; bias may be null. inputs and x_stride are multiples of 8, rows at most 64, pointers of
-// 16 bytes. `blocks`: as many as multiprocessors, at most one for each chunk of 128 x 64 weights. `sums`: 2 * blocks * 128 * (8, 16, 32 or
-// 64 rows) float32; `counters`: 16384 + 2 * 1024 int32, zero at first; both for launches that follow each other, with `parity` 0 and 1 in
-// turn. `ahead`, `lead` and what follows: see above. Returns a cudaError_t.
+// between rows, weight [outputs, inputs] contiguous; bias may be null. inputs and x_stride are multiples of 8, rows at most 16, pointers of
+// 16 bytes. `blocks`: as many as multiprocessors, at most one for each chunk of 128 x 64 weights. `sums`: 2 * blocks * 128 * 16 float32;
+// `counters`: 16384 int32, zero at first; both for launches that follow each other. Returns a cudaError_t.
 GANTLINE_EXPORT int gantline_linear_hopper(int type, const void* x, long long x_stride, const void* weight, const void* bias, void* out, int wide, int rows,
-                                           int inputs, int outputs, void* sums, void* counters, int blocks, int ahead, int lead, int patience, int steady,
-                                           int parity, void* stream) {
+                                           int inputs, int outputs, void* sums, void* counters, int blocks, void* stream) {
   using namespace gantline;
-  if (rows < 1 || rows > MAX_ROWS || inputs < 8 || inputs % 8 || outputs < 1 || blocks < 1 || blocks > MAX_BLOCKS) return cudaErrorInvalidValue;
+  if (rows < 1 || rows > MAX_ROWS || inputs < 8 || inputs % 8 || outputs < 1 || blocks < 1) return cudaErrorInvalidValue;
   const long long tiles = (outputs + OUTPUTS - 1) / OUTPUTS, chunks = (inputs + DEPTH - 1) / DEPTH, total = tiles * chunks;
   if (tiles > MAX_TILES || blocks > total || total * (blocks + 1) > INT32_MAX) return cudaErrorInvalidValue;
-  volatile int* const states[2] = {static_cast<int*>(counters) + MAX_TILES, static_cast<int*>(counters) + MAX_TILES + MAX_BLOCKS};
-  const Arguments args = {out,   bias, static_cast<float4*>(sums), static_cast<int*>(counters), rows,   outputs,           static_cast<int>(chunks), static_cast<int>(total),
-                          wide, ahead, lead, patience, steady, states[parity & 1], states[~parity & 1]};
+  const Arguments args = {out,  bias,    static_cast<float4*>(sums),   static_cast<int*>(counters), rows,
+                          outputs, static_cast<int>(chunks), static_cast<int>(total),     wide};
   const auto on = static_cast<cudaStream_t>(stream);
   return type == 0 ? launch_for_rows<__nv_bfloat16>(x, x_stride, weight, inputs, args, blocks, on)
                    : launch_for_rows<__half>(x, x_stride, weight, inputs, args, blocks, on);
 }
+
+// `function`: a CUfunction, of a kernel that runs beside the one above. Returns a CUresult.
+GANTLINE_EXPORT int gantline_prefer_shared_memory(void* function) { return gantline::prefer_shared_memory(function); }

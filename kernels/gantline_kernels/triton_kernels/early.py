@@ -3,6 +3,11 @@
 Such a kernel reads and writes nothing that others write before its `gdc_wait()`, and every one of its programs calls it: then whoever
 waits for this kernel has waited for all before it as well. With `gdc_launch_dependents()` first, its successor may do the same; a chain of
 small kernels then costs little more than its work.
+
+A multiprocessor divides its memory between shared memory and cache as the kernel asks, and must run empty before it divides it anew: two
+kernels that ask for different shares never overlap. With a single row, all kernels leave the choice to the driver. From 2 rows on, linear
+layers take all the shared memory there is (`cuda_kernels/linear_hopper.cu`), and so those between them ask for it too, though they need
+none. Kernels of more rows do not start early: beside the vendor's matrix products it costs more than it brings (docs/perf-log.md).
 """
 
 from __future__ import annotations
@@ -12,20 +17,43 @@ from typing import Any
 
 import torch
 
-__all__ = ["capability", "launch_options", "starts_early"]
+from gantline_kernels import library
+
+__all__ = ["capability", "early_mode", "launch_options", "launched", "starts_early"]
 
 _HOPPER = (9, 0)
 _MAX_PROGRAMS = 2048
 """With more, starting early costs more than it brings: programs that wait take the place of those that work."""
+_MAX_ROWS = 16
+_NOT, _EARLY, _BESIDE_SHARED = 0, 1, 2
+_beside_shared: set[int] = set()
+"""Kernels (CUfunctions) that have asked for all shared memory."""
 
 
 def starts_early(device: torch.device, programs: int) -> bool:
     return programs <= _MAX_PROGRAMS and capability(device) >= _HOPPER
 
 
-def launch_options(early: bool) -> dict[str, Any]:
+def early_mode(device: torch.device, programs: int, rows: int) -> int:
+    """A kernel's EARLY: 0 not, 1 early, 2 early beside linear layers that take all shared memory (a kernel of its own, so compiled)."""
+    if rows > _MAX_ROWS or not starts_early(device, programs):
+        return _NOT
+    return _EARLY if rows == 1 else _BESIDE_SHARED
+
+
+def launch_options(early: int) -> dict[str, Any]:
     """For a Triton kernel's launch. (Chips without it know no such option.)"""
     return {"launch_pdl": True} if early else {}
+
+
+def launched(kernel: Any, early: int) -> None:
+    """After each launch: what Triton returned. The first asks for the shared memory of those that follow."""
+    function = getattr(kernel, "function", None)
+    if early != _BESIDE_SHARED or function is None or function in _beside_shared:
+        return
+    _beside_shared.add(function)
+    if library.load() is not None:
+        library.call("gantline_prefer_shared_memory", function)
 
 
 @cache

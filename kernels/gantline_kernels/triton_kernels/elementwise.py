@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gantline_kernels.triton_kernels.early import launch_options, starts_early
+from gantline_kernels.triton_kernels.early import early_mode, launch_options, launched
 from gantline_kernels.triton_kernels.integers import cdiv, next_power_of_2
 
 __all__ = ["add_rms_norm", "rms_norm", "silu_and_mul"]
@@ -57,11 +57,12 @@ def _launch_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
         return
     block = next_power_of_2(size)
     stride = 0 if residual is None else residual.stride(0)
-    early = starts_early(x.device, rows)
-    _rms_norm[(rows,)](
+    early = early_mode(x.device, rows, rows)
+    kernel = _rms_norm[(rows,)](
         x, residual, weight, out, x.stride(0), stride, size, eps,
         ADD=residual is not None, EARLY=early, BLOCK=block, num_warps=_warps(block), **launch_options(early),
     )  # fmt: skip
+    launched(kernel, early)
 
 
 def _warps(block: int) -> int:
@@ -88,8 +89,9 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     if rows:
         block = min(2048, next_power_of_2(size))
         grid = (rows, cdiv(size, block))
-        early = starts_early(x.device, grid[0] * grid[1])
-        _silu_and_mul[grid](
+        early = early_mode(x.device, grid[0] * grid[1], rows)
+        kernel = _silu_and_mul[grid](
             x, out, x.stride(0), size, EARLY=early, BLOCK=block, num_warps=max(1, min(4, block // 512)), **launch_options(early)
         )
+        launched(kernel, early)
     return out

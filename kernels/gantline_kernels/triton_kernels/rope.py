@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gantline_kernels.triton_kernels.early import launch_options, starts_early
+from gantline_kernels.triton_kernels.early import early_mode, launch_options, launched
 from gantline_kernels.triton_kernels.integers import cdiv, next_power_of_2
 
 __all__ = ["rope_and_cache_write"]
 
-_HEADS_PER_PROGRAM = 8
+_HEADS_PER_PROGRAM = 4
 _PAIRS_PER_WARP = 256
 _MAX_WARPS = 4
 
@@ -109,13 +109,14 @@ def rope_and_cache_write(
         per_program = min(_HEADS_PER_PROGRAM, next_power_of_2(max(heads, kv_heads)))
         grid = (tokens, cdiv(heads, per_program) + 2 * cdiv(kv_heads, per_program))
         half = next_power_of_2(dim // 2)
-        early = starts_early(q.device, grid[0] * grid[1])
-        _rope_and_cache_write[grid](
+        early = early_mode(q.device, grid[0] * grid[1], tokens)
+        kernel = _rope_and_cache_write[grid](
             q, k, v, out, cos_sin, positions, key_cache, value_cache, slots, q_norm_weight, k_norm_weight,
             q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, dim // 2, key_cache.shape[2], eps,
             NORM_Q=q_norm_weight is not None, NORM_K=k_norm_weight is not None, EARLY=early, HEADS=per_program, HALF=half,
             num_warps=max(1, min(_MAX_WARPS, per_program * half // _PAIRS_PER_WARP)), **launch_options(early),
         )  # fmt: skip
+        launched(kernel, early)
     return out
 
 

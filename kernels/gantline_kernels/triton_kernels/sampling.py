@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gantline_kernels.triton_kernels.early import launch_options, starts_early
+from gantline_kernels.triton_kernels.early import early_mode, launch_options, launched
 from gantline_kernels.triton_kernels.integers import cdiv, next_power_of_2
 
 __all__ = ["argmax", "sample"]
@@ -68,13 +68,15 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     value = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
     block = min(4096, part)
-    early = starts_early(logits.device, rows * parts)
-    _argmax_parts[(rows, parts)](
+    early = early_mode(logits.device, rows * parts, rows)
+    kernel = _argmax_parts[(rows, parts)](
         logits, value, index, logits.stride(0), size, parts, EARLY=early, PART=part, BLOCK=block, num_warps=4, **launch_options(early)
     )
-    _argmax_join[(rows,)](
+    launched(kernel, early)
+    kernel = _argmax_join[(rows,)](
         value, index, out, size, parts, EARLY=early, PARTS=max(2, next_power_of_2(parts)), num_warps=1, **launch_options(early)
     )
+    launched(kernel, early)
     return out
 
 
