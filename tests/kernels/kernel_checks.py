@@ -281,6 +281,31 @@ def test_linear_in_a_chain_repeats_itself_in_and_out_of_a_graph(rows: int) -> No
     assert largest_error(expected, wide) < 0.15
 
 
+@pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_layers_of_small_kernels_that_start_early_repeat_themselves_in_a_graph(rows: int) -> None:
+    norm = torch.rand(1024, device=DEVICE).bfloat16() + 0.5
+    up, down = ((torch.randn(n, k, device=DEVICE) / k**0.5).bfloat16() for n, k in ((6144, 1024), (1024, 3072)))
+    x = torch.randn(rows, 1024, device=DEVICE).bfloat16()
+
+    def layers() -> torch.Tensor:
+        h, residual = x.clone(), x.clone()
+        for _ in range(12):
+            h, residual = api.add_rms_norm(h, residual, norm, 1e-5, backend=BACKEND)
+            h = api.linear(api.silu_and_mul(api.linear(h, up, backend=BACKEND), backend=BACKEND), down, backend=BACKEND)
+        return h + residual
+
+    expected = layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers()
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(captured, expected)
+    assert bool(torch.isfinite(expected).all())
+
+
 _SIZES = [(3, 10), (2, 300)] + ([(1, 128256), (256, 128256)] if ON_GPU else [(1, 5000)])
 
 
