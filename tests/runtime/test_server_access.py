@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import os
 import shutil
@@ -114,6 +115,27 @@ def test_pages_of_allowed_origins_may_ask_and_read_errors_too(server: ServerProc
     assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://app.example"
     other = server.send("OPTIONS", "/v1/completions", headers={"Origin": "https://evil.example", **asked})
     assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
+
+
+def test_a_flood_with_one_key_does_not_keep_another_waiting(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(_line("alice", ALICE) + _line("bob", BOB))
+    model = write_model(tmp_path / "m", step_seconds=0.02)
+    order: list[str] = []
+
+    def ask(server: ServerProcess, name: str, key: str) -> None:
+        with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {key}"}) as client:
+            body = {"prompt": "a", "max_tokens": 10, "ignore_eos": True}
+            assert client.post(server.url + "/v1/completions", json=body).status_code == 200
+        order.append(name)
+
+    flags = [*FAST, f"--api-keys={tmp_path / 'keys'}", "--max-batch-size=1"]
+    with running(model, *flags) as server, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        flood = [pool.submit(ask, server, "alice", ALICE) for _ in range(12)]
+        wait_until(lambda: server.metric("gantline_num_requests_waiting") >= 6, what="the flood waits")
+        other = pool.submit(ask, server, "bob", BOB)
+        for future in (*flood, other):
+            future.result(60)
+    assert order.index("bob") < 9, order
 
 
 # ---- the file of keys

@@ -106,3 +106,16 @@ def test_the_servers_own_limit_cuts_what_clients_ask_for(tmp_path: Path) -> None
     with running(model, "--drain-delay=0", "--drain-timeout=0", "--request-timeout=0.5") as server:
         for fields in ({}, {"timeout": 50}):
             assert server.post("/v1/completions", _body(4000, **fields)).json()["error"]["code"] == "deadline_exceeded"
+
+
+def test_predicted_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", step_seconds=0.02)
+    flags = ("--drain-delay=0", "--drain-timeout=0", "--max-batch-size=1", "--max-waiting=100", "--max-waiting-tokens=300")
+    with running(model, *flags) as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = pool.submit(server.post, "/v1/completions", _body(150))
+        wait_until(lambda: server.metric("gantline_num_requests_running") == 1, what="the first runs")
+        waits = pool.submit(server.post, "/v1/completions", _body(4, prompt="x" * 200))
+        wait_until(lambda: server.metric("gantline_waiting_tokens") > 200, what="the second waits")
+        refused = server.post("/v1/completions", _body(4, prompt="x" * 100))
+        assert refused.status_code == 429 and "predicted tokens" in refused.json()["error"]["message"]
+        assert runs.result(30).status_code == 200 == waits.result(30).status_code

@@ -32,12 +32,12 @@ def _ask(server: ServerProcess) -> httpx.Response:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     model = write_model(tmp_path_factory.mktemp("workers") / "m", step_seconds=0.005)
-    with running(model, "--api-workers=3", "--drain-delay=0", "--drain-timeout=20") as server:
+    with running(model, *WORKERS, "--drain-timeout=20") as server:
         yield server
 
 
 def test_each_process_answers_and_whoever_is_asked_counts_for_all(server: ServerProcess) -> None:
-    assert len(_worker_pids(server)) == 2
+    assert len(_worker_pids(server)) == 1
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         responses = [future.result() for future in [pool.submit(_ask, server) for _ in range(60)]]
     assert {response.json()["choices"][0]["text"] for response in responses} == {"abcab"}
@@ -69,16 +69,19 @@ def test_probes_and_models_answer_alike_everywhere(server: ServerProcess) -> Non
 
 
 def test_sigterm_under_load_loses_no_stream_of_any_process(tmp_path: Path) -> None:
+    """Who comes late is answered whole, or, on a machine too slow for the delay, sent elsewhere; never cut off."""
     model = write_model(tmp_path / "m", step_seconds=0.01)
-    server = ServerProcess(model, "--api-workers=3", "--drain-delay=2", "--drain-timeout=30").wait_ready()
+    server = ServerProcess(model, "--api-workers=2", "--drain-delay=3", "--drain-timeout=30").wait_ready()
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         before = [pool.submit(_stream, server, 150) for _ in range(16)]
         wait_until(lambda: server.metric("gantline_time_to_first_token_seconds_count") >= 16, what="16 requests run")
         server.terminate()
-        wait_until(lambda: all(httpx.get(server.url + "/ready").status_code == 503 for _ in range(8)), 5, "readiness turns everywhere")
+        server.wait_log("draining")
         late = [pool.submit(_stream, server, 50) for _ in range(6)]
-        for future, tokens in [(f, 150) for f in before] + [(f, 50) for f in late]:
-            assert future.result(60) == (("abcdef" * 30)[:tokens], "length", [])
+        assert {httpx.get(server.url + "/ready").status_code for _ in range(6)} == {503}, "readiness has turned everywhere"
+        assert [future.result(60) for future in before] == [(("abcdef" * 25), "length", [])] * 16
+        ends = [future.result(60) for future in late]
+        assert all(end in ((("abcdef" * 9)[:50], "length", []), ("", None, ["draining"])) for end in ends), ends
     assert server.wait_exit() == 0
     assert server.termination == {"reason": "Drained", "message": "all requests were answered"}
 
