@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gantline_runtime.messages import TokenOutput
 
 from tests.runtime.checkpoints import VOCAB, write_checkpoint
 from tests.runtime.engine_support import drain, request, tokens_of
+from tests.runtime.server_process import REAL, ROOT, running
 
 DTYPES = {"qwen3": "float32", "mistral-window": "bfloat16", "llama-biases-linear-rope": "float32"}
 
@@ -107,3 +109,20 @@ def test_attention_is_that_of_the_torch_backend(heads: int, kv_heads: int, windo
     expected = api.paged_attention(*arguments, **options, backend="torch")
     assert torch.isfinite(got).all()
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_server_gives_one_client_the_same_numbers_alone_and_in_a_crowd() -> None:
+    folder = ROOT / "examples" / "tiny-model"
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("the shipped model is not here")
+    flags = ("--device=cpu", "--num-cache-blocks=64", "--drain-delay=0", "--batch-invariant", "--max-prefill-token-num=50")
+    body = {"prompt": "A list is a " * 9, "max_tokens": 12, "logprobs": 3, "temperature": 0.8, "seed": 5}
+    with running(folder, *flags, program=REAL) as server, ThreadPoolExecutor(6) as pool:
+
+        def ask(number: int) -> Any:
+            others = {"prompt": f"{number} words of another length. " * number, "ignore_eos": True}
+            return server.post("/v1/completions", body if number == 3 else {**body, **others}).json()["choices"][0]
+
+        alone = ask(3)
+        crowd = list(pool.map(ask, range(1, 7)))
+    assert crowd[2] == alone

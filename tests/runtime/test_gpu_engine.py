@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gantline_runtime.batch import BatchShape
@@ -21,7 +22,7 @@ from gantline_runtime.engine import EngineStats, LLMEngine
 from gantline_runtime.graph_classes import GraphClasses
 from gantline_runtime.graph_sizes import decode_sizes, token_sizes
 from gantline_runtime.graphs import StepGraphs
-from gantline_runtime.messages import TokenOutput
+from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
 
 from benchmarks.checks import Sample, check
 from tests.runtime.checkpoints import write_checkpoint
@@ -226,6 +227,41 @@ def test_the_heaviest_mixed_load_at_a_share_of_nine_tenths_stays_within_memory_a
     assert memory.estimated_weight_bytes == pytest.approx(memory.weight_bytes, rel=0.03)
     assert memory.estimated_workspace_bytes == pytest.approx(memory.workspace_bytes, rel=0.03)
     assert memory.estimated_cache_bytes_per_token == memory.cache_bytes_per_token
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_prompts_are_read_on_a_gpu_as_on_a_cpu_and_bad_words_keep_away(tmp_path: Path) -> None:
+    """Log-probabilities and pooled states in bf16, with overlap and chunks, against the CPU's float32; then words that the device must
+    know of, since their first tokens are still on it."""
+    family, sizes = MODELS[128]
+    folder = write_checkpoint(family, tmp_path / "model", vocab_size=VOCAB, **sizes)
+    prompts = prompts_of([1, 2, 17, 300, 900])
+    found = []
+    for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        engine = make_engine(folder, device=device, dtype=dtype, session_len=1024, num_cache_blocks=64, max_prefill_token_num=256)
+        reading = SamplingParams(max_new_tokens=0)
+        for i, prompt in enumerate(prompts):
+            engine.add_request(EngineRequest(request_id=f"s{i}", prompt_ids=prompt, sampling=reading, num_prompt_logprobs=2))
+            engine.add_request(EngineRequest(request_id=f"m{i}", prompt_ids=prompt, sampling=reading, pooling="mean"))
+            engine.add_request(EngineRequest(request_id=f"l{i}", prompt_ids=prompt, sampling=reading, pooling="last"))
+        found.append(drain(engine, checked=False))
+        free = tokens_of(run(engine, [prompts[2]], 40)[0])
+        for start, length in ((5, 1), (11, 2), (23, 3)):
+            word = tuple(free[start : start + length])
+            end = next(at for at in range(40) if tuple(free[at + 1 - length : at + 1]) == word)
+            engine.add_request(request("bound", prompts[2], count=40, bad_words=(word,)))
+            bound = tokens_of(drain(engine, checked=False)["bound"])
+            assert bound[:end] == free[:end] and bound[end] != free[end]
+            assert not [at for at in range(40) if tuple(bound[at : at + length]) == word]
+        engine.close()
+    for i, prompt in enumerate(prompts):
+        on_gpu, on_cpu = ([x for o in outputs[f"s{i}"] if o.prompt_logprobs for x in o.prompt_logprobs.chosen] for outputs in found)
+        assert len(on_gpu) == len(on_cpu) == len(prompt) - 1
+        assert not on_gpu or float(np.abs(np.subtract(on_gpu, on_cpu)).mean()) < 0.1
+        for kind in ("m", "l"):
+            a, b = (np.frombuffer(outputs[f"{kind}{i}"][-1].embedding, dtype="<f4") for outputs in found)
+            assert float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) > 0.99
 
 
 @pytest.mark.gpu

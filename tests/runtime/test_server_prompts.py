@@ -8,12 +8,15 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from gantline_runtime.engine_process import REPORT_INTERVAL_S
+from gantline_runtime.server import parameters
+from gantline_runtime.server.protocol_prompts import EmbeddingRequest
+from openai.types import EmbeddingCreateParams
 
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import REAL, ROOT, ServerProcess, events, running, wait_until
@@ -76,6 +79,12 @@ def test_an_embedding_that_cannot_be_made_is_refused(server: ServerProcess, body
         assert server.post("/v1/embeddings", body).status_code == 200
     else:
         assert _refused(server, "/v1/embeddings", body) == problem
+
+
+def test_every_parameter_of_the_openai_client_for_embeddings_is_supported_harmless_or_refused_by_name() -> None:
+    known = set(get_type_hints(EmbeddingCreateParams))
+    assert len(known) > 4
+    assert known <= EmbeddingRequest.model_fields.keys() | set(parameters.HARMLESS) | parameters.UNSUPPORTED_EMBEDDING.keys()
 
 
 def test_the_checkpoint_says_how_its_embeddings_are_pooled(tmp_path: Path) -> None:
