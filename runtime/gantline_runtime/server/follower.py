@@ -18,7 +18,7 @@ import uvloop
 import zmq
 import zmq.asyncio
 
-from gantline_runtime import logs
+from gantline_runtime import garbage, logs
 from gantline_runtime.child_process import become_child
 from gantline_runtime.config import EngineConfig, ServerConfig, from_mapping
 from gantline_runtime.engine_client import EngineClient, EngineUnavailable
@@ -97,6 +97,7 @@ class Follower:
             case Serve(startup=startup):
                 for phase, seconds in startup.items():
                     self._metrics.startup(phase, seconds)
+                garbage.settle()
                 self._lifecycle.enter(State.READY)
             case Drain(delay_s=delay_s):
                 self._lifecycle.drain(delay_s)
