@@ -37,7 +37,8 @@ async def create_completion(request: Request) -> Response:
     ticket = service.admit(len(fields.prompt) * fields.n)
     request_id = new_request_id("cmpl")
     try:
-        generation, prompts = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket))
+        prompts, echoes = await unless_client_leaves(request, _read_prompts(service, model, fields))
+        generation = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket, prompts))
     except BaseException:
         ticket.release()
         raise
@@ -46,28 +47,34 @@ async def create_completion(request: Request) -> Response:
     if fields.echo and fields.logprobs is not None:
         writer = _ScoredEchoWriter(generation, model, frame, fields, prompts)
     else:
-        echoes = [await _echo(service, model, prompt) if fields.echo else "" for prompt in fields.prompt for _ in range(fields.n)]
         writer = _CompletionWriter(generation, model, frame, fields, echoes)
     return await answer(request, service, writer, stream=fields.stream)
 
 
-async def _start(
-    service: Service, model: Model, request_id: str, fields: CompletionRequest, ticket: Ticket
-) -> tuple[Generation, list[list[int]]]:
-    constraint = build_constraint(fields.response_format, fields.structured_outputs)
-    plan = plan_output(constraint, min_tokens=fields.min_tokens)
+async def _read_prompts(service: Service, model: Model, fields: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+    """The tokens of each prompt, and what `echo` without log-probabilities puts before each choice."""
     prompts = [prompt if isinstance(prompt, list) else await service.encode(prompt, param="prompt") for prompt in fields.prompt]
-    sampling = []
     for prompt in prompts:
         if not prompt:
             raise ApiError(400, "prompt: an empty text gives this model nothing to continue.", code="invalid_value", param="prompt")
         require_token(max(prompt), model.tokenizer.vocab_size, "prompt")
+    texts = [await _echo(service, model, prompt) if fields.echo else "" for prompt in fields.prompt]
+    return prompts, [text for text in texts for _ in range(fields.n)]
+
+
+async def _start(
+    service: Service, model: Model, request_id: str, fields: CompletionRequest, ticket: Ticket, prompts: Sequence[list[int]]
+) -> Generation:
+    constraint = build_constraint(fields.response_format, fields.structured_outputs)
+    plan = plan_output(constraint, min_tokens=fields.min_tokens)
+    sampling = []
+    for prompt in prompts:
         limit = num_new_tokens(fields.max_tokens, len(prompt), service.session_len, default=_DEFAULT_MAX_TOKENS, param="prompt")
         sampling.append(await service.build_sampling(fields, max_new_tokens=limit, num_logprobs=fields.logprobs))
     wanted = fields.logprobs if fields.echo else None
     if wanted is None and fields.max_tokens == 0:
         wanted = 0
-    return service.start(request_id, prompts, sampling, fields, ticket, plan=plan, num_prompt_logprobs=wanted), prompts
+    return service.start(request_id, prompts, sampling, fields, ticket, plan=plan, num_prompt_logprobs=wanted)
 
 
 async def _echo(service: Service, model: Model, prompt: str | list[int]) -> str:
