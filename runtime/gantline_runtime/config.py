@@ -92,7 +92,7 @@ class ServerConfig:
     request_timeout: float | None = _option(
         None, "Most seconds that an answer may take, from its admission; a request's `timeout` may shorten it. auto: no limit."
     )
-    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "deepseek_v3", "deepseek_v31"] = _option(
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31"] = _option(
         "auto", "How the model writes tool calls. auto: by its chat template."
     )
     reasoning_parser: Literal["auto", "none", "think", "mistral"] = _option(

@@ -134,6 +134,7 @@ def test_a_prompt_tells_whether_the_answer_begins_with_reasoning() -> None:
     [
         ("{% if tools %}...<tool_call>{{ x }}</tool_call>{% endif %}", "hermes"),
         ("{{ '[TOOL_CALLS]' }}", "mistral"),
+        ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", "mistral_args"),
         ("{{ '<|python_tag|>' }}", "llama3_json"),
         ("{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>'}}", "deepseek_v3"),
         ("{{ '<｜tool▁calls▁begin｜>'}}{{'<｜tool▁call▁begin｜>'+ tool['function']['name'] + '<｜tool▁sep｜>'}}", "deepseek_v31"),

@@ -3,13 +3,14 @@
 A *block* is one stretch of text that holds calls: from one of the `begins` to `end`, or to the end of the answer where `end` is empty.
 
     hermes        <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>: Hermes, Qwen 2.5 and 3; a block a call
-    mistral       [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...] or [TOOL_CALLS]f[ARGS]{...}: Mistral, by the age of its tokenizer
+    mistral       [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]: Mistral, older ones
+    mistral_args  [TOOL_CALLS]f[ARGS]{...}: Mistral, newer ones; each is read as the other, too
     llama3_json   {"name": "f", "parameters": {...}}; ...  perhaps after <|python_tag|>: Llama 3.1 to 3.3
     deepseek_v3   <｜tool▁calls▁begin｜>, calls, <｜tool▁calls▁end｜>; a call is
                   <｜tool▁call▁begin｜>function<｜tool▁sep｜>f\\n```json\\n{...}\\n```<｜tool▁call▁end｜>
     deepseek_v31  the same, a call being <｜tool▁call▁begin｜>f<｜tool▁sep｜>{...}<｜tool▁call▁end｜>
 
-Sources: the models' own chat templates. Calls in the canonical form (`Canonical`) are what grammars enforce; the parsers take what models
+Sources: the models' own chat templates. Calls in the canonical form are what grammars enforce; the parsers take what models
 write when nothing holds them, too: other white space, another order of keys, arguments as a string.
 """
 
@@ -215,6 +216,19 @@ TOOL_FORMATS = {
         closing="<｜tool▁calls▁end｜>",
         arguments_as_text=True,
         signs=("<｜tool▁calls▁begin｜>",),
+    ),
+    "mistral_args": ToolFormat(
+        begins=("[TOOL_CALLS]",),
+        end="",
+        parse=_parse_mistral,
+        opening="",
+        before_name="[TOOL_CALLS]",
+        after_name="[ARGS]",
+        after_arguments="",
+        separator="",
+        closing="",
+        id_length=9,
+        signs=("[ARGS]",),
     ),
     "mistral": ToolFormat(
         begins=("[TOOL_CALLS]",),
