@@ -27,7 +27,7 @@ from tests.runtime.server_fakes import SPECIAL, byte_tokenizer, write_model
 
 EOS = 257
 _HALF = "\ufffd" * 3
-"""Half a surrogate pair, in UTF-8's manner: one character to xgrammar, none to anybody else. Only a model that says random bytes says it."""
+"""Half a surrogate pair, in UTF-8's manner: one character to xgrammar, none to others. Only a model of random bytes says it."""
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 4}, "b": {"enum": [1, None]}}, "required": ["a", "b"]}
 TOOLS = [
     Tool.model_validate({"type": "function", "function": {"name": "first", "parameters": SCHEMA, "strict": True}}),
