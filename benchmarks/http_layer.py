@@ -36,7 +36,7 @@ class _Nothing:
     """Stats and memory of an engine that has none."""
 
     def __getattr__(self, name: str) -> Any:
-        return {"step_times": StepTimes(), "memory": self}.get(name, 0)
+        return {"step_times": StepTimes(), "memory": self, "about": {}}.get(name, 0)
 
 
 class InstantEngine:
