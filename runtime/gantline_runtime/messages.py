@@ -95,6 +95,8 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_ids: list[list[int]]
     """For each token the likeliest at its place; as many as the request asked for."""
     top_logprobs: list[list[float]]
+    ranks: list[int]
+    """Each token's place among all of the vocabulary, 1 for the likeliest."""
 
 
 class TokenOutput(msgspec.Struct, tag="tokens", frozen=True, kw_only=True):

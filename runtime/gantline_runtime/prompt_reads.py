@@ -39,11 +39,12 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class ReadTensors:
-    """`chosen` float32 [P], `top_ids` int64 and `top_logprobs` float32 [P, n], `sums` float32 [pooled reads, hidden]."""
+    """`chosen` float32 and `ranks` int64 [P], `top_ids` int64 and `top_logprobs` float32 [P, n], `sums` float32 [pooled reads, hidden]."""
 
     chosen: torch.Tensor | None
     top_ids: torch.Tensor | None
     top_logprobs: torch.Tensor | None
+    ranks: torch.Tensor | None
     sums: torch.Tensor | None
 
 
@@ -73,21 +74,22 @@ def read_rows(
             pieces.append(_score(values.float(), targets[piece], batch.num_top))
     if batch is None:
         return None
-    chosen, top_ids, top = (torch.cat(column) for column in zip(*pieces, strict=True)) if pieces else (None, None, None)
+    chosen, top_ids, top, ranks = (torch.cat(column) for column in zip(*pieces, strict=True)) if pieces else (None, None, None, None)
     counts = batch.pool_counts
     sums = torch.stack([part.float().sum(0) for part in hidden[num_scored:].split(counts)]) if counts else None
-    return ReadTensors(chosen, top_ids, top, sums)
+    return ReadTensors(chosen, top_ids, top, ranks, sums)
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor, num_top: int) -> tuple[torch.Tensor, ...]:
     total = logits.logsumexp(-1, keepdim=True)
     top, ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
-    return (logits.gather(-1, targets.unsqueeze(-1)) - total).squeeze(-1), ids, top - total
+    wanted = logits.gather(-1, targets.unsqueeze(-1))
+    return (wanted - total).squeeze(-1), ids, top - total, (logits > wanted).sum(-1) + 1
 
 
 def split_reads(batch: ReadBatch, host: ReadTensors) -> list[PromptLogprobs | NDArray[np.float32]]:
     """What each read asked for, from tensors that have reached the host."""
-    chosen, top_ids, top = (_rows(tensor) for tensor in (host.chosen, host.top_ids, host.top_logprobs))
+    chosen, top_ids, top, ranks = (_rows(tensor) for tensor in (host.chosen, host.top_ids, host.top_logprobs, host.ranks))
     sums = iter(host.sums.numpy() if host.sums is not None else ())
     results: list[PromptLogprobs | NDArray[np.float32]] = []
     at = 0
@@ -96,9 +98,8 @@ def split_reads(batch: ReadBatch, host: ReadTensors) -> list[PromptLogprobs | ND
             results.append(next(sums))
             continue
         rows, count = slice(at, at + read.count), read.sequence.num_prompt_logprobs or 0
-        results.append(
-            PromptLogprobs(read.start + 1, chosen[rows], [ids[:count] for ids in top_ids[rows]], [values[:count] for values in top[rows]])
-        )
+        best = [ids[:count] for ids in top_ids[rows]], [values[:count] for values in top[rows]]
+        results.append(PromptLogprobs(read.start + 1, chosen[rows], *best, ranks[rows]))
         at += read.count
     return results
 

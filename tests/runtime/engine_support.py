@@ -128,7 +128,11 @@ class FakeExecutor:
         for read in batch.reads:
             rows = contexts[first : first + read.count]
             if read.sequence.pooling is None:
-                out.append(PromptLogprobs(read.start + 1, scores[first : first + read.count], [[]] * read.count, [[]] * read.count))
+                out.append(
+                    PromptLogprobs(
+                        read.start + 1, scores[first : first + read.count], [[]] * read.count, [[]] * read.count, [1] * read.count
+                    )
+                )
             else:
                 out.append(np.array([sum(map(fake_hidden, rows))], dtype=np.float32))
             first += read.count

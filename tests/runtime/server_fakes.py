@@ -220,7 +220,7 @@ def _read(read: PromptRead) -> PromptLogprobs | np.ndarray[Any, np.dtype[np.floa
     tokens = read.sequence.tokens[read.start + 1 : read.start + 1 + read.count]
     count = read.sequence.num_prompt_logprobs or 0
     ids = [[token + 1 + i for i in range(count)] for token in tokens]
-    return PromptLogprobs(read.start + 1, [-0.5] * read.count, ids, [[-0.25 - i for i in range(count)] for _ in tokens])
+    return PromptLogprobs(read.start + 1, [-0.5] * read.count, ids, [[-0.25 - i for i in range(count)] for _ in tokens], [7] * read.count)
 
 
 def _byte_of(char: str) -> int:

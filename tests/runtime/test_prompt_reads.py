@@ -147,6 +147,8 @@ def test_log_probabilities_and_hidden_states_are_those_of_transformers(model: Pa
         scores = _scores(outputs[f"score-{i}"])
         expected = logprobs[:-1].gather(1, torch.tensor(prompt[1:]).unsqueeze(1)).squeeze(1)
         np.testing.assert_allclose(scores, expected.numpy(), atol=2e-4)
+        ranks = [rank for output in outputs[f"score-{i}"] if output.prompt_logprobs for rank in output.prompt_logprobs.ranks]
+        assert ranks == ((logprobs[:-1] > expected.unsqueeze(1) + 1e-5).sum(1) + 1).tolist()
         top = [row for output in outputs[f"score-{i}"] if output.prompt_logprobs for row in output.prompt_logprobs.top_logprobs]
         if len(prompt) > 1:
             np.testing.assert_allclose(top, logprobs[:-1].topk(3).values.numpy(), atol=2e-4)

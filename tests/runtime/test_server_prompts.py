@@ -156,6 +156,21 @@ def test_an_echoed_stream_is_the_whole_answer_in_pieces(server: ServerProcess, l
         assert {**piece, "index": index} == whole[index]
 
 
+def test_prompt_logprobs_name_each_token_of_the_prompt_with_its_rank(server: ServerProcess) -> None:
+    body = {"prompt": ["ab", "c"], "prompt_logprobs": 1, "max_tokens": 1, "n": 2}
+    choices = server.post("/v1/completions", body).json()["choices"]
+    a, b, c = server.post("/tokenize", {"prompt": "abc", "add_special_tokens": False}).json()["tokens"]
+    text = {token: server.post("/detokenize", {"tokens": [token]}).json()["prompt"] for token in (a, b, c, a + 1, b + 1, c + 1)}
+
+    def entry(token: int) -> dict[str, Any]:
+        own = {"logprob": -0.5, "rank": 7, "decoded_token": text[token]}
+        return {str(token): own, str(token + 1): {"logprob": -0.25, "rank": 1, "decoded_token": text[token + 1]}}
+
+    assert [choice["prompt_logprobs"] for choice in choices] == [[None, entry(a), entry(b)]] * 2 + [[None, entry(c)]] * 2
+    alone = server.post("/v1/completions", {**body, "max_tokens": 0, "n": 1}).json()
+    assert [len(choice["prompt_logprobs"]) for choice in alone["choices"]] == [3, 2] and alone["usage"]["completion_tokens"] == 0
+
+
 # ---- LMDeploy's
 
 

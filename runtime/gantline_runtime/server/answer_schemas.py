@@ -101,12 +101,19 @@ class TextLogprobs(_Answer):
     text_offset: list[int]
 
 
+class RankedToken(_Answer):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class TextChoice(_Answer):
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
     token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, RankedToken] | None] = []
 
 
 class Completion(_Answer):

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
+from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, finite_logprob, token_logprobs
 from gantline_runtime.server.body import parse_body
 from gantline_runtime.server.echo import PromptEcho
 from gantline_runtime.server.errors import ApiError
@@ -46,6 +46,8 @@ async def create_completion(request: Request) -> Response:
     writer: AnswerWriter
     if fields.echo and fields.logprobs is not None:
         writer = _ScoredEchoWriter(generation, model, frame, fields, prompts)
+    elif fields.prompt_logprobs is not None:
+        writer = _ScoredPromptWriter(generation, model, frame, fields, echoes, prompts)
     else:
         writer = _CompletionWriter(generation, model, frame, fields, echoes)
     return await answer(request, service, writer, stream=fields.stream)
@@ -71,7 +73,7 @@ async def _start(
     for prompt in prompts:
         limit = num_new_tokens(fields.max_tokens, len(prompt), service.session_len, default=_DEFAULT_MAX_TOKENS, param="prompt")
         sampling.append(await service.build_sampling(fields, max_new_tokens=limit, num_logprobs=fields.logprobs))
-    wanted = fields.logprobs if fields.echo else None
+    wanted = fields.logprobs if fields.echo and fields.logprobs is not None else fields.prompt_logprobs
     if wanted is None and fields.max_tokens == 0:
         wanted = 0
     return service.start(request_id, prompts, sampling, fields, ticket, plan=plan, num_prompt_logprobs=wanted)
@@ -116,6 +118,38 @@ class _CompletionWriter(AnswerWriter):
             ],
             "text_offset": [offset + entry.start for entry in entries],
         }
+
+
+class _ScoredPromptWriter(_CompletionWriter):
+    """`prompt_logprobs`, in vLLM's form: for each token of the prompt, null for the first, its own and the likeliest tokens by number."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        model: Model,
+        frame: dict[str, Any],
+        fields: CompletionRequest,
+        echoes: Sequence[str],
+        prompts: Sequence[list[int]],
+    ) -> None:
+        super().__init__(generation, model, frame, fields, echoes)
+        self._n, self._prompts = fields.n, prompts
+        self._scores: list[dict[str, Any] | None] = []
+
+    def build_choice(self, index: int, whole: WholeChoice) -> dict[str, Any]:
+        if index % self._n == 0:  # it is built before the others of its prompt, and has read it for all
+            self._scores = [None, *self._of_prompt(self._prompts[index // self._n], whole)]
+        return {**super().build_choice(index, whole), "prompt_logprobs": self._scores}
+
+    def _of_prompt(self, ids: list[int], whole: WholeChoice) -> Iterable[dict[str, Any]]:
+        for chunk in whole.prompt_logprobs:
+            columns = zip(ids[chunk.start :], chunk.chosen, chunk.ranks, chunk.top_ids, chunk.top_logprobs, strict=False)
+            for token, logprob, rank, top_ids, top in columns:
+                ranked = {id: (value, place) for place, (id, value) in enumerate(zip(top_ids, top, strict=True), 1)}
+                yield {str(id): self._ranked(id, *entry) for id, entry in {token: (logprob, rank), **ranked}.items()}
+
+    def _ranked(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite_logprob(logprob), "rank": rank, "decoded_token": self.tokenizer.token_text(token)}
 
 
 class _ScoredEchoWriter(_CompletionWriter):

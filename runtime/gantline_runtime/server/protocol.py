@@ -249,17 +249,23 @@ class CompletionRequest(SamplingFields):
     prompt: Prompts
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        return drop_harmless(body, UNSUPPORTED_COMPLETION | UNSUPPORTED_EXTRAS)
+        extras = {name: neutral for name, neutral in UNSUPPORTED_EXTRAS.items() if name != "prompt_logprobs"}
+        return drop_harmless(body, UNSUPPORTED_COMPLETION | extras)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise invalid("max_tokens may be 0 only together with echo: true.", "max_tokens")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise invalid("max_tokens may be 0 only together with echo: true or prompt_logprobs.", "max_tokens")
+        if self.prompt_logprobs is not None and (self.stream or (self.echo and self.logprobs is not None)):
+            raise invalid(
+                "prompt_logprobs is for whole answers; streams, and echo, have those of the prompt by logprobs.", "prompt_logprobs"
+            )
         if len(self.prompt) * self.n > MAX_CHOICES * 2:
             raise invalid(f"prompts times n is {len(self.prompt) * self.n}; at most {MAX_CHOICES * 2} are answered at once.", "n")
         return self
