@@ -33,6 +33,7 @@ COLUMNS = (
     ("URL", "string", ".status.url", 0),
     ("GPU", "string", ".status.plan.product", 1),
     ("Precision", "string", ".status.plan.precision", 1),
+    ("Host", "string", ".spec.ingress.host", 1),
     ("Age", "date", ".metadata.creationTimestamp", 0),
 )
 """Name, type, path, priority; priority 1 is shown by `-o wide` only."""

@@ -105,6 +105,7 @@ class Reconcile(Preparation):
             template = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]
             parts = {"template": template, "objects": objects, "plan": to_status(planned), "strategy": strategy.to_stored()}
             await self.children.ensure(self._build_revision(mark, parts))
+        objects = [*objects, *resources.ingress(self.owner, self.cluster.rendering)]
         self._found |= {"revision": mark, "rollout_record": {"strategy": strategy.name, "why": strategy.why}}
         applied = await self.children.apply(objects)
         self._found["current"] = applied
@@ -142,7 +143,10 @@ class Reconcile(Preparation):
         for item in objects:
             if item["kind"] == "Deployment":
                 item["spec"] = {**item["spec"], "replicas": resources.replicas(self.owner)}
-        await self.children.apply(objects)
+        await self.children.apply([*objects, *resources.ingress(self.owner, self.cluster.rendering)])
+        # Pruning waits for the revision that the spec asks for; who closes the door does not want to.
+        if self.spec.ingress is None and await self.children.look("Ingress", self.name) is not None:
+            await self.children.delete(("Ingress", self.name))
 
     async def _serves(self, mark: str) -> bool:
         """Whether what is there is already what the spec asks for."""

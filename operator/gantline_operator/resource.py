@@ -38,6 +38,7 @@ __all__ = [
     "EngineSpec",
     "EnvVar",
     "InferenceServiceSpec",
+    "IngressSpec",
     "LocalReference",
     "ModelSpec",
     "PodSpec",
@@ -61,6 +62,9 @@ NAME_RULE = Rule(
 )
 
 _OBJECT_NAME = Text(253, r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "a lower-case DNS name of at most 253 characters", 1)
+_HOST_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_HOST_NAME = rf"({_HOST_LABEL}\.)*[a-z]([-a-z0-9]{{0,61}}[a-z0-9])?"  # the last label starts with a letter: no address
+_HOST = Text(253, _HOST_NAME, "a host's lower-case name such as chat.example.com, no address and no wildcard", 1)
 _LABEL_VALUE = Text(63, r"([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?", "a label's value of at most 63 characters")
 _HUB = r"hf://[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _SEGMENT = r"(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)"  # no segment starts with a dot: neither `..` nor hidden folders
@@ -279,6 +283,14 @@ class RolloutSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IngressSpec:
+    """An Ingress that leads from a host to the service's paths under /v1."""
+
+    host: str = declare(_HOST, "Name under which clients outside the cluster ask for the service.", default=REQUIRED)
+    class_name: str | None = declare(_OBJECT_NAME, "IngressClass of the controller that shall serve it. Without: the cluster's default.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Toleration:
     """As in a pod."""
 
@@ -374,5 +386,6 @@ class InferenceServiceSpec:
     replicas: int = declare(Whole(0, 1000), "Pods that serve; kubectl scale and autoscalers write here.", default=1)
     cache: CacheSpec = declare(Object(CacheSpec), CacheSpec.__doc__ or "", default={})
     rollout: RolloutSpec = declare(Object(RolloutSpec), RolloutSpec.__doc__ or "", default={})
+    ingress: IngressSpec | None = declare(Object(IngressSpec), f"{IngressSpec.__doc__} Without: none.")
     pod: PodSpec = declare(Object(PodSpec), PodSpec.__doc__ or "", default={})
     suspend: bool = declare(Flag(), "Run no pod and no Job, and keep everything that was made.", default=False)

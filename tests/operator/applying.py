@@ -16,7 +16,8 @@ def path_of(item: Object) -> str:
     version, kind, metadata = item["apiVersion"], item["kind"], item["metadata"]
     root = f"/apis/{version}" if "/" in version else f"/api/{version}"
     scope = "" if kind in CLUSTER_WIDE else f"/namespaces/{metadata['namespace']}"
-    return f"{root}{scope}/{kind.lower()}s/{metadata['name']}"
+    plural = kind.lower() + ("es" if kind.endswith("s") else "s")
+    return f"{root}{scope}/{plural}/{metadata['name']}"
 
 
 def apply(client: Client, item: Object, *, namespace: str | None = None, dry_run: bool = False) -> Object:

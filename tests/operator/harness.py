@@ -44,6 +44,7 @@ KINDS = (
     "jobs",
     "deployments",
     "poddisruptionbudgets",
+    "ingresses",
     "controllerrevisions",
     "pods",
 )
@@ -179,6 +180,7 @@ def _path(plural: str, namespace: str) -> str:
         "deployments": "/apis/apps/v1",
         "controllerrevisions": "/apis/apps/v1",
         "poddisruptionbudgets": "/apis/policy/v1",
+        "ingresses": "/apis/networking.k8s.io/v1",
         "inferenceservices": "/apis/gantline.io/v1alpha1",
         "events": "/apis/events.k8s.io/v1",
     }.get(plural, "/api/v1")

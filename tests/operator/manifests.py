@@ -21,6 +21,7 @@ FULL: Object = {
     "replicas": 2,
     "cache": {"storageClassName": "fast", "size": "100Gi", "accessMode": "ReadWriteMany"},
     "rollout": {"drainTimeout": "5m"},
+    "ingress": {"host": "chat.example.com", "className": "nginx"},
     "pod": {
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}],
         "priorityClassName": "high", "runtimeClassName": "nvidia", "imagePullSecrets": [{"name": "registry"}],
@@ -40,6 +41,10 @@ BAD_URIS = (
     "", "name", "org/name", "http://x/y", "hf://org", "hf://org/name/more", "hf:///name", "pvc://", "pvc:///x", "pvc://Claim/x",
     "pvc://claim/../x", "pvc://claim//x", "file://models", "file:///", "file:///a/../b", "file:///.hidden", "s3://bucket/x",
     "hf://org/name ", "hf://org/na me", "hf://org/" + "n" * 600, "pvc://claim/a\nb",
+)  # fmt: skip
+BAD_HOSTS = (
+    "", "Chat.example.com", "*.example.com", "10.0.0.1", "chat..com", "-a.com", "chat.com/v1", "https://chat.com", "chat.com:80", "a" * 64,
+    "a." * 127,
 )  # fmt: skip
 
 
@@ -93,6 +98,9 @@ WRONG: list[tuple[Object, str]] = [
     (changed("cache.size", "big"), "spec.cache.size"),
     (changed("rollout.drainTimeout", "120"), "spec.rollout.drainTimeout"),
     (changed("rollout.drainTimeout", "25h"), "spec.rollout.drainTimeout"),
+    *((changed("ingress.host", host), "spec.ingress.host") for host in BAD_HOSTS),
+    (changed("ingress", {"host": "chat.example.com", "className": "Nginx"}), "spec.ingress.className"),
+    (changed("ingress", {"className": "nginx"}), "spec.ingress.host"),
     (changed("pod.env", ENV_43), "spec.pod.env"),
     (changed("pod.env", [{"name": "1X"}]), "spec.pod.env[0].name"),
     (changed("pod.resources", {"requests": {"cpu": "two"}}), "spec.pod.resources.requests.cpu"),

@@ -69,6 +69,7 @@ FULL_SPEC: Object = {
     "replicas": 3,
     "cache": {"claimName": "shared-artefacts", "accessMode": "ReadWriteMany"},
     "rollout": {"drainTimeout": "5m"},
+    "ingress": {"host": "chat.example.com", "className": "nginx"},
     "pod": {
         "tolerations": [{"key": "dedicated", "value": "llm", "effect": "NoExecute", "tolerationSeconds": 60}, {"operator": "Exists"}],
         "priorityClassName": "high",
@@ -117,7 +118,8 @@ class Case:
     def objects(self) -> list[Object]:
         claim = [resources.cache_claim(self.parent, SETTINGS, 3 * GIB // 2)] if self.makes_claim else []
         strategy: StrategyName = "Drain" if self.plan.placement.resource or self.model().one_node else "Surge"
-        return [*claim, *self.jobs(), *resources.serving(self.parent, self.plan, self.model(), SETTINGS, strategy=strategy)]
+        served = resources.serving(self.parent, self.plan, self.model(), SETTINGS, strategy=strategy)
+        return [*claim, *self.jobs(), *served, *resources.ingress(self.parent, SETTINGS)]
 
 
 def parent_of(manifest: Mapping[str, Any], *, namespace: str = "team", restarted_at: str = "") -> Parent:

@@ -6,11 +6,13 @@ pod          what every pod has in common
 placement    where a pod runs and what it takes
 jobs         inspect, fetch, quantize
 serving      ServiceAccount, Service, Deployment, PodDisruptionBudget
+ingress      the Ingress, where a host is named
 cache        the claim for artefacts
 """
 
 from gantline_operator.resources.cache import cache_claim
 from gantline_operator.resources.context import MissingImage, ModelLocation, Parent, Settings, cache_location, source_location
+from gantline_operator.resources.ingress import ingress
 from gantline_operator.resources.jobs import (
     ALGORITHM_VERSIONS,
     ATTEMPT,
@@ -67,6 +69,7 @@ __all__ = [
     "child_selector",
     "fetch_hash",
     "fetch_job",
+    "ingress",
     "inspect_hash",
     "inspect_job",
     "job_name",

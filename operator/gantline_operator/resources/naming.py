@@ -19,6 +19,7 @@ __all__ = [
     "MANAGED_BY",
     "MANAGED_KINDS",
     "PLURAL",
+    "REVISION",
     "SELECTOR",
     "ManagedKind",
     "Object",
@@ -44,6 +45,9 @@ KIND = "InferenceService"
 PLURAL = "inferenceservices"
 MANAGED_BY = "gantline-operator"
 """Value of `app.kubernetes.io/managed-by`, and the field manager of every apply."""
+
+REVISION = f"{GROUP}/revision"
+"""Label of what belongs to one revision; of a Job, the hash over what it does."""
 
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGED_BY}"
 """Finds every object that the operator made, of whatever service."""
@@ -71,6 +75,7 @@ MANAGED_KINDS: tuple[ManagedKind, ...] = (
     ManagedKind("batch/v1", "Job", "jobs"),
     ManagedKind("apps/v1", "Deployment", "deployments"),
     ManagedKind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+    ManagedKind("networking.k8s.io/v1", "Ingress", "ingresses"),
     ManagedKind("apps/v1", "ControllerRevision", "controllerrevisions"),
 )
 
@@ -119,7 +124,7 @@ def labels(service: str, role: Role, *, version: str = "", revision: str = "") -
     if version:
         marks["app.kubernetes.io/version"] = version
     if revision:
-        marks[f"{GROUP}/revision"] = revision
+        marks[REVISION] = revision
     return marks
 
 

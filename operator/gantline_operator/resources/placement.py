@@ -12,10 +12,11 @@ from gantline_operator.resources.naming import GROUP, Object, content_hash
 from gantline_operator.resources.pod import Mount, PodBase
 from gantline_operator.resources.quantities import bytes_quantity, cpu_quantity, overlay
 
-__all__ = ["build_base", "cpu_threads", "same_node", "volume_labels"]
+__all__ = ["apart", "build_base", "cpu_threads", "same_node", "spread", "volume_labels"]
 
 _VOLUME_LABEL = f"{GROUP}/cache-volume"
 _HOST = "kubernetes.io/hostname"
+_ZONE = "topology.kubernetes.io/zone"
 
 
 def build_base(parent: Parent, placement: Placement, settings: Settings, *, wished: ResourcesSpec | None = None) -> PodBase:
@@ -56,6 +57,22 @@ def same_node(marks: Mapping[str, str]) -> Object:
     """Affinity to the node on which the cache volume is in use, by whomever. The first pod is free: it matches its own term."""
     term = {"labelSelector": {"matchLabels": dict(marks)}, "topologyKey": _HOST}
     return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}} if marks else {}
+
+
+def spread(marks: Mapping[str, str]) -> list[Object]:
+    """Constraints by which pods with these labels prefer the node that has the fewest of them. None is kept waiting for it."""
+    selector = {"matchLabels": dict(marks)}
+    return [{"maxSkew": 1, "topologyKey": _HOST, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": selector}]
+
+
+def apart(marks: Mapping[str, str]) -> Object:
+    """Affinity by which pods with these labels prefer the zone that has the fewest of them.
+
+    As a second spread constraint it would undo the first one where nodes have no zone: the scheduler scores no node that lacks a key of
+    any constraint. A term of affinity is left out there by itself.
+    """
+    term = {"labelSelector": {"matchLabels": dict(marks)}, "topologyKey": _ZONE}
+    return {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": term}]}}
 
 
 def _tolerations(tolerated: Iterable[str], pod: PodSpec) -> list[Object]:

@@ -11,8 +11,8 @@ from gantline_runtime.config import ServerConfig, to_arguments
 
 from gantline_operator.plan_types import Plan
 from gantline_operator.resources.context import ModelLocation, Parent, Settings
-from gantline_operator.resources.naming import GROUP, Object, content_hash, labels, metadata, pod_selector, service_account_name
-from gantline_operator.resources.placement import build_base, cpu_threads, same_node, volume_labels
+from gantline_operator.resources.naming import GROUP, REVISION, Object, content_hash, labels, metadata, pod_selector, service_account_name
+from gantline_operator.resources.placement import apart, build_base, cpu_threads, same_node, spread, volume_labels
 from gantline_operator.resources.pod import PodBase, build_container, build_pod
 from gantline_operator.rollout_strategy import StrategyName
 
@@ -105,17 +105,20 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
     container = build_container("server", base, arguments, env=_environment(plan, base), mounts=model.mounts, tp=tp)
     container["ports"] = [{"name": "http", "containerPort": _PORT, "protocol": "TCP"}]
     container.update(_probes(plan))
-    beside = volume_labels(model.mounts, parent.cache_claim)
+    beside, mark = volume_labels(model.mounts, parent.cache_claim), revision(parent, plan, model)
+    # Of the same revision alone: pods that are about to go must not decide where their successors run.
+    siblings = {**pod_selector(parent.name, "server"), REVISION: mark}
     pod = build_pod(
         base,
         container,
         service_account=service_account_name(parent.name),
         mounts=model.mounts,
         tp=tp,
-        affinity=same_node(beside) if model.one_node else {},
+        affinity=same_node(beside) if model.one_node else apart(siblings),
+        topologySpreadConstraints=[] if model.one_node else spread(siblings),
         terminationGracePeriodSeconds=math.ceil(server.drain_delay + server.drain_timeout) + _EXIT_ALLOWANCE_S,
     )
-    marks = {**labels(parent.name, "server", revision=revision(parent, plan, model)), **beside}
+    marks = {**labels(parent.name, "server", revision=mark), **beside}
     annotations = {"annotations": {RESTARTED_AT: parent.restarted_at}} if parent.restarted_at else {}
     return {"metadata": {"labels": marks, **annotations}, "spec": pod}
 
