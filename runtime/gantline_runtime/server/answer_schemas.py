@@ -39,8 +39,13 @@ class PromptUsage(_Answer):
     prompt_tokens_details: CachedTokens
 
 
+class ReasoningTokens(_Answer):
+    reasoning_tokens: int
+
+
 class Usage(PromptUsage):
     completion_tokens: int
+    completion_tokens_details: ReasoningTokens
 
 
 class FunctionCall(_Answer):

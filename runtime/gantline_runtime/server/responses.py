@@ -114,7 +114,7 @@ class _ResponseWriter(AnswerWriter):
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    reasoning = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
+    reasoning = usage["completion_tokens_details"]["reasoning_tokens"]
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": usage["prompt_tokens_details"],
