@@ -32,7 +32,7 @@ KINDS = {
     "/apis/batch/v1": ("jobs",),
     "/apis/apps/v1": ("deployments", "controllerrevisions"),
     "/apis/policy/v1": ("poddisruptionbudgets",),
-    "/apis/networking.k8s.io/v1": ("ingresses",),
+    "/apis/networking.k8s.io/v1": ("ingresses", "networkpolicies"),
     "/apis/events.k8s.io/v1": ("events",),
     GROUP: ("inferenceservices",),
 }

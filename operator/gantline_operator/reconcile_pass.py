@@ -100,6 +100,10 @@ class Pass:
     def server_pods(self) -> list[PodState]:
         return [pod for pod in self.pods if pod.role == "server"]
 
+    def _surroundings(self) -> list[Object]:
+        """What has to be there before any pod, whatever its revision."""
+        return resources.network_policies(self.owner, self.cluster.rendering)
+
     async def _look(self) -> None:
         """What decisions need. A service without a status is new: what a killed operator may have made for it is found by name."""
         if not self.recorded:

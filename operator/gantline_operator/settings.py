@@ -58,6 +58,10 @@ def _number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def _switch(value: str) -> bool:
+    return _one_of("true", "false")(value) == "true"
+
+
 def _setting(parse: Callable[[str], Any], default: Any, help: str) -> Any:
     return field(default=default, metadata={"parse": parse, "help": help})
 
@@ -80,6 +84,9 @@ class OperatorSettings:
         _names, (), "Pull secrets for every pod, separated by commas, beside those of spec.pod.imagePullSecrets."
     )
     hf_endpoint: str = _setting(_text, "", "Address of a Hugging Face hub or mirror for hf:// sources; empty is the public hub.")
+    network_policies: bool = _setting(
+        _switch, False, "true makes NetworkPolicies for each service's pods, which do nothing unless the cluster's network enforces them."
+    )
     inventory_configmap: str = _setting(
         _text, "", "namespace/name of a ConfigMap that describes node pools which labels do not, or which are now at zero."
     )
@@ -150,4 +157,6 @@ def _flag(name: str) -> str:
 
 
 def _show(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return ",".join(value) if isinstance(value, tuple) else str(value)

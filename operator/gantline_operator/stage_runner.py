@@ -62,7 +62,8 @@ class StageRunner(Pass):
         except _StageRejected as refused:
             cause = refused.rejected
             return Running("", step.attempt, Trouble(cause.reason, sentence(cause.message), cause.cure))
-        ready = await self.children.apply([resources.service_account(self.owner, self.cluster.rendering)])
+        before = [resources.service_account(self.owner, self.cluster.rendering), *self._surroundings()]
+        ready = await self.children.apply(before)
         if not ready or await self.children.ensure(job) is None:
             return None
         _log.info("%s: started Job %s", self.key, job["metadata"]["name"])

@@ -16,7 +16,7 @@ def path_of(item: Object) -> str:
     version, kind, metadata = item["apiVersion"], item["kind"], item["metadata"]
     root = f"/apis/{version}" if "/" in version else f"/api/{version}"
     scope = "" if kind in CLUSTER_WIDE else f"/namespaces/{metadata['namespace']}"
-    plural = kind.lower() + ("es" if kind.endswith("s") else "s")
+    plural = {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}.get(kind, f"{kind.lower()}s")
     return f"{root}{scope}/{plural}/{metadata['name']}"
 
 

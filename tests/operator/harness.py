@@ -45,6 +45,7 @@ KINDS = (
     "deployments",
     "poddisruptionbudgets",
     "ingresses",
+    "networkpolicies",
     "controllerrevisions",
     "pods",
 )
@@ -181,6 +182,7 @@ def _path(plural: str, namespace: str) -> str:
         "controllerrevisions": "/apis/apps/v1",
         "poddisruptionbudgets": "/apis/policy/v1",
         "ingresses": "/apis/networking.k8s.io/v1",
+        "networkpolicies": "/apis/networking.k8s.io/v1",
         "inferenceservices": "/apis/gantline.io/v1alpha1",
         "events": "/apis/events.k8s.io/v1",
     }.get(plural, "/api/v1")

@@ -91,6 +91,7 @@ class Case:
     fetched: bool
     quantized: bool
     makes_claim: bool
+    policies: bool = False
 
     def source(self) -> ModelLocation:
         """Where the model lies once it is fetched, if it has to be."""
@@ -119,7 +120,8 @@ class Case:
         claim = [resources.cache_claim(self.parent, SETTINGS, 3 * GIB // 2)] if self.makes_claim else []
         strategy: StrategyName = "Drain" if self.plan.placement.resource or self.model().one_node else "Surge"
         served = resources.serving(self.parent, self.plan, self.model(), SETTINGS, strategy=strategy)
-        return [*claim, *self.jobs(), *served, *resources.ingress(self.parent, SETTINGS)]
+        policies = resources.network_policies(self.parent, replace(SETTINGS, network_policies=self.policies))
+        return [*policies, *claim, *self.jobs(), *served, *resources.ingress(self.parent, SETTINGS)]
 
 
 def parent_of(manifest: Mapping[str, Any], *, namespace: str = "team", restarted_at: str = "") -> Parent:
@@ -148,7 +150,7 @@ CASES: dict[str, Case] = {
     "hub-to-gpu": Case(parent_of(example("hf-awq.yaml")), GPU_PLAN, GPU_STAGE, fetched=True, quantized=True, makes_claim=True),
     "every-field": Case(
         parent_of(service(FULL_SPEC), restarted_at="2026-11-21T10:00:00Z"), GPU_PLAN, GPU_STAGE,
-        fetched=True, quantized=True, makes_claim=False,
+        fetched=True, quantized=True, makes_claim=False, policies=True,
     ),
     "suspended": Case(
         parent_of({**example("quickstart.yaml"), "spec": {**example("quickstart.yaml")["spec"], "suspend": True, "replicas": 4}}),

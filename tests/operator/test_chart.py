@@ -30,6 +30,7 @@ INSTALLATIONS: dict[str, Object] = {
             "imagePullPolicy": "Always",
             "imagePullSecrets": ["first", "second"],
             "hfEndpoint": "https://hub.example",
+            "networkPolicy": {"enabled": True},
         },
         "serviceAccount": {"annotations": {"example.com/role": "x"}},
         "inventory": {"pools": [{"name": "h100", "labels": {"pool": "h100"}}]},
@@ -131,7 +132,7 @@ def test_the_operator_understands_every_setting_that_the_chart_gives(name: str) 
     if name == "everything":
         assert settings == OperatorSettings(
             image_cuda="registry.example/runtime:1", image_cpu="registry.example/runtime-cpu@sha256:" + "0" * 64,
-            image_pull_policy="Always", image_pull_secrets=("first", "second"), hf_endpoint="https://hub.example",
+            image_pull_policy="Always", image_pull_secrets=("first", "second"), hf_endpoint="https://hub.example", network_policies=True,
             inventory_configmap="gantline-system/gantline-inventory", workers=2, resync_seconds=60, job_retention_seconds=600,
             log_level="debug",
         )  # fmt: skip

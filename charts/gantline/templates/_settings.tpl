@@ -9,6 +9,7 @@
 - {name: GANTLINE_IMAGE_PULL_POLICY, value: {{ .Values.runtime.imagePullPolicy }}}
 - {name: GANTLINE_IMAGE_PULL_SECRETS, value: {{ .Values.runtime.imagePullSecrets | join "," | quote }}}
 - {name: GANTLINE_HF_ENDPOINT, value: {{ .Values.runtime.hfEndpoint | quote }}}
+- {name: GANTLINE_NETWORK_POLICIES, value: {{ .Values.runtime.networkPolicy.enabled | quote }}}
 - {name: GANTLINE_INVENTORY_CONFIGMAP, value: {{ with include "gantline.inventory" . }}{{ printf "%s/%s" $.Release.Namespace . | quote }}{{ else }}""{{ end }}}
 - {name: GANTLINE_METRICS_PORT, value: "8080"}
 - {name: GANTLINE_HEALTH_PORT, value: "8081"}

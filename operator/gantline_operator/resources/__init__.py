@@ -7,6 +7,7 @@ placement    where a pod runs and what it takes
 jobs         inspect, fetch, quantize
 serving      ServiceAccount, Service, Deployment, PodDisruptionBudget
 ingress      the Ingress, where a host is named
+network      NetworkPolicies, where the installation asks for them
 cache        the claim for artefacts
 """
 
@@ -36,6 +37,7 @@ from gantline_operator.resources.naming import (
     owner_reference,
     pod_selector,
 )  # fmt: skip
+from gantline_operator.resources.network import network_policies
 from gantline_operator.resources.pod import Mount
 from gantline_operator.resources.serving import (
     PAUSED,
@@ -74,6 +76,7 @@ __all__ = [
     "inspect_job",
     "job_name",
     "labels",
+    "network_policies",
     "owner_reference",
     "pod_selector",
     "quantize_hash",

@@ -56,10 +56,18 @@ class Settings:
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: tuple[str, ...] = ()
     hf_endpoint: str = ""
+    network_policies: bool = False
 
     @staticmethod
     def of(operator: OperatorSettings, version: str) -> Settings:
-        return Settings(version, operator.images, operator.image_pull_policy, operator.image_pull_secrets, operator.hf_endpoint)
+        return Settings(
+            version=version,
+            images=operator.images,
+            image_pull_policy=operator.image_pull_policy,
+            image_pull_secrets=operator.image_pull_secrets,
+            hf_endpoint=operator.hf_endpoint,
+            network_policies=operator.network_policies,
+        )
 
     def image(self, accelerator: str) -> str:
         """Raises MissingImage."""

@@ -76,6 +76,7 @@ MANAGED_KINDS: tuple[ManagedKind, ...] = (
     ManagedKind("apps/v1", "Deployment", "deployments"),
     ManagedKind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     ManagedKind("networking.k8s.io/v1", "Ingress", "ingresses"),
+    ManagedKind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
     ManagedKind("apps/v1", "ControllerRevision", "controllerrevisions"),
 )
 

@@ -16,14 +16,16 @@ from gantline_operator.resources.placement import apart, build_base, cpu_threads
 from gantline_operator.resources.pod import PodBase, build_container, build_pod
 from gantline_operator.rollout_strategy import StrategyName
 
-__all__ = ["PAUSED", "RESTARTED_AT", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s"]
+__all__ = [
+    "PAUSED", "RESTARTED_AT", "SERVER_PORT", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s",
+]  # fmt: skip
 
 RESTARTED_AT = f"{GROUP}/restartedAt"
 """Annotation of a service; another value replaces its pods."""
 PAUSED = f"{GROUP}/paused"
 """Annotation of a service whose children are to be left as they are."""
 
-_PORT = 8000
+SERVER_PORT = 8000
 _STARTUP_PERIOD_S = 2
 _PULL_ALLOWANCE_S = 900  # an image of 6 GB on a slow registry, and a node that has to be started first
 _EXIT_ALLOWANCE_S = 30  # from the end of the drain time to the end of the process
@@ -103,7 +105,7 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
     server, tp = _server_config(parent), plan.engine.tp
     arguments = ["serve", model.path, *to_arguments(plan.engine), *to_arguments(server)]
     container = build_container("server", base, arguments, env=_environment(plan, base), mounts=model.mounts, tp=tp)
-    container["ports"] = [{"name": "http", "containerPort": _PORT, "protocol": "TCP"}]
+    container["ports"] = [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}]
     container.update(_probes(plan))
     beside, mark = volume_labels(model.mounts, parent.cache_claim), revision(parent, plan, model)
     # Of the same revision alone: pods that are about to go must not decide where their successors run.
@@ -125,7 +127,7 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
 
 def _server_config(parent: Parent) -> ServerConfig:
     return ServerConfig(
-        host="0.0.0.0", port=_PORT, served_model_name=parent.served_name, drain_timeout=parent.spec.rollout.drain_timeout
+        host="0.0.0.0", port=SERVER_PORT, served_model_name=parent.served_name, drain_timeout=parent.spec.rollout.drain_timeout
     )
 
 

@@ -1,0 +1,74 @@
+"""Who may talk to a service's pods, and to whom they may: NetworkPolicies, where the installation asks for them.
+
+    NAME-isolated   every pod of the service: nothing in, nothing out
+    NAME-server     but servers answer at their port, and may look names up
+    NAME-fetch      but what reads a remote source may look names up and reach the hub, or the proxy before it
+
+Policies add up, so each of the last two only allows. Ranks of a server share its pod, where no policy applies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from gantline_operator.resources.context import Parent, Settings, source_location
+from gantline_operator.resources.naming import GROUP, Object, labels, metadata, pod_selector
+from gantline_operator.resources.serving import SERVER_PORT
+
+__all__ = ["network_policies"]
+
+_DNS: Object = {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
+_WEB_PORTS = (80, 443)
+_ADDRESSES = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+"""Variables of a service that name where downloads go; proxies are written in small letters too."""
+
+
+def network_policies(parent: Parent, settings: Settings) -> list[Object]:
+    """None where the installation does not ask for them. They go before the first pod."""
+    if not settings.network_policies:
+        return []
+    of_service = {"matchLabels": {f"{GROUP}/service": parent.name}}
+    of_server = {"matchLabels": pod_selector(parent.name, "server")}
+    readers = {**of_service, "matchExpressions": [{"key": f"{GROUP}/role", "operator": "In", "values": ["inspect", "fetch"]}]}
+    policies = [
+        _policy(parent, settings, "isolated", of_service, policyTypes=["Ingress", "Egress"]),
+        _policy(
+            parent, settings, "server", of_server,
+            policyTypes=["Ingress", "Egress"], ingress=[{"ports": [_tcp(SERVER_PORT)]}], egress=[_DNS],
+        ),
+    ]  # fmt: skip
+    if source_location(parent.spec.model.uri) is None:
+        hub = {"ports": [_tcp(port) for port in _hub_ports(parent, settings)]}
+        policies.append(_policy(parent, settings, "fetch", readers, policyTypes=["Egress"], egress=[_DNS, hub]))
+    return policies
+
+
+def _policy(parent: Parent, settings: Settings, name: str, selector: Object, **spec: Any) -> Object:
+    """Every name has an ending, so that a service called NAME-server has none of NAME's."""
+    marks = labels(parent.name, "server" if name != "fetch" else "fetch", version=settings.version)
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata(f"{parent.name}-{name}", parent.namespace, marks, parent.owner),
+        "spec": {"podSelector": selector, **spec},
+    }
+
+
+def _tcp(port: int) -> Object:
+    return {"protocol": "TCP", "port": port}
+
+
+def _hub_ports(parent: Parent, settings: Settings) -> list[int]:
+    """The web's, since hubs send clients elsewhere for large files, and those that the addresses in use name."""
+    given = [variable.value for variable in parent.spec.pod.env if variable.name.upper() in _ADDRESSES]
+    named = (_port(address) for address in (settings.hf_endpoint, *given))
+    return sorted({*_WEB_PORTS, *(port for port in named if port)})
+
+
+def _port(address: str) -> int | None:
+    """A port that an address names, with or without a scheme; None also for what is no address, which its reader will complain about."""
+    try:
+        return urlsplit(address if "//" in address else f"//{address}").port
+    except ValueError:
+        return None
