@@ -31,13 +31,16 @@ def run_helm(*arguments: str, values: Any = None) -> subprocess.CompletedProcess
     return subprocess.run([str(binary), *arguments, *given], input=json.dumps(values), capture_output=True, text=True, timeout=60)
 
 
-def render(values: Any = None, *, release: str = "gantline", namespace: str = "gantline-system") -> list[dict[str, Any]]:
-    """All objects of the chart, hooks included."""
-    return copy.deepcopy(_rendered(json.dumps({**MINIMUM, **(values or {})}), release, namespace))
+def render(
+    values: Any = None, *, release: str = "gantline", namespace: str = "gantline-system", kinds: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """All objects of the chart, hooks included, for a cluster that knows these further `kinds` (group/version/kind)."""
+    return copy.deepcopy(_rendered(json.dumps({**MINIMUM, **(values or {})}), release, namespace, kinds))
 
 
 @functools.cache
-def _rendered(values: str, release: str, namespace: str) -> list[dict[str, Any]]:
-    result = run_helm("template", release, str(CHART), "--namespace", namespace, values=json.loads(values))
+def _rendered(values: str, release: str, namespace: str, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
+    known = [f"--api-versions={kind}" for kind in kinds]
+    result = run_helm("template", release, str(CHART), "--namespace", namespace, *known, values=json.loads(values))
     assert result.returncode == 0, result.stderr
     return [item for item in yaml.load_all(result.stdout, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if item]
