@@ -9,7 +9,7 @@
 
 Each is timed from the arrival of the first request to the end of the last, the prefix cache emptied before; `warm / free` is the figure.
 A model without a real tokenizer gets one made up of 128,000 syllables, numbers and punctuation. `--host` needs no model: it measures the
-host's time for the masks of one step alone, with 128,256 tokens.
+host's time for the masks of one step alone, with 128,256 tokens, and the steps of an engine whose device sleeps `--device-ms` a step.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.engine import LLMEngine
+from gantline_runtime.engine import EngineLoop, LLMEngine
 from gantline_runtime.grammar.requests import Grammars
+from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.memory import available_cpus
 from gantline_runtime.messages import EngineRequest, SamplingParams
 from gantline_runtime.request import Sequence
+from gantline_runtime.scheduler import Step
+from gantline_runtime.server.json_schema import prepare_schema
 from gantline_runtime.server.structured import Constraint, json_format
 from tokenizers import decoders, models, pre_tokenizers
+
+from benchmarks.host_step import FreeExecutor
 
 VOCABULARY = 128_256
 _NUM_SPECIAL = 256
@@ -58,7 +64,7 @@ def schema(number: int) -> dict[str, Any]:
 
 
 def grammar(number: int) -> str:
-    return Constraint(json_format(schema(number)), "").grammar
+    return Constraint(json_format(prepare_schema(schema(number), "", strict=False)), "").grammar
 
 
 _SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "in", "on", "um")]
@@ -95,6 +101,52 @@ def with_tokenizer(model: Path, folder: Path) -> Path:
             (folder / file.name).hardlink_to(file)
     made_up_tokenizer(json.loads((model / "config.json").read_text())["vocab_size"]).save(str(folder / "tokenizer.json"))
     return folder
+
+
+class SleepingDevice(FreeExecutor):
+    """Takes `seconds` for each forward pass, from when it is launched and the step before is over; then takes the first allowed tokens."""
+
+    def __init__(self, config: EngineConfig, seconds: float) -> None:
+        super().__init__(config)
+        self._seconds, self._free_at = seconds, 0.0
+
+    def launch(self, step: Step, cache: CacheManager, masks: Any = None) -> Any:
+        tokens = super().launch(step, cache)
+        forward_done = max(self._free_at, time.perf_counter()) + self._seconds
+        mask = masks() if masks is not None else None
+        if mask is not None:
+            words = mask.allowed.numpy().view(np.uint32)
+            first = (words != 0).argmax(axis=1)
+            bits = words[np.arange(len(words)), first].astype(np.int64)
+            tokens[mask.rows] = first * 32 + np.log2(bits & -bits).astype(np.int64)
+        self._free_at = max(forward_done, time.perf_counter())
+        return tokens, self._free_at
+
+    def read(self, pending: Any) -> Any:
+        tokens, done = pending
+        time.sleep(max(0.0, done - time.perf_counter()))
+        return tokens.tolist(), None, ()
+
+
+def measure_overlap(grammars: Grammars, running: int, device_ms: float, steps: int = 150) -> None:
+    """Milliseconds of a step with a grammar in every row and without any, over a device that sleeps."""
+    medians: dict[str, list[float]] = {}
+    for name in ("free", "warm", "free", "warm"):
+        config = EngineConfig(session_len=1024, num_cache_blocks=running * 16, block_size=64, max_batch_size=running)
+        executor = SleepingDevice(config, device_ms / 1e3)
+        engine = EngineLoop(executor, vocab_size=VOCABULARY, eos_token_ids=(VOCABULARY - 1,), grammars=grammars)
+        for i in range(running):
+            params = SamplingParams(max_new_tokens=900, ignore_eos=True)
+            text = grammar(i) if name == "warm" else ""
+            engine.add_request(EngineRequest(request_id=f"r{i}", prompt_ids=[1, 2, 3], sampling=params, grammar=text))
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            assert not any(output.error for output in engine.step())
+            times.append((time.perf_counter() - began) * 1e3)
+        medians.setdefault(name, []).append(statistics.median(times[20:]))
+    free, warm = min(medians["free"]), min(medians["warm"])
+    print(f"a device of {device_ms:g} ms a step: free {free:.2f} ms, warm {warm:.2f} ms a step, warm / free {free / warm:.3f}", flush=True)
 
 
 class Bench:
@@ -152,7 +204,7 @@ def measure(options: argparse.Namespace) -> None:
         print(f"warm / free: {statistics.median(warm) / statistics.median(plain):.3f}", flush=True)
 
 
-def measure_host(running: int, steps: int = 200) -> None:
+def measure_host(running: int, device_ms: list[float], steps: int = 200) -> None:
     """Milliseconds of the masks of one step: `running` matchers advanced by a token each, their masks put together."""
     with tempfile.TemporaryDirectory() as folder:
         made_up_tokenizer(VOCABULARY).save(str(Path(folder) / "tokenizer.json"))
@@ -182,6 +234,8 @@ def measure_host(running: int, steps: int = 200) -> None:
         median, late = times[len(times) // 2], times[int(len(times) * 0.99)]
         print(f"masks of one step, {running} rows, {available_cpus()} cores: median {median:.2f} ms, 99 % {late:.2f} ms")
         print(f"of processor time, all threads together: median {statistics.median(processor[10:]):.2f} ms")
+        for milliseconds in device_ms:
+            measure_overlap(grammars, running, milliseconds)
         grammars.close()
 
 
@@ -193,9 +247,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--host", action="store_true", help="the masks alone, without a model")
+    parser.add_argument("--device-ms", type=float, nargs="*", default=[], help="with --host: steps of devices that sleep so long")
     options = parser.parse_args()
     if options.host:
-        measure_host(options.running)
+        measure_host(options.running, options.device_ms)
     if options.model:
         measure(options)
     return 0

@@ -32,7 +32,8 @@ LIMIT_S = 10.0
 """Processor time that a grammar may take."""
 TIMEOUT_S = 120.0
 """For a child to answer at all, or to start, on a machine that is busy."""
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 1 << 30
+"""A schema takes 0.5 to 8 MB with 128k tokens, so some hundreds are kept."""
 CACHE_ENTRIES = 1024
 
 

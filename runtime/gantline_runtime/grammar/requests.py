@@ -18,6 +18,8 @@ from gantline_runtime.sampling import TokenMask
 
 __all__ = ["Grammars"]
 
+_MAX_WORKERS = 4
+"""Processes that compile; each has threads of its own and holds the vocabulary (150 MB for 128k tokens)."""
 _MAX_THREADS = 8
 """For the masks of one step; more gain nothing, since one takes some tens of microseconds."""
 
@@ -28,7 +30,8 @@ class Grammars:
     """Nothing is imported, allocated or started before the first request that has a grammar. For one thread."""
 
     def __init__(self, model_dir: Path, *, vocab_size: int, eos_token_ids: Seq[int], max_rows: int, pinned: bool) -> None:
-        self._compiler = GrammarCompiler(model_dir, vocab_size=vocab_size, stop_token_ids=eos_token_ids)
+        num_workers = max(2, min(_MAX_WORKERS, available_cpus() // 4))
+        self._compiler = GrammarCompiler(model_dir, vocab_size=vocab_size, stop_token_ids=eos_token_ids, num_workers=num_workers)
         self._eos_token_ids = tuple(eos_token_ids)
         self._max_rows, self._vocab_size, self._pinned = max_rows, vocab_size, pinned
         self._writer: MaskWriter | None = None
