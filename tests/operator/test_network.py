@@ -99,3 +99,14 @@ def test_policies_stand_before_the_first_pod_and_go_with_the_setting(api_cluster
     with serving(api_cluster, namespace):
         wait(lambda: not items(api_cluster, "networkpolicies", namespace))
         wait_reason(api_cluster, "walled", namespace, "Ready")
+
+
+def test_a_service_whose_policy_cannot_be_made_starts_no_pod(api_cluster: ApiCluster, namespace: str) -> None:
+    install_crd(api_cluster)
+    foreign = {"metadata": {"name": "walled-server"}, "spec": {"podSelector": {}}}
+    api_cluster.client.post(f"/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies", foreign)
+    with serving(api_cluster, namespace, network_policies=True):
+        apply(api_cluster, service("walled", namespace))
+        found = wait_reason(api_cluster, "walled", namespace, "NameConflict")
+        assert "NetworkPolicy walled-server exists and is not ours" in found["message"]
+        assert not items(api_cluster, "jobs", namespace) and not items(api_cluster, "deployments", namespace)
