@@ -107,8 +107,11 @@ class StageRunner(Pass):
     async def _retire_jobs(self) -> None:
         """Jobs whose stage is over or wanted no more: finished ones get a time to live, others are deleted and free their devices."""
         of_spec = self._digests_of_spec()
+        succeeded = {pod.job for pod in self.pods if pod.phase == "Succeeded"}
         for job in self.children.of_kind("Job"):
             child = ("Job", job["metadata"]["name"])
+            if read_job(job).state == "Active" and child[1] in succeeded:
+                continue  # it is done, and will be counted: its log stays
             if read_job(job).state == "Active":
                 if self.spec.suspend or _marks(job)[1] not in of_spec:
                     await self.children.delete(child)

@@ -111,11 +111,11 @@ def test_the_servers_own_limit_cuts_what_clients_ask_for(tmp_path: Path) -> None
 def test_predicted_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m", step_seconds=0.02)
     flags = ("--drain-delay=0", "--drain-timeout=0", "--max-batch-size=1", "--max-waiting=100", "--max-waiting-tokens=300")
-    with running(model, *flags) as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        runs = pool.submit(server.post, "/v1/completions", _body(150))
-        wait_until(lambda: server.metric("gantline_num_requests_running") == 1, what="the first runs")
-        waits = pool.submit(server.post, "/v1/completions", _body(4, prompt="x" * 200))
-        wait_until(lambda: server.metric("gantline_waiting_tokens") > 200, what="the second waits")
-        refused = server.post("/v1/completions", _body(4, prompt="x" * 100))
-        assert refused.status_code == 429 and "predicted tokens" in refused.json()["error"]["message"]
-        assert runs.result(30).status_code == 200 == waits.result(30).status_code
+    with running(model, *flags) as server, concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60) as client:
+        with client.stream("POST", f"{server.url}/v1/completions", json=_body(4000, stream=True)):  # runs until we leave
+            wait_until(lambda: server.metric("gantline_num_requests_running") == 1, what="the first runs")
+            waits = pool.submit(server.post, "/v1/completions", _body(4, prompt="x" * 200))
+            wait_until(lambda: server.metric("gantline_waiting_tokens") > 200, what="the second waits")
+            refused = server.post("/v1/completions", _body(4, prompt="x" * 100))
+            assert refused.status_code == 429 and "predicted tokens" in refused.json()["error"]["message"]
+        assert waits.result(30).status_code == 200
