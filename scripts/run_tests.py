@@ -3,7 +3,7 @@
     check        lint, types, import contracts
     node         what owns the one-node cluster, one test after the other
     api-server   what talks to a real API server; one worker, so one API server
-    rest         everything else, one worker for each core, yielding to those that wait for somebody's deadline
+    rest         everything else, a worker more than there are cores since some wait, yielding to those that wait for somebody's deadline
 
 Each stream tells how far it is, and its output is printed whole when it ends. Arguments go to every pytest:
 `scripts/run_tests.py -k scale`.
@@ -29,7 +29,7 @@ SHARE = re.compile(r"\[ *(\d+%)\]$")
 
 def streams(arguments: list[str]) -> dict[str, list[str]]:
     """Each stream's command. Where the marked tests live is held by tests/conftest.py."""
-    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
+    workers = ["-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "worksteal"]
     commands = {
         "node": [*PYTEST, "tests/e2e", "tests/devcluster", "-m", "node and not gpu", *arguments],
         "api-server": [*PYTEST, "tests/devcluster", "tests/operator", "-m", "apiserver and not node and not gpu", *arguments],
