@@ -44,6 +44,11 @@ def test_generate_on_the_terminal_says_the_same_as_the_server(server: ServerProc
     assert "16 tokens in" in captured.err and "ended by length" in captured.err
 
 
+def test_the_metrics_say_which_model_is_served_and_by_whose_implementation(server: ServerProcess) -> None:
+    about = {"architecture": "LlamaForCausalLM", "implementation": "gantline"}
+    wait_until(lambda: server.metric("gantline_model_info", **about) == 1, what="the engine's first report")
+
+
 def test_a_seed_decides_the_answer_and_each_choice_has_its_own(server: ServerProcess) -> None:
     def ask(seed: int) -> list[str]:
         answer = server.client().completions.create(model="tiny", prompt="The", seed=seed, n=3, max_tokens=8, temperature=1.5)
