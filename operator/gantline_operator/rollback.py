@@ -16,7 +16,7 @@ from typing import Any
 
 from gantline_operator.conditions import Reason
 from gantline_operator.pod_state import PodState, Trouble
-from gantline_operator.status import Rollout
+from gantline_operator.status import UNPLACED, Rollout
 
 __all__ = ["RolloutRecord", "advance", "failure"]
 
@@ -27,7 +27,6 @@ _FINAL = {
     Reason.UNSUPPORTED_ARCHITECTURE, Reason.UNSAFE_WEIGHTS, Reason.POD_CONFIGURATION,
 }  # fmt: skip
 """What another start cannot mend."""
-_UNPLACED = {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME, Reason.CACHE_NOT_SHAREABLE}
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ def failure(mark: str, rollout: Rollout, pods: Sequence[PodState]) -> Trouble | 
         return None
     for pod in sorted(own, key=lambda pod: pod.name):
         trouble = pod.trouble
-        if trouble is not None and trouble.reason not in _UNPLACED and pod.restarts >= (1 if trouble.reason in _FINAL else _RESTARTS):
+        if trouble is not None and trouble.reason not in UNPLACED and pod.restarts >= (1 if trouble.reason in _FINAL else _RESTARTS):
             return trouble
-    if not rollout.deadline_passed or not own or all(pod.trouble is not None and pod.trouble.reason in _UNPLACED for pod in own):
+    if not rollout.deadline_passed or not own or all(pod.trouble is not None and pod.trouble.reason in UNPLACED for pod in own):
         return None
-    troubles = [pod.trouble for pod in own if pod.trouble is not None and pod.trouble.reason not in _UNPLACED]
+    troubles = [pod.trouble for pod in own if pod.trouble is not None and pod.trouble.reason not in UNPLACED]
     return troubles[0] if troubles else Trouble(Reason.PROBE_TIMEOUT, "No pod of it became ready within the predicted time.")

@@ -16,12 +16,13 @@ from gantline_operator.conditions import Condition, ConditionType, Reason, uniqu
 from gantline_operator.pod_state import PodState, Trouble
 from gantline_operator.stages import Create, Failed, Record, Running, StageName, Step
 
-__all__ = ["Findings", "Rollout", "build_conditions", "build_status", "merge_conditions", "read_rollout", "write_time"]
+__all__ = ["UNPLACED", "Findings", "Rollout", "build_conditions", "build_status", "merge_conditions", "read_rollout", "write_time"]
 
 Object = dict[str, Any]
 
 _UNDER_WAY = {"inspect": Reason.INSPECTING, "fetch": Reason.FETCHING, "quantize": Reason.QUANTIZING}
-_UNPLACED = {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME, Reason.CACHE_NOT_SHAREABLE}
+UNPLACED = {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME, Reason.CACHE_NOT_SHAREABLE}
+"""A pod's troubles that are only a wait for a node."""
 _DOING = {
     "inspect": "The model's files are being read.",
     "fetch": "The model is being downloaded into the cache volume.",
@@ -226,7 +227,7 @@ def _scheduled(found: Findings) -> Condition | None:
     pods = [pod for pod in found.pods if not pod.deleting and pod.phase in ("Pending", "Running")]
     if not pods:
         return None
-    unplaced = [pod for pod in pods if pod.trouble and pod.trouble.reason in _UNPLACED]
+    unplaced = [pod for pod in pods if pod.trouble and pod.trouble.reason in UNPLACED]
     if not unplaced:
         homeless = sum(not pod.node for pod in pods)
         if homeless:
@@ -305,7 +306,7 @@ def _serving_trouble(found: Findings) -> Trouble | None:
     rollout = found.rollout
     if rollout is not None and rollout.failure and rollout.wanted > rollout.replicas:
         return Trouble(Reason.FORBIDDEN, f"Pods cannot be created: {rollout.failure}")
-    broken = [pod for pod in found.server_pods if pod.trouble and pod.trouble.reason not in _UNPLACED and pod.phase != "Failed"]
+    broken = [pod for pod in found.server_pods if pod.trouble and pod.trouble.reason not in UNPLACED and pod.phase != "Failed"]
     newest_first = sorted(broken, key=lambda pod: (pod.revision != found.revision, pod.name))
     if newest_first:
         return newest_first[0].trouble
@@ -348,7 +349,7 @@ def _troubles(found: Findings) -> Iterable[Trouble]:
     step = found.stage[1] if found.stage is not None else None
     if isinstance(step, Failed):
         yield step.trouble
-    if isinstance(step, Running) and step.trouble is not None and step.trouble.reason not in _UNPLACED:
+    if isinstance(step, Running) and step.trouble is not None and step.trouble.reason not in UNPLACED:
         yield step.trouble
     serving = _serving_trouble(found)
     if serving is not None:
