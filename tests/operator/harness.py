@@ -370,6 +370,15 @@ def event_reasons(cluster: ApiCluster, name: str, namespace: str) -> list[str]:
     return [item["reason"] for item in sorted(found, key=lambda item: item["eventTime"])]
 
 
+def wait_events(cluster: ApiCluster, name: str, namespace: str, *wanted: str) -> None:
+    """Until the events with one of these reasons are these, in this order: they are sent after the status that they tell of."""
+
+    def told() -> list[str]:
+        return [reason for reason in event_reasons(cluster, name, namespace) if reason in wanted]
+
+    wait(lambda: told() == list(wanted), timeout_s=20.0, what=told)
+
+
 def server_pods(cluster: ApiCluster, name: str, namespace: str) -> list[Object]:
     pods = items(cluster, "pods", namespace)
     return [

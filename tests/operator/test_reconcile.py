@@ -34,6 +34,7 @@ from tests.operator.harness import (
     status,
     volume,
     wait,
+    wait_events,
     wait_reason,
 )
 
@@ -101,7 +102,8 @@ def test_a_manifest_becomes_a_served_model_and_then_nothing_moves(cluster: ApiCl
     assert found["startup"]["revision"] == revision
     job = get(cluster, "job", f"tiny-inspect-{source}", namespace)
     assert job["spec"]["ttlSecondsAfterFinished"] == SETTINGS.job_retention_seconds
-    assert event_reasons(cluster, "tiny", namespace) == ["ModelInspected", "Planned", "RolloutStarted", "RolloutCompleted"]
+    wait_events(cluster, "tiny", namespace, "ModelInspected", "Planned", "RolloutStarted", "RolloutCompleted")
+    assert len(event_reasons(cluster, "tiny", namespace)) == 4, "and nothing else"
     metadata = get(cluster, "gisvc", "tiny", namespace)["metadata"]
     assert "finalizers" not in metadata
     assert set(metadata.get("annotations", {})) <= {"kubectl.kubernetes.io/last-applied-configuration"}, "kopf keeps no notes on the object"
@@ -126,7 +128,6 @@ def test_a_remote_model_is_fetched_quantized_and_served_from_the_cache(cluster: 
     assert jobs["fetch"]["containers"][0]["args"][-1] == "--revision=abc123", "the commit that was inspected, not a branch that moves"
     assert jobs["quantize"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert jobs["fetch"]["affinity"]["nodeAffinity"] == template["affinity"]["nodeAffinity"]
-    told = event_reasons(cluster, "remote", namespace)
     wanted = [
         "Planned",
         "FetchStarted",
@@ -136,7 +137,7 @@ def test_a_remote_model_is_fetched_quantized_and_served_from_the_cache(cluster: 
         "RolloutStarted",
         "RolloutCompleted",
     ]
-    assert [reason for reason in told if reason in wanted] == wanted
+    wait_events(cluster, "remote", namespace, *wanted)
 
 
 def test_a_copy_worse_than_its_limit_never_serves_and_the_original_goes_on(cluster: ApiCluster, namespace: str) -> None:
@@ -160,7 +161,7 @@ def test_a_copy_worse_than_its_limit_never_serves_and_the_original_goes_on(clust
     patch(cluster, "gated", namespace, {"quantization": {"maxPerplexityIncrease": "0.1"}})
     wait_reason(cluster, "gated", namespace, "Ready")
     assert len(items(cluster, "jobs", namespace)) == 3, "the copy was there already: no third quantize Job"
-    assert "QualityGateFailed" in event_reasons(cluster, "gated", namespace)
+    wait(lambda: "QualityGateFailed" in event_reasons(cluster, "gated", namespace))
 
 
 def test_a_bad_model_is_told_with_cause_and_cure(cluster: ApiCluster, namespace: str) -> None:
@@ -271,7 +272,7 @@ def test_a_paused_service_is_left_alone_and_its_status_still_told(cluster: ApiCl
     wait(lambda: status(cluster, "tiny", namespace)["readyReplicas"] == 3)
     wait_reason(cluster, "tiny", namespace, "Ready")
     assert get(cluster, "service", "tiny", namespace)
-    assert [reason for reason in event_reasons(cluster, "tiny", namespace) if reason in ("Paused", "Resumed")] == ["Paused", "Resumed"]
+    wait_events(cluster, "tiny", namespace, "Paused", "Resumed")
 
 
 def test_a_service_that_is_paused_from_the_start_gets_no_child(cluster: ApiCluster, namespace: str) -> None:

@@ -143,7 +143,7 @@ def test_a_revision_that_cannot_start_is_rolled_back_and_not_tried_again_until_t
         assert "No such flag." in conditions["Ready"][2] and "restartedAt" in conditions["Ready"][2]
         assert found["rollout"]["failed"] != good and found["rollout"]["good"] == good
         wait(lambda: settled(world, namespace, 1.0), what=lambda: "it flaps")
-        assert "RolledBack" in event_reasons(world, "chat", namespace)
+        wait(lambda: "RolledBack" in event_reasons(world, "chat", namespace))
         fates(world, [("server", "chat", "ready", "", {})])
         patch(world, "chat", namespace, {"engine": {"maxBatchSize": 5}})
         wait_reason(world, "chat", namespace, "Ready")
