@@ -28,6 +28,10 @@ SERVICES = Resource("gantline.io/v1alpha1", "InferenceService", "inferenceservic
 CHILD_KINDS = tuple(Resource(kind.api_version, kind.kind, kind.plural) for kind in resources.MANAGED_KINDS)
 
 
+_CHECKPOINT = ("model", "plan", "artefacts")
+"""Parts of the status that later steps build on."""
+
+
 @dataclass
 class Memory:
     """What one operator remembers of a service between reconciles. Losing it costs a few requests, nothing else."""
@@ -114,13 +118,19 @@ class Pass:
         self.pods = [read_pod(pod) for pod in pods]
 
     async def _checkpoint(self) -> None:
-        """Writes down what later steps build on, if it is new: a restart in between must come to the same decision."""
+        """Writes down what later steps build on, if it is new: a restart in between must come to the same decision.
+
+        Conditions stay as they are: half a pass cannot judge them, and events tell of what changes between one whole pass and the next.
+        """
         built = self._build_status()
-        if any(built.get(part) != self.status.get(part) for part in ("model", "plan", "artefacts")):
-            await self._write_status()
+        if any(built.get(part) != self.status.get(part) for part in _CHECKPOINT):
+            await self._write({name: built.get(name) if name in _CHECKPOINT else self.status.get(name) for name in {*built, *self.status}})
 
     async def _write_status(self) -> None:
-        built = self._build_status()
+        await self._write(self._build_status())
+
+    async def _write(self, built: Object) -> None:
+        built = {name: value for name, value in built.items() if value is not None}
         if built == self.status:
             return
         metadata = {"name": self.name, "namespace": self.namespace, "uid": self.uid}
