@@ -9,17 +9,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/architecture.md"
 HEAD = "## Modules\n"
-PARTS = ("operator", "runtime", "kernels", "quant", "devcluster")
+PACKAGES = (
+    "operator/gantline_operator", "runtime/gantline_gateway", "runtime/gantline_runtime", "kernels/gantline_kernels",
+    "quant/gantline_quant", "devcluster/gantline_devcluster",
+)  # fmt: skip
 
 
 def page() -> str:
     """docs/architecture.md with its list of modules made anew."""
-    return PAGE.read_text().split(HEAD)[0] + HEAD + "".join(_part(part) for part in PARTS)
+    return PAGE.read_text().split(HEAD)[0] + HEAD + "".join(_part(ROOT / package) for package in PACKAGES)
 
 
-def _part(part: str) -> str:
-    root = ROOT / part / f"gantline_{part}"
-    lines = [f"\n### `gantline_{part}`: {_first_line(root / '__init__.py')}\n"]
+def _part(root: Path) -> str:
+    lines = [f"\n### `{root.name}`: {_first_line(root / '__init__.py')}\n"]
     for file in sorted(root.rglob("*.py")):
         if file.name not in ("__init__.py", "__main__.py"):
             lines.append(f"- `{file.relative_to(root)}`: {_first_line(file)}\n")

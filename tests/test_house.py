@@ -11,13 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE_ROOTS = ("operator", "runtime", "kernels", "quant", "devcluster")
+SOURCE_ROOTS = {
+    "operator": {"gantline_operator"},
+    "runtime": {"gantline_runtime", "gantline_gateway"},
+    "kernels": {"gantline_kernels"},
+    "quant": {"gantline_quant"},
+    "devcluster": {"gantline_devcluster"},
+}
+"""The packages of each."""
 
 
 @pytest.mark.parametrize("name", SOURCE_ROOTS)
 def test_a_source_root_is_never_a_package(name: str) -> None:
     assert not (ROOT / name / "__init__.py").exists()
-    assert [p.name for p in (ROOT / name).iterdir() if (p / "__init__.py").exists()] == [f"gantline_{name}"]
+    assert {p.name for p in (ROOT / name).iterdir() if (p / "__init__.py").exists()} == SOURCE_ROOTS[name]
 
 
 def test_no_top_level_folder_shadows_the_standard_library() -> None:
@@ -45,11 +52,12 @@ def test_the_operator_carries_no_torch() -> None:
     assert not names & {"torch", "triton", "transformers", "numpy"}
 
 
-def test_the_operator_imports_without_torch_transformers_or_numpy() -> None:
+@pytest.mark.parametrize("package", ["gantline_operator", "gantline_gateway"])
+def test_the_operators_image_imports_without_torch_transformers_or_numpy(package: str) -> None:
     code = (
-        "import sys, pkgutil, importlib, gantline_operator\n"
-        "for m in pkgutil.walk_packages(gantline_operator.__path__, 'gantline_operator.'): importlib.import_module(m.name)\n"
-        "bad = {'torch', 'triton', 'transformers', 'numpy', 'gantline_kernels'} & set(sys.modules)\n"
+        f"import sys, pkgutil, importlib, {package}\n"
+        f"for m in pkgutil.walk_packages({package}.__path__, '{package}.'): importlib.import_module(m.name)\n"
+        "bad = {'torch', 'triton', 'transformers', 'numpy', 'zmq', 'gantline_kernels'} & set(sys.modules)\n"
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

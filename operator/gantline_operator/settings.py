@@ -5,65 +5,25 @@ An unknown GANTLINE_* variable is an error: a misspelt one would otherwise be ig
 
 from __future__ import annotations
 
-import argparse
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from gantline_runtime.errors import ConfigurationError
-from gantline_runtime.termination import Reason
+from gantline_runtime.settings import Source, document, read
+from gantline_runtime.settings import names as _names
+from gantline_runtime.settings import namespaces as _namespaces
+from gantline_runtime.settings import number as _number
+from gantline_runtime.settings import one_of as _one_of
+from gantline_runtime.settings import setting as _setting
+from gantline_runtime.settings import switch as _switch
+from gantline_runtime.settings import text as _text
 
 __all__ = ["PREFIX", "OperatorSettings", "documented_settings", "from_environment"]
 
 PREFIX = "GANTLINE_"
 
-_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_NOT_OURS = {"GANTLINE_CACHE", "GANTLINE_TERMINATION_LOG"}  # of the development cluster, and of every container
+_NOT_OURS = ("GANTLINE_CACHE", "GANTLINE_TERMINATION_LOG", "GANTLINE_GATEWAY_/")
+"""Of the development cluster, of every container, and of the gateway, which has the same image."""
 _LEVELS = ("debug", "info", "warning", "error")
-
-
-def _text(value: str) -> str:
-    return value.strip()
-
-
-def _names(value: str) -> tuple[str, ...]:
-    return tuple(name for name in (part.strip() for part in value.split(",")) if name)
-
-
-def _namespaces(value: str) -> tuple[str, ...]:
-    names = _names(value)
-    for name in names:
-        if not _NAMESPACE.fullmatch(name):
-            raise ValueError(f"{name!r} is not a namespace's name")
-    return names
-
-
-def _one_of(*allowed: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value.strip() not in allowed:
-            raise ValueError(f"expected one of {', '.join(allowed)}")
-        return value.strip()
-
-    return parse
-
-
-def _number(low: int, high: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        number = int(value)
-        if not low <= number <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}")
-        return number
-
-    return parse
-
-
-def _switch(value: str) -> bool:
-    return _one_of("true", "false")(value) == "true"
-
-
-def _setting(parse: Callable[[str], Any], default: Any, help: str) -> Any:
-    return field(default=default, metadata={"parse": parse, "help": help})
 
 
 @dataclass(frozen=True)
@@ -117,46 +77,9 @@ class OperatorSettings:
 
 def documented_settings() -> list[tuple[str, str, str, str]]:
     """(variable, flag, default, help) of every setting: the table in docs/operations.md, which a test compares."""
-    return [(PREFIX + item.name.upper(), _flag(item.name), _show(item.default), item.metadata["help"]) for item in fields(OperatorSettings)]
+    return document(OperatorSettings, PREFIX)
 
 
 def from_environment(environment: Mapping[str, str], arguments: Sequence[str] = ()) -> OperatorSettings:
     """Settings from variables, then flags. Raises ConfigurationError naming the variable or flag and what it takes."""
-    known = {PREFIX + item.name.upper(): item for item in fields(OperatorSettings)}
-    unknown = sorted(name for name in environment if name.startswith(PREFIX) and name not in known and name not in _NOT_OURS)
-    if unknown:
-        raise _refused(f"unknown setting {unknown[0]}", f"Known are {', '.join(known)}.")
-    given = {item.name: (name, environment[name]) for name, item in known.items() if name in environment}
-    given |= {name: (_flag(name), value) for name, value in _flags(arguments).items()}
-    parsers = {item.name: item.metadata["parse"] for item in fields(OperatorSettings)}
-    return OperatorSettings(**{name: _parsed(parsers[name], source, value) for name, (source, value) in given.items()})
-
-
-def _flags(arguments: Sequence[str]) -> dict[str, str]:
-    about = "Runs InferenceServices. Every flag is also a GANTLINE_* variable."
-    parser = argparse.ArgumentParser(prog="gantline-operator", description=about)
-    for item in fields(OperatorSettings):
-        text = f"{item.metadata['help']} (default: {_show(item.default) or 'none'})"
-        parser.add_argument(_flag(item.name), dest=item.name, metavar="VALUE", help=text)
-    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-
-
-def _parsed(parse: Callable[[str], Any], source: str, value: str) -> Any:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise _refused(f"{source} is {value!r}: {error}", "Correct it in the chart's values or the operator's environment.") from None
-
-
-def _refused(message: str, cure: str) -> ConfigurationError:
-    return ConfigurationError(message, reason=Reason.INVALID_CONFIGURATION, cure=cure)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _show(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return read(OperatorSettings, Source("gantline-operator", "Runs InferenceServices.", PREFIX, _NOT_OURS), environment, arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvicorn
 from gantline_runtime.server import connection
-from gantline_runtime.server.front import bind_socket
+from gantline_runtime.server.listening import bind_socket
 
 ANSWER = b"HTTP/1.1 200 OK"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gantline_runtime.server.api_error import ApiError
 from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.callers import current_caller
-from gantline_runtime.server.errors import ApiError
 
 __all__ = ["OPEN_PATHS", "Access"]
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +20,12 @@ from gantline_runtime import logs
 from gantline_runtime.server.access import Access
 from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.errors import ApiError, not_found, respond, translate
+from gantline_runtime.server.request_ids import read_request_id
 from gantline_runtime.server.routes import ROUTES
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.sse import ClientLeft
 from gantline_runtime.server.tracing import FinishedRequest, Tracing
+from gantline_runtime.server.usage_reports import UsageReports
 
 __all__ = ["create_app"]
 
@@ -51,6 +51,7 @@ def create_app(
     middleware = [Middleware(_Observer, service=service, tracing=tracing)]
     if keys is not None:
         middleware.append(Middleware(Access, keys=keys))
+    middleware.append(Middleware(UsageReports))
     if cors_origins:  # outermost, so that pages can read errors too, and preflights need no key
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), **_CORS))
     app = Starlette(
@@ -87,7 +88,7 @@ class _Observer:
             return
         request = Request(scope)
         began = time.monotonic()
-        request_id = _request_id(request)
+        request_id = read_request_id(request.headers)
         status = 0
 
         async def observed_send(message: Message) -> None:
@@ -143,9 +144,3 @@ def _route(request: Request) -> str:
     if any(path == known.path for known in ROUTES):
         return str(path)
     return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
-
-
-def _request_id(request: Request) -> str:
-    """The client's X-Request-Id if it is a plain short word, else one of ours."""
-    given = request.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex

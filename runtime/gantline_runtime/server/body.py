@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
-from gantline_runtime.server.errors import ApiError
-from gantline_runtime.server.sse import ClientLeft
+from gantline_runtime.server.api_error import ApiError
+from gantline_runtime.server.events import ClientLeft
 
-__all__ = ["parse_body", "read_body"]
+__all__ = ["check_content_type", "parse_body", "read_body"]
 
 BODY_TIMEOUT_S = 60.0
 """Clients that send a byte now and then must not hold connections and memory for ever."""
@@ -21,11 +22,16 @@ M = TypeVar("M", bound=BaseModel)
 
 async def parse_body(request: Request, model: type[M], limit: int) -> M:
     """Raises ApiError 408, 413 or 415, ClientLeft, or pydantic.ValidationError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    check_content_type(request.headers)
+    return model.model_validate_json(await read_body(request, limit))
+
+
+def check_content_type(headers: Mapping[str, str]) -> None:
+    """Raises ApiError 415."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         # Browsers send other types across origins without asking; a page that someone looks at must not be able to use the server.
         raise ApiError(415, f"Content-Type is {kind[:80] or 'missing'!r}; send application/json.", code="unsupported_media_type")
-    return model.model_validate_json(await read_body(request, limit))
 
 
 async def read_body(request: Request, limit: int) -> bytes:

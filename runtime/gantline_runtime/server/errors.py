@@ -13,60 +13,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import msgspec
 import pydantic
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 
 from gantline_runtime.engine_client import EngineUnavailable, RequestFailed
+from gantline_runtime.server.api_error import ApiError, json_response, respond
 from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.termination import Reason
 
 __all__ = ["ApiError", "json_response", "not_accepting", "queue_full", "respond", "translate", "translate_validation"]
-
-
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-
-
-class ApiError(Exception):
-    """An error with its HTTP status; `str(error)` is the message."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
-        self.headers = dict(headers or {})
-        self.extra = dict(extra or {})
-        """Further members of the body, beside `error`."""
-
-    @property
-    def type(self) -> str:
-        if self.status in _TYPES:
-            return _TYPES[self.status]
-        return "server_error" if self.status >= 500 else "invalid_request_error"
-
-    def body(self) -> dict[str, Any]:
-        return {**self.extra, "error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
-
-
-def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(body), status, dict(headers or {}), "application/json")
-
-
-def respond(error: ApiError) -> Response:
-    return json_response(error.body(), error.status, error.headers)
 
 
 def not_accepting(lifecycle: Lifecycle) -> ApiError:

@@ -26,8 +26,9 @@ from gantline_runtime.engine_client import EngineClient, EngineUnavailable, Requ
 from gantline_runtime.engine_messages import EngineProgress, EngineReady
 from gantline_runtime.messages import EngineRequest, SamplingParams
 from gantline_runtime.server.followers import Followers
-from gantline_runtime.server.front import FLUSH_S, Front, bind_socket
+from gantline_runtime.server.front import FLUSH_S, Front
 from gantline_runtime.server.lifecycle import Lifecycle, State
+from gantline_runtime.server.listening import bind_socket
 from gantline_runtime.server.loading import load_model
 from gantline_runtime.server.metrics import Metrics
 from gantline_runtime.server.service import Model, Service

@@ -8,34 +8,17 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gantline_runtime.server.errors import ApiError, translate
+from gantline_runtime.server.events import DONE, ClientLeft, encode_event
 
 __all__ = ["ClientLeft", "EventStream", "encode_event", "unless_client_leaves"]
 
 T = TypeVar("T")
 log = logging.getLogger("gantline.server")
-_encode = msgspec.json.Encoder().encode
-
-DONE = b"data: [DONE]\n\n"
-_UNICODE_LINE_ENDS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
-
-
-def encode_event(body: Any, *, name: str | None = None) -> bytes:
-    """One event, with a name if it has one. Three characters that Unicode calls line ends are escaped: some clients split a stream's text
-    there, in mid-event."""
-    data = _encode(body)
-    for raw, escaped in _UNICODE_LINE_ENDS:
-        data = data.replace(raw, escaped)
-    return (b"" if name is None else b"event: " + name.encode() + b"\n") + b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):

@@ -1,0 +1,55 @@
+"""uvicorn's fast connection, with bounds to a request's head: neither slow nor endless ones hold memory and a file of the process."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__all__ = ["HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "Connection"]
+
+HEAD_TIMEOUT_S = 30.0
+"""From the connection, or the head's first byte, to the head's end. Bodies have a limit of their own."""
+MAX_HEAD_BYTES = 64 * 1024
+"""A head that has not ended after so many bytes, give or take one read from the socket, is given up."""
+
+
+class Connection(HttpToolsProtocol):
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._end_head()
+            self.send_400_response("The request's head is too long.")
+            return
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head_timer is None:
+            self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _end_head(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

@@ -1,0 +1,173 @@
+"""`gantline-gateway`: one address for every service.
+
+listen ──> services known ──> ready ──SIGTERM──> not ready, requests still taken ──> none taken, running ones go on ──> error events, exit 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import uvicorn
+import uvloop
+from gantline_runtime import logs, termination
+from gantline_runtime.errors import GantlineError
+from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, bind_socket, url_of
+from gantline_runtime.server.reloading import Reloader
+from starlette.types import ASGIApp
+
+from gantline_gateway.app import Gateway, build_app
+from gantline_gateway.connection import Connection
+from gantline_gateway.demand import build_internal_app
+from gantline_gateway.directory import Directory
+from gantline_gateway.holding import HoldLimits, WaitingRoom
+from gantline_gateway.metrics import Metrics
+from gantline_gateway.proxy import Proxy
+from gantline_gateway.settings import GatewaySettings, from_environment
+from gantline_gateway.static_services import read_services
+from gantline_gateway.traffic import Traffic
+from gantline_gateway.upstream import Upstream
+
+__all__ = ["Process", "main"]
+
+_FLUSH_S = 2.0
+"""For last answers and error events to reach their clients."""
+
+log = logging.getLogger("gantline.gateway")
+
+
+class Process:
+    """One gateway. Make it on the event loop."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        """Raises ConfigurationError if a port cannot be had, or a file cannot be used."""
+        self._settings = settings
+        self.directory, self.traffic = Directory(), Traffic()
+        limits = HoldLimits(settings.hold_silence, settings.hold_timeout, settings.hold_requests, settings.hold_bytes)
+        self.upstream = Upstream(connect_timeout_s=settings.connect_timeout)
+        proxy = Proxy(self.traffic, WaitingRoom(self.directory, self.traffic, limits), self.upstream, max_resets=settings.max_resets)
+        self.gateway = Gateway(self.directory, self.traffic, proxy, settings.max_body_bytes)
+        self.metrics = Metrics(self.traffic, self.directory, importlib.metadata.version("gantline"))
+        self.directory.listen(lambda catalog: self.traffic.forget_all_but(service.key for service in catalog.services))
+        self._reloader = Reloader()
+        if settings.services is not None:
+            self._offer(settings.services)
+        self._socket = bind_socket(settings.host, settings.port)
+        self._internal_socket = bind_socket(settings.host, settings.internal_port)
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT, and a drain."""
+        internal = build_internal_app(self.directory, self.traffic, self.metrics, is_ready=lambda: self._is_ready)
+        with self._signals():
+            async with _serving(build_app(self.gateway), self._socket), _serving(internal, self._internal_socket):
+                tasks = [asyncio.create_task(self._reloader.run())]
+                log.info("listening", extra=logs.fields(url=url_of(self._socket), internal_url=url_of(self._internal_socket)))
+                try:
+                    await self._stop.wait()
+                    await self._drain()
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+                    await self.upstream.close()
+
+    @property
+    def _is_ready(self) -> bool:
+        return self.directory.known and not self._stop.is_set()
+
+    def _offer(self, path: Path) -> None:
+        """Raises ConfigurationError."""
+        self.directory.publish(read_services(path))
+        self._reloader.watch([path], lambda: self.directory.publish(read_services(path)))
+
+    async def _drain(self) -> None:
+        settings, running = self._settings, self.gateway.running
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self.gateway.draining = True
+        log.info("draining", extra=logs.fields(running=len(running.requests)))
+        await self._wait(asyncio.Event(), min(settings.drain_delay, settings.drain_timeout))
+        self.gateway.takes_requests = False
+        await self._wait(running.none, settings.drain_timeout - (loop.time() - began))
+        unfinished = running.cut_off()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(running.none.wait(), _FLUSH_S)
+        log.info("drained", extra=logs.fields(unfinished=unfinished, seconds=round(loop.time() - began, 1)))
+
+    async def _wait(self, event: asyncio.Event, timeout_s: float) -> None:
+        """For `event`, or a second signal."""
+        tasks = [asyncio.create_task(event.wait()), asyncio.create_task(self._hurry.wait())]
+        await asyncio.wait(tasks, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        """The first asks for a drain, a second one for an end to it."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(_FLUSH_S),
+    )
+    server = HttpServer(config)
+    task = asyncio.create_task(server.serve(sockets=[bound]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The gateway's process; its exit code."""
+    try:
+        settings = from_environment(os.environ, sys.argv[1:] if arguments is None else arguments)
+        logs.configure(settings.log_level, cast(logs.LogFormat, settings.log_format))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(settings))
+    except GantlineError as error:
+        print(f"gantline-gateway: {error}. {error.cure}", file=sys.stderr)
+        termination.write(termination.TerminationMessage(error.reason, str(error), error.cure))
+        return termination.exit_code(error.reason)
+    return 0
+
+
+async def _run(settings: GatewaySettings) -> None:
+    await Process(settings).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

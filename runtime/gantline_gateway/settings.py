@@ -1,0 +1,58 @@
+"""The gateway's settings: from GANTLINE_GATEWAY_* variables (the chart sets them) and flags of the same names, flags winning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gantline_runtime.settings import Source, document, namespaces, number, one_of, read, seconds, setting, text
+
+__all__ = ["PREFIX", "GatewaySettings", "documented_settings", "from_environment"]
+
+PREFIX = "GANTLINE_GATEWAY_"
+
+
+def _path(value: str) -> Path | None:
+    return Path(value) if value.strip() else None
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """The environment's name is the field's in capitals after `GANTLINE_GATEWAY_`."""
+
+    host: str = setting(text, "0.0.0.0", "Address to listen on.")
+    port: int = setting(number(0, 65535), 8000, "Port of the OpenAI API; 0 picks a free one.")
+    internal_port: int = setting(number(0, 65535), 8081, "Port of /healthz, /readyz, /metrics and /demand; 0 picks a free one.")
+    watch_namespaces: tuple[str, ...] = setting(
+        namespaces, (), "Namespaces whose services are offered, separated by commas; empty offers the whole cluster's."
+    )
+    services: Path | None = setting(
+        _path, None, "File (YAML or JSON) that lists services and their replicas; given, no Kubernetes is asked."
+    )
+    hold_silence: float = setting(
+        seconds(0, 3600), 15.0, "Seconds for which nothing is said to a stream that waits for a replica; then comments keep it alive."
+    )
+    hold_timeout: float = setting(seconds(0, 86400), 300.0, "Seconds for which a request waits for a replica before it gets an error.")
+    hold_requests: int = setting(number(0, 1_000_000), 256, "Requests of one service that may wait for a replica; more get a 429.")
+    hold_bytes: int = setting(number(0, 1 << 40), 64 << 20, "Bytes of their bodies together, for one service.")
+    max_body_bytes: int = setting(number(1024, 1 << 30), 8 << 20, "Largest HTTP body accepted, in bytes.")
+    connect_timeout: float = setting(seconds(0.1, 60), 3.0, "Seconds in which a replica has to take a connection.")
+    max_resets: int = setting(
+        number(0, 10), 2, "How often a request is sent again after a replica's connection broke before the first byte of its answer."
+    )
+    drain_delay: float = setting(seconds(0, 600), 5.0, "Seconds after SIGTERM in which new requests are still taken: endpoints lag.")
+    drain_timeout: float = setting(seconds(0, 86400), 120.0, "Seconds after SIGTERM for which running requests may go on.")
+    log_level: str = setting(one_of("debug", "info", "warning", "error"), "info", "Least severe level that is logged.")
+    log_format: str = setting(one_of("auto", "json", "text"), "auto", "One JSON object a line, or text; auto: text on a terminal.")
+
+
+def documented_settings() -> list[tuple[str, str, str, str]]:
+    """(variable, flag, default, help) of every setting: the table in docs/gateway.md, which a test compares."""
+    return document(GatewaySettings, PREFIX)
+
+
+def from_environment(environment: Mapping[str, str], arguments: Sequence[str] = ()) -> GatewaySettings:
+    """Raises ConfigurationError naming the variable or flag and what it takes."""
+    source = Source("gantline-gateway", "Answers for every InferenceService under one address.", PREFIX)
+    return read(GatewaySettings, source, environment, arguments)
