@@ -26,9 +26,11 @@ from gantline_runtime.server.reloading import Reloader
 from starlette.types import ASGIApp
 
 from gantline_gateway.app import Gateway, build_app
+from gantline_gateway.cluster_api import ClusterApi, connect
 from gantline_gateway.connection import Connection
 from gantline_gateway.demand import build_internal_app
 from gantline_gateway.directory import Directory
+from gantline_gateway.discovery import Discovery
 from gantline_gateway.holding import HoldLimits, WaitingRoom
 from gantline_gateway.metrics import Metrics
 from gantline_gateway.proxy import Proxy
@@ -48,9 +50,9 @@ log = logging.getLogger("gantline.gateway")
 class Process:
     """One gateway. Make it on the event loop."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        """Raises ConfigurationError if a port cannot be had, or a file cannot be used."""
-        self._settings = settings
+    def __init__(self, settings: GatewaySettings, api: ClusterApi | None) -> None:
+        """`api`: whom to ask for services, where no file lists them. Raises ConfigurationError for a port or a file that cannot be used."""
+        self._settings, self._api = settings, api
         self.directory, self.traffic = Directory(), Traffic()
         limits = HoldLimits(settings.hold_silence, settings.hold_timeout, settings.hold_requests, settings.hold_bytes)
         self.upstream = Upstream(connect_timeout_s=settings.connect_timeout)
@@ -70,16 +72,25 @@ class Process:
         internal = build_internal_app(self.directory, self.traffic, self.metrics, is_ready=lambda: self._is_ready)
         with self._signals():
             async with _serving(build_app(self.gateway), self._socket), _serving(internal, self._internal_socket):
-                tasks = [asyncio.create_task(self._reloader.run())]
                 log.info("listening", extra=logs.fields(url=url_of(self._socket), internal_url=url_of(self._internal_socket)))
+                finding = asyncio.create_task(self._find_services())
+                stopping = asyncio.create_task(self._stop.wait())
                 try:
-                    await self._stop.wait()
+                    await asyncio.wait((finding, stopping), return_when=asyncio.FIRST_COMPLETED)
+                    if finding.done():
+                        finding.result()  # it never ends by itself: raises our defect, and another process is started
                     await self._drain()
                 finally:
-                    for task in tasks:
+                    for task in (finding, stopping):
                         task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+                    await asyncio.gather(finding, stopping, return_exceptions=True)
                     await self.upstream.close()
+
+    async def _find_services(self) -> None:
+        if self._api is None:
+            await self._reloader.run()
+        else:
+            await Discovery(self._api, self.directory, self._settings.watch_namespaces).run()
 
     @property
     def _is_ready(self) -> bool:
@@ -166,7 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _run(settings: GatewaySettings) -> None:
-    await Process(settings).run()
+    api = await connect() if settings.services is None else None
+    try:
+        await Process(settings, api).run()
+    finally:
+        if api is not None:
+            await api.close()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,14 @@ ECHO = ("-m", "tests.runtime.server_fakes")
 REAL = ("-m", "gantline_runtime.cli", "serve")
 
 
-class ServerProcess:
-    """A server and its log. `flags` are those of `gantline serve`."""
+class LoggedProcess:
+    """A program that logs JSON lines on stderr and answers HTTP at `url`, once that is known."""
 
-    def __init__(self, model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.termination_path = Path(tempfile.mkdtemp(prefix="gantline-test-")) / "termination-log"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "GANTLINE_TERMINATION_LOG": str(self.termination_path),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, *program, str(model_dir), "--port=0", "--log-format=json", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment, text=True)
+        own = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "runtime"))), "GANTLINE_TERMINATION_LOG": str(self.termination_path)}
+        whole = {**os.environ, "OMP_NUM_THREADS": "1", **own, **(environment or {})}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=whole, text=True)
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -69,15 +64,6 @@ class ServerProcess:
         assert line is not None, f"no log line {message!r} in:\n" + "\n".join(self.lines)
         return line
 
-    def wait_listening(self) -> ServerProcess:
-        self.url = self.wait_log("listening")["url"]
-        return self
-
-    def wait_ready(self) -> ServerProcess:
-        self.wait_listening()
-        self.wait_log("ready")
-        return self
-
     def wait_exit(self, timeout_s: float = 60.0) -> int:
         code = self.process.wait(timeout_s)
         self._reader.join(10)
@@ -99,15 +85,6 @@ class ServerProcess:
     def termination(self) -> dict[str, Any]:
         return json.loads(self.termination_path.read_text())  # type: ignore[no-any-return]
 
-    @property
-    def engine_pid(self) -> int:
-        """The child that runs `gantline_runtime.engine_process`."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for pid in children:
-            if b"gantline_runtime.engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return int(pid)
-        raise AssertionError("there is no engine process")
-
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self._client)
 
@@ -122,6 +99,31 @@ class ServerProcess:
 
     def metric(self, name: str, **labels: str) -> float:
         return read_metric(self.get("/metrics").text, name, **labels)
+
+
+class ServerProcess(LoggedProcess):
+    """A server and its log. `flags` are those of `gantline serve`."""
+
+    def __init__(self, model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> None:
+        super().__init__([sys.executable, *program, str(model_dir), "--port=0", "--log-format=json", *flags])
+
+    def wait_listening(self) -> ServerProcess:
+        self.url = self.wait_log("listening")["url"]
+        return self
+
+    def wait_ready(self) -> ServerProcess:
+        self.wait_listening()
+        self.wait_log("ready")
+        return self
+
+    @property
+    def engine_pid(self) -> int:
+        """The child that runs `gantline_runtime.engine_process`."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in children:
+            if b"gantline_runtime.engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+        raise AssertionError("there is no engine process")
 
 
 def events(text: str) -> list[dict[str, Any]]:

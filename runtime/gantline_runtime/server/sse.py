@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gantline_runtime.server.errors import ApiError, translate
 from gantline_runtime.server.events import DONE, ClientLeft, encode_event
 
-__all__ = ["ClientLeft", "EventStream", "encode_event", "unless_client_leaves"]
+__all__ = ["DONE", "ClientLeft", "EventStream", "encode_event", "unless_client_leaves"]
 
 T = TypeVar("T")
 log = logging.getLogger("gantline.server")
