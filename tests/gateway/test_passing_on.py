@@ -49,8 +49,9 @@ def _gist(text: str) -> Any:
     if not text.startswith(("data: ", "event: ")):
         return _without_names(text)
     said = sorted("".join(re.findall(r'"(?:content|text|delta)":"([^"]*)"', text)))
-    bodies = [line for line in text.splitlines() if line.startswith("data: ")]
-    return said, _without_names(bodies[0]), [_without_names(line) for line in bodies[-2:]]
+    ends = re.findall(r'"(?:finish_reason|type)":"(stop|response.completed)"', text)
+    last = [line for line in text.splitlines() if "_tokens" in line][-1:]
+    return said, ends, re.findall(r'"\w+_tokens":\d+', "".join(last)), text.splitlines()[-2]
 
 
 def _without_names(text: str) -> str:
