@@ -51,7 +51,7 @@ def _gist(text: str) -> Any:
     said = sorted("".join(re.findall(r'"(?:content|text|delta)":"([^"]*)"', text)))
     ends = re.findall(r'"(?:finish_reason|type)":"(stop|response.completed)"', text)
     last = [line for line in text.splitlines() if "_tokens" in line][-1:]
-    return said, ends, re.findall(r'"\w+_tokens":\d+', "".join(last)), text.splitlines()[-2]
+    return said, ends, re.findall(r'"\w+_tokens":\d+', "".join(last)), "[DONE]" in text
 
 
 def _without_names(text: str) -> str:
