@@ -15,7 +15,7 @@ The children of a paused service are only looked at: every write goes through he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gantline_operator.client import ApiError, Client, Conflict, Forbidden, Invalid, KindMissing, NotFound, Object, Resource
@@ -85,6 +85,8 @@ class Children:
     """Of what was ours in earlier reconciles: saves a look, and is no more than a guard. Outlives this object."""
     live: dict[Child, Object] = field(default_factory=dict)
     """Ours, newest known state."""
+    optional: Collection[str] = ()
+    """Kinds that not every cluster knows: none of them is listed there, and that is no problem."""
     paused: bool = False
     """Whether they are to be left as they are: then no method writes."""
     problems: list[Problem] = field(default_factory=list)
@@ -169,6 +171,8 @@ class Children:
         try:
             return await self.client.list(resource, self.parent.namespace, labelSelector=self.parent.selector)
         except (Forbidden, KindMissing) as error:
+            if resource.kind in self.optional:
+                return []
             problem = problem_of(error, f"listing {resource.plural}")
             assert problem is not None
             self.problems.append(problem)

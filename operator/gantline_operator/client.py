@@ -163,8 +163,8 @@ class Client:
             private_key_path=configuration.key_file,
         )
 
-    async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
-        return await self._json("GET", resource.path(namespace, name))
+    async def get(self, resource: Resource, namespace: str | None, name: str, *, subresource: str = "") -> Object:
+        return await self._json("GET", resource.path(namespace, name, subresource))
 
     async def text(self, resource: Resource, namespace: str, name: str, subresource: str, **query: str) -> str:
         """The body of a subresource that is no object, such as a pod's log."""
@@ -208,10 +208,12 @@ class Client:
         query = {"fieldManager": FIELD_MANAGER, "force": "true" if force else "false", "fieldValidation": "Strict"}
         return await self._json("PATCH", path, body=body, query=query, content_type="application/apply-patch+yaml")
 
-    async def patch(self, resource: Resource, namespace: str, name: str, body: Object) -> Object:
+    async def patch(
+        self, resource: Resource, namespace: str, name: str, body: Object, *, subresource: str = "", manager: str = FIELD_MANAGER
+    ) -> Object:
         """Merge patch; put uid or resourceVersion into its metadata as preconditions."""
-        path = resource.path(namespace, name)
-        query = {"fieldManager": FIELD_MANAGER}
+        path = resource.path(namespace, name, subresource)
+        query = {"fieldManager": manager}
         return await self._json("PATCH", path, body=body, query=query, content_type="application/merge-patch+json")
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, resource_version: str = "") -> None:

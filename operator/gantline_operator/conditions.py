@@ -32,6 +32,8 @@ class ConditionType(StrEnum):
     """The quantized artefact is there and within its quality limit. Absent where nothing is to be quantized."""
     SCHEDULED = "Scheduled"
     """Every pod that should run has a node."""
+    SCALING_READY = "ScalingReady"
+    """Replicas follow the load. Absent where the spec has no scaling."""
     PROGRESSING = "Progressing"
     """Work is under way that will end by itself."""
     DEGRADED = "Degraded"
@@ -50,6 +52,7 @@ class Reason(StrEnum):
     QUANTIZED = "Quantized"
     SCHEDULED = "Scheduled"
     COMPLETE = "Complete"
+    SCALING_ACTIVE = "ScalingActive"
     SUSPENDED = "Suspended"
     PAUSED = "Paused"
     SCALED_TO_ZERO = "ScaledToZero"
@@ -66,6 +69,11 @@ class Reason(StrEnum):
     ROLLING_OUT = "RollingOut"
     STARTING = "Starting"
     NOT_AVAILABLE = "NotAvailable"
+
+    # replicas by load
+    METRICS_UNKNOWN = "MetricsUnknown"
+    GATEWAY_MISSING = "GatewayMissing"
+    CUSTOM_METRICS_MISSING = "CustomMetricsMissing"
 
     # the plan
     INVALID_SPEC = "InvalidSpec"
@@ -129,6 +137,10 @@ class EventReason(StrEnum):
     QUANTIZATION_SUCCEEDED = "QuantizationSucceeded"
     ROLLOUT_STARTED = "RolloutStarted"
     ROLLOUT_COMPLETED = "RolloutCompleted"
+    SCALED_UP = "ScaledUp"
+    SCALED_DOWN = "ScaledDown"
+    SCALED_TO_ZERO = "ScaledToZero"
+    WOKE_UP = "WokeUp"
     SUSPENDED = "Suspended"
     PAUSED = "Paused"
     RESUMED = "Resumed"

@@ -12,10 +12,14 @@ import random
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gantline_operator import resources
+from gantline_operator.autoscaling.loop import Autoscaler
+from gantline_operator.autoscaling.targets import Targets
 from gantline_operator.client import ApiError, Client, Conflict, KindMissing, NotFound, Object
+from gantline_operator.custom_metrics import CustomMetrics, serve_custom_metrics
 from gantline_operator.events import send, transitions
 from gantline_operator.facts import ClusterFacts, Reservation
 from gantline_operator.metrics import Metrics
@@ -55,6 +59,9 @@ class Controller:
         self.metrics = Metrics()
         self.metrics.observe(lambda: (self.queue.depth, self.queue.oldest_age_s), lambda: self._conditions)
         self.view = ClusterView(client, settings, self._facts_changed)
+        self.targets = Targets()
+        scaled = lambda direction: self.metrics.scalings.labels(direction).inc()
+        self.autoscaler = Autoscaler(client, settings, self.targets, enqueue=self.enqueue, scaled=scaled)
         self._client = client
         self._settings = settings
         self._cluster = Cluster(
@@ -65,6 +72,7 @@ class Controller:
             reserve=self._reserve,
             count=lambda kind, verb: self.metrics.writes.labels(kind, verb).inc(),
             memory=self._remember,
+            scaling=self.targets,
             time_plan=self.metrics.plan_duration.time,
         )
         self._reservations: dict[str, Reservation] = {}
@@ -98,6 +106,16 @@ class Controller:
             for number in range(self._settings.workers):
                 tasks.create_task(self._work(number))
             tasks.create_task(self._resync())
+            tasks.create_task(self.autoscaler.run())
+            if self._settings.custom_metrics_port:
+                tasks.create_task(self._serve_custom_metrics())
+
+    async def _serve_custom_metrics(self) -> None:
+        metrics = CustomMetrics(self.autoscaler.pod_values, interval_s=self._settings.scaling_interval_seconds)
+        address, port = self._settings.listen_address, self._settings.custom_metrics_port
+        await serve_custom_metrics(
+            self._client, metrics, address=address, port=port, certificate=Path(self._settings.custom_metrics_certificate)
+        )
 
     def stuck_worker(self) -> str:
         """A sentence about a worker that is past its deadline and its cancellation, else empty. The age of the queue is no sign: an
@@ -152,6 +170,7 @@ class Controller:
             return None
         if "deletionTimestamp" in parent["metadata"]:
             self._reservations.pop(_text(key), None)
+            self.targets.note(_text(key), None)
             return None  # the garbage collector deletes the children by their owner reference
         one_pass = Reconcile(self._cluster, parent)
         again_s = await one_pass.run()
@@ -174,6 +193,7 @@ class Controller:
 
     def _forget(self, key: Key) -> None:
         self._memories.pop(_text(key), None)
+        self.targets.note(_text(key), None)
         self._looked_at.pop(key, None)
         self._conditions.pop(key, None)
         self._unsettled.discard(key)

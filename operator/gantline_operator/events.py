@@ -28,7 +28,7 @@ _QUIET = {
     Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.WAITING_FOR_MODEL, Reason.ROLLING_OUT,
     Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.PAUSED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
 }  # fmt: skip
-_TELLING = ("ModelReady", "PlanResolved", "QuantizationReady", "Scheduled", "Degraded")
+_TELLING = ("ModelReady", "PlanResolved", "QuantizationReady", "Scheduled", "ScalingReady", "Degraded")
 _SUCCEEDED = {
     "PlanResolved": EventReason.PLANNED,
     "ModelReady": EventReason.MODEL_INSPECTED,
@@ -52,7 +52,7 @@ def transitions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Eve
     prepared = [event for kind in _TELLING if kind in new for event in _of_condition(kind, old.get(kind, {}), new[kind])]
     summary = _of_condition("Ready", old.get("Ready", {}), new["Ready"]) if "Ready" in new else ()
     paused = _paused(old.get("Progressing", {}), new.get("Progressing", {}))
-    return list(dict.fromkeys([*paused, *prepared, *_started(before, after), *summary]))
+    return list(dict.fromkeys([*paused, *prepared, *_scaled(before, after), *_started(before, after), *summary]))
 
 
 def _paused(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Event]:
@@ -61,6 +61,19 @@ def _paused(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Event]:
         yield Event("Normal", EventReason.PAUSED, new.get("message", ""))
     if was and not is_now:
         yield Event("Normal", EventReason.RESUMED, "Resumed.")
+
+
+def _scaled(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:
+    last: Mapping[str, Any] = after.get("lastScale") or {}
+    if not last or last == before.get("lastScale"):
+        return
+    reason = EventReason.SCALED_UP if last["to"] > last["from"] else EventReason.SCALED_DOWN
+    if last["to"] == 0:
+        reason = EventReason.SCALED_TO_ZERO
+    if last["from"] == 0:
+        reason = EventReason.WOKE_UP
+    note = f"From {last['from']} to {last['to']} replicas, {last['reason']}: {last.get('inputs', '')}."
+    yield Event("Normal", reason, note, "Scale")
 
 
 def _started(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:

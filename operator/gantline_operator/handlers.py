@@ -12,14 +12,14 @@ from typing import Any
 import kopf
 
 from gantline_operator.observe import PODS
-from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES
+from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, SERVICES
 
 __all__ = ["WATCHED", "Enqueue", "child_key", "register"]
 
 Enqueue = Callable[[str, str], None]
 """(namespace, name) of the service that is to be reconciled."""
 
-WATCHED = (*CHILD_KINDS, PODS)
+WATCHED = (*(kind for kind in CHILD_KINDS if kind.kind not in OPTIONAL_KINDS), PODS)
 _SERVICE_LABEL = "gantline.io/service"
 
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import kopf
-import prometheus_client
 from gantline_runtime import termination
 from gantline_runtime.errors import ConfigurationError
 
@@ -26,6 +25,7 @@ from gantline_operator.client import Client, connect
 from gantline_operator.controller import Controller, DefinitionAppeared
 from gantline_operator.handlers import WATCHED, register
 from gantline_operator.settings import OperatorSettings, from_environment
+from gantline_operator.web import build_application, serving_http
 
 __all__ = ["Backoffs", "kopf_settings", "main", "operate", "version"]
 
@@ -103,25 +103,21 @@ async def operate(settings: OperatorSettings, client: Client, stop: asyncio.Even
 
     kopf.on.login(id="login", registry=registry)(login)
     kopf.on.cleanup(id="workers", registry=registry)(cleanup)
-    server = None
-    if settings.metrics_port:
-        server, _ = prometheus_client.start_http_server(settings.metrics_port, settings.listen_address, controller.metrics.registry)
+    web = build_application(controller.metrics.registry, controller.autoscaler.load)
     work = asyncio.create_task(controller.run(), name="controller")
     work.add_done_callback(lambda _: stop.set())
     try:
-        await kopf.operator(
-            registry=registry,
-            settings=kopf_settings(retry_cap_s=retry_cap_s),
-            clusterwide=not settings.watch_namespaces,
-            namespaces=settings.watch_namespaces,
-            standalone=True,
-            stop_flag=stop,
-            liveness_endpoint=f"http://{settings.listen_address}:{settings.health_port}/healthz" if settings.health_port else None,
-        )
+        async with serving_http(web, settings.listen_address, settings.metrics_port):
+            await kopf.operator(
+                registry=registry,
+                settings=kopf_settings(retry_cap_s=retry_cap_s),
+                clusterwide=not settings.watch_namespaces,
+                namespaces=settings.watch_namespaces,
+                standalone=True,
+                stop_flag=stop,
+                liveness_endpoint=f"http://{settings.listen_address}:{settings.health_port}/healthz" if settings.health_port else None,
+            )
     finally:
-        if server is not None:
-            server.shutdown()
-            server.server_close()
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
     if not work.cancelled() and (error := work.exception()) is not None:

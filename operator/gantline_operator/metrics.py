@@ -28,6 +28,7 @@ class Metrics:
         self.reconciles = Counter("gantline_reconciles", "Reconciles by result: done, retry, error.", ["result"], registry=self.registry)
         self.errors = Counter("gantline_errors", "Errors by kind, of the API server or of ours.", ["kind"], registry=self.registry)
         self.writes = Counter("gantline_writes", "Writes to the API server.", ["kind", "verb"], registry=self.registry)
+        self.scalings = Counter("gantline_scalings", "Changes of replicas by load: up, down.", ["direction"], registry=self.registry)
         self.duration = Histogram("gantline_reconcile_seconds", "Time of one reconcile.", registry=self.registry, buckets=_LATENCY_S)
         self.plan_duration = Histogram("gantline_plan_seconds", "Time of one plan.", registry=self.registry, buckets=_LATENCY_S)
 

@@ -61,6 +61,10 @@ class PodState:
     trouble: Trouble | None
     answer: TerminationMessage | None
     """The last words of its container, where they are ours."""
+    address: str = ""
+    """Its IP, once it has one."""
+    deletion_cost: int = 0
+    """What decides which pod goes when there are to be fewer."""
 
 
 def parse_time(text: object) -> datetime | None:
@@ -98,7 +102,17 @@ def read_pod(pod: Object) -> PodState:
         ready_at=parse_time(conditions["Ready"].get("lastTransitionTime")) if ready else None,
         trouble=None if "deletionTimestamp" in metadata or ready else _trouble(status, conditions, container),
         answer=_answer(container),
+        address=str(status.get("podIP", "")),
+        deletion_cost=_cost((metadata.get("annotations") or {}).get("controller.kubernetes.io/pod-deletion-cost")),
     )
+
+
+def _cost(text: object) -> int:
+    """0 for what is no number, as the ReplicaSet's controller takes it."""
+    try:
+        return int(str(text or 0))
+    except ValueError:
+        return 0
 
 
 def _answer(container: Object) -> TerminationMessage | None:

@@ -16,17 +16,18 @@ A paused service (gantline.io/paused) goes the same way, but none of its childre
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from gantline_operator import resources
-from gantline_operator.client import Object
+from gantline_operator.client import Forbidden, KindMissing, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.plan import Plan
 from gantline_operator.plan_status import from_status, to_status
 from gantline_operator.pod_state import Trouble
 from gantline_operator.preparation import Preparation
-from gantline_operator.reconcile_pass import CHILD_KINDS, sentence
+from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, sentence
 from gantline_operator.resources import ModelLocation
 from gantline_operator.rollback import RolloutRecord, advance
 from gantline_operator.rollout_strategy import Strategy, choose_strategy
@@ -48,14 +49,17 @@ class Reconcile(Preparation):
             _, spec = parse_service(self.parent)
         except SpecError as error:
             self._found["spec_trouble"] = Trouble(Reason.INVALID_SPEC, sentence(str(error)), error.cure)
+            self.cluster.scaling.note(self.key, None)
             await self._look()
             await self.children.look("Deployment", self.name)
             await self._write_status()
             return None
         self.spec = spec
         self.owner = resources.Parent(self.name, self.namespace, self.uid, spec, self.restarted_at)
+        self._found["scaling"] = self._read_policy()
         await self._look()
         await self._act()
+        self._note_scaling()
         await self._write_status()
         for problem in self.children.problems:
             self._look_again(problem.retry_s)
@@ -75,6 +79,7 @@ class Reconcile(Preparation):
         except resources.MissingImage as error:
             self._found["plan_trouble"] = Trouble(Reason.NO_RUNTIME_IMAGE, sentence(str(error)))
             await self._keep_serving()
+        await self._autoscale()
         await self._retire_jobs()
 
     async def _roll_out(self, planned: Plan, location: ModelLocation) -> None:
@@ -156,6 +161,43 @@ class Reconcile(Preparation):
         marks = deployment["spec"]["template"]["metadata"].get("labels") or {}
         return marks.get("gantline.io/revision") == mark and deployment["spec"]["replicas"] == resources.replicas(self.owner)
 
+    async def _autoscale(self) -> None:
+        """The autoscaler that the spec asks for, and no other. What stands in its way is a matter of `ScalingReady` alone."""
+        wanted = resources.autoscalers(self.owner, self.cluster.rendering, self._found["scaling"])
+        generation = self.parent["metadata"].get("generation", 0)
+        if self.memory.handed_over != generation and not self.paused:
+            for kind in sorted(OPTIONAL_KINDS - {item["kind"] for item in wanted}):
+                await self._remove_autoscaler(kind)
+            self.memory.handed_over = generation
+        if not wanted or not (self._found.get("revision") or self.recorded.get("revision")):
+            return
+        known = len(self.children.problems)
+        await self.children.apply(wanted)
+        problems = self.children.problems[known:]
+        del self.children.problems[known:]
+        for problem in problems:
+            self._look_again(problem.retry_s)
+            self._found["scaling_trouble"] = Trouble(problem.reason, problem.message)
+        missing = self._missing_metrics(wanted[0]["kind"])
+        if missing and not problems:
+            self._found["scaling_trouble"] = missing
+
+    async def _remove_autoscaler(self, kind: str) -> None:
+        with contextlib.suppress(KindMissing, Forbidden):  # then there is none of ours
+            if await self.children.look(kind, self.name) is not None:
+                await self.children.delete((kind, self.name))
+
+    def _missing_metrics(self, kind: str) -> Trouble | None:
+        """What the installation lacks for others' autoscalers to know the load."""
+        settings = self.cluster.settings
+        if kind == "HorizontalPodAutoscaler" and not settings.custom_metrics_port:
+            cure = "Set the chart's customMetrics.enabled, or scaling.controller to Gantline."
+            return Trouble(Reason.CUSTOM_METRICS_MISSING, "The operator does not serve the metric that the autoscaler follows.", cure)
+        if kind == "ScaledObject" and not settings.load_url:
+            cure = "Set the chart's metrics.service, or scaling.controller to Gantline."
+            return Trouble(Reason.CUSTOM_METRICS_MISSING, "The operator has no address at which KEDA could ask it for the load.", cure)
+        return None
+
     def _build_revision(self, mark: str, data: Mapping[str, Any]) -> Object:
         return {
             "apiVersion": _REVISIONS.api_version,
@@ -172,6 +214,7 @@ class Reconcile(Preparation):
 
     def _kept(self, objects: list[Object], mark: str) -> set[tuple[str, str]]:
         """What pruning leaves: the desired objects, a cache that is in use, Jobs (which have a time to live), the latest revisions."""
+        objects = [*objects, *resources.autoscalers(self.owner, self.cluster.rendering, self._found["scaling"])]
         kept = {(item["kind"], item["metadata"]["name"]) for item in objects}
         kept |= {("Job", job["metadata"]["name"]) for job in self.children.of_kind("Job")}
         if resources.source_location(self.spec.model.uri) is None or self._found.get("quantize"):

@@ -12,6 +12,8 @@ from typing import Any
 from gantline_operator import resources
 from gantline_operator.apply import Children, Problem
 from gantline_operator.apply import Parent as ApplyParent
+from gantline_operator.autoscaling.policy import Policy, build_policy
+from gantline_operator.autoscaling.targets import Target, Targets
 from gantline_operator.client import Client, Object, Resource
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.observe import PODS
@@ -22,10 +24,11 @@ from gantline_operator.settings import OperatorSettings
 from gantline_operator.stages import Record
 from gantline_operator.status import Findings, build_status, read_rollout
 
-__all__ = ["CHILD_KINDS", "SERVICES", "Cluster", "Memory", "Pass", "is_paused", "sentence"]
+__all__ = ["CHILD_KINDS", "OPTIONAL_KINDS", "SERVICES", "Cluster", "Memory", "Pass", "is_paused", "sentence"]
 
 SERVICES = Resource("gantline.io/v1alpha1", "InferenceService", "inferenceservices")
 CHILD_KINDS = tuple(Resource(kind.api_version, kind.kind, kind.plural) for kind in resources.MANAGED_KINDS)
+OPTIONAL_KINDS = frozenset(kind.kind for kind in resources.MANAGED_KINDS if kind.optional)
 
 
 _CHECKPOINT = ("model", "plan", "artefacts")
@@ -43,10 +46,13 @@ class Memory:
     """Generation and revision that were pruned last."""
     planned: tuple[int, str] = (0, "")
     """Generation and inputs of the plan whose pods have their nodes."""
+    handed_over: int = 0
+    """Generation of which it is known that no other controller's autoscaler is left."""
 
     def forget_checks(self) -> None:
         """The next reconcile looks at everything again."""
         self.pruned = self.planned = (0, "")
+        self.handed_over = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Cluster:
     """(kind, verb) of each write."""
     memory: Callable[[str, str], Memory]
     """(service, uid) -> what is remembered of it."""
+    scaling: Targets = field(default_factory=Targets)
+    """What the autoscaling loop is told of services, and what it tells."""
     time_plan: Callable[[], AbstractContextManager[Any]] = nullcontext
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
@@ -97,12 +105,40 @@ class Pass:
         self.paused = is_paused(annotations)
         owner = ApplyParent(self.namespace, self.name, self.uid, resources.child_selector(self.name))
         self.memory = self.cluster.memory(self.key, self.uid)
-        self.children = Children(self.cluster.client, owner, CHILD_KINDS, self.memory.uids, paused=self.paused, count=self.cluster.count)
+        self.children = Children(
+            self.cluster.client, owner, CHILD_KINDS, self.memory.uids,
+            optional=OPTIONAL_KINDS, paused=self.paused, count=self.cluster.count,
+        )  # fmt: skip
         self.artefacts = {item["kind"]: item for item in self.recorded.get("artefacts") or []}
 
     @property
     def server_pods(self) -> list[PodState]:
         return [pod for pod in self.pods if pod.role == "server"]
+
+    def _read_policy(self) -> Policy | None:
+        plan = self._found.get("plan") or self.recorded.get("plan") or {}
+        interval_s = float(self.cluster.settings.scaling_interval_seconds)
+        return build_policy(self.spec, max_batch=plan.get("maxBatchSize"), interval_s=interval_s)
+
+    def _note_scaling(self) -> None:
+        """Tells the autoscaling loop how the service is, as far as this pass went."""
+        policy = self._read_policy()
+        if policy is None:
+            self.cluster.scaling.note(self.key, None)
+            return
+        rollout = read_rollout(self.children.live.get(("Deployment", self.name)))
+        target = Target(
+            namespace=self.namespace,
+            name=self.name,
+            uid=self.uid,
+            revision=self._found.get("revision") or self.recorded.get("revision", ""),
+            policy=policy,
+            current=self.spec.replicas,
+            pods=tuple(pod for pod in self.server_pods if not pod.deleting),
+            rolling=rollout is not None and (not rollout.seen or rollout.replicas > rollout.updated),
+            paused=self.paused or self.spec.suspend,
+        )
+        self.cluster.scaling.note(self.key, target)
 
     def _surroundings(self) -> list[Object]:
         """What has to be there before any pod, whatever its revision."""
@@ -158,6 +194,7 @@ class Pass:
             paused=self.paused,
             rollout=read_rollout(deployment),
             pods=self.pods,
+            scaling_report=self.cluster.scaling.report(self.key),
             **values,
         )
         return build_status(findings, self.status, self.cluster.now())

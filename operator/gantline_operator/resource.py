@@ -45,6 +45,7 @@ __all__ = [
     "QuantizationSpec",
     "ResourcesSpec",
     "RolloutSpec",
+    "ScalingSpec",
     "Toleration",
 ]
 
@@ -283,6 +284,55 @@ class RolloutSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScalingSpec:
+    """Replicas by load. Leave spec.replicas out of manifests then: its owner is the controller that is named here."""
+
+    RULES: ClassVar = (
+        Rule("self.min <= self.max", lambda s: s.min <= s.max, "min is at most max", ".min"),
+        Rule(
+            "self.metric != 'kvCache' || type(self.target) == string || self.target <= 100",
+            lambda s: s.metric != "kvCache" or s.target is None or s.target <= 100,
+            "a target for kvCache is a percentage",
+            ".target",
+        ),
+        Rule(
+            "self.controller == 'Gantline' || duration(self.downAfter) <= duration('1h')",
+            lambda s: s.controller == "Gantline" or s.down_after <= 3600,
+            "a HorizontalPodAutoscaler looks back for an hour at most",
+            ".downAfter",
+        ),
+    )
+
+    controller: str = declare(
+        Choice(("Gantline", "HPA", "KEDA")),
+        "Who writes spec.replicas: Gantline from min to max; HPA from one replica on, with Gantline between zero and one; KEDA alone.",
+        default="Gantline",
+    )
+    min: int = declare(Whole(0, 1000), "Fewest replicas; 0 needs the gateway, which holds requests and wakes the service.", default=1)
+    max: int = declare(Whole(1, 1000), "Most replicas.", default=REQUIRED)
+    metric: str = declare(
+        Choice(("queue", "kvCache", "inflight")),
+        "What load is. queue: requests that wait while replicas run all they can; kvCache: how full their caches are; inflight: requests "
+        "that run or wait.",
+        default="queue",
+    )
+    target: int | None = declare(
+        AutoOr(Whole(1, 10_000)),
+        "Load that one replica is meant to carry: requests that wait, percent of the cache, or requests. auto: 4, 80 or 16.",
+        default="auto",
+    )
+    down_after: float = declare(Duration(86400), "How long load must have allowed for fewer replicas before there are.", default="5m")
+    zero_after: float = declare(
+        Duration(604800), "How long nobody must have asked before the last replica goes, where min is 0.", default="15m"
+    )
+    on_unknown: str = declare(
+        Choice(("Hold", "Max")),
+        "When replicas' load is not known there are never fewer. Hold: as many as there are; Max: max, once that of none is known.",
+        default="Hold",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngressSpec:
     """An Ingress that leads from a host to the service's paths under /v1."""
 
@@ -384,6 +434,7 @@ class InferenceServiceSpec:
     engine: EngineSpec = declare(Object(EngineSpec), EngineSpec.__doc__ or "", default={})
     accelerator: AcceleratorSpec = declare(Object(AcceleratorSpec), AcceleratorSpec.__doc__ or "", default={})
     replicas: int = declare(Whole(0, 1000), "Pods that serve; kubectl scale and autoscalers write here.", default=1)
+    scaling: ScalingSpec | None = declare(Object(ScalingSpec), f"{ScalingSpec.__doc__} Without: nobody changes replicas.")
     cache: CacheSpec = declare(Object(CacheSpec), CacheSpec.__doc__ or "", default={})
     rollout: RolloutSpec = declare(Object(RolloutSpec), RolloutSpec.__doc__ or "", default={})
     ingress: IngressSpec | None = declare(Object(IngressSpec), f"{IngressSpec.__doc__} Without: none.")

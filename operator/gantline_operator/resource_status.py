@@ -15,6 +15,7 @@ __all__ = [
     "ConditionStatus",
     "FactsStatus",
     "InferenceServiceStatus",
+    "LastScaleStatus",
     "MemoryStatus",
     "ModelStatus",
     "PerplexityStatus",
@@ -175,6 +176,17 @@ class RolloutStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LastScaleStatus:
+    """The last change of replicas that Gantline made."""
+
+    at: str = declare(_TIME, "When it was written.", default=REQUIRED)
+    from_: int = declare(_COUNT, "Replicas before.", default=REQUIRED)
+    to: int = declare(_COUNT, "Replicas after.", default=REQUIRED)
+    reason: str = declare(Text(64), "Why, as one word.", default=REQUIRED)
+    inputs: str | None = declare(Text(512), "What it was decided from.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageStatus:
     """The stage that is not done yet: its Job is under way, or failed."""
 
@@ -217,7 +229,6 @@ class InferenceServiceStatus:
     stages: tuple[StageStatus, ...] | None = declare(ListOf(Object(StageStatus), 8, key="name"), StageStatus.__doc__ or "")
     artefacts: tuple[ArtefactStatus, ...] | None = declare(ListOf(Object(ArtefactStatus), 8, key="kind"), ArtefactStatus.__doc__ or "")
     rollout: RolloutStatus | None = declare(Object(RolloutStatus), RolloutStatus.__doc__ or "")
+    last_scale: LastScaleStatus | None = declare(Object(LastScaleStatus), LastScaleStatus.__doc__ or "")
     startup: StartupStatus | None = declare(Object(StartupStatus), StartupStatus.__doc__ or "")
-    conditions: tuple[ConditionStatus, ...] | None = declare(
-        ListOf(Object(ConditionStatus), 16, key="type"), "Findings, one of each type."
-    )
+    conditions: tuple[ConditionStatus, ...] | None = declare(ListOf(Object(ConditionStatus), 16, key="type"), "Findings, one of each type.")

@@ -53,6 +53,22 @@ class OperatorSettings:
     observe_nodes: str = _setting(
         _one_of("auto", "never"), "auto", "auto lists nodes and all pods where that is allowed; never leaves capacity to the scheduler."
     )
+    gateway_namespace: str = _setting(
+        _text, "", "Namespace of the gateways, which is the operator's own; empty: there are none, and nothing sleeps at zero."
+    )
+    gateway_port: int = _setting(_number(1, 65535), 8081, "Port of gateways at which they say what they hold (GET /demand).")
+    scaling_interval_seconds: int = _setting(
+        _number(1, 300), 5, "Services with spec.scaling are looked at this often. A sample older than three times this counts as unknown."
+    )
+    load_url: str = _setting(
+        _text, "", "Address of the operator's metrics port inside the cluster, at which KEDA asks for a service's load; empty: it cannot."
+    )
+    custom_metrics_port: int = _setting(
+        _number(0, 65535), 0, "Port of the API custom.metrics.k8s.io, which HorizontalPodAutoscalers follow; 0 turns it off."
+    )
+    custom_metrics_certificate: str = _setting(
+        _text, "/etc/gantline/custom-metrics", "Folder with tls.crt and tls.key of that port; read again when they change."
+    )
     metrics_port: int = _setting(_number(0, 65535), 8080, "Port of /metrics; 0 turns it off.")
     health_port: int = _setting(_number(0, 65535), 8081, "Port of /healthz; 0 turns it off.")
     listen_address: str = _setting(_text, "0.0.0.0", "Address that both ports listen on.")

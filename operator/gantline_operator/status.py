@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gantline_operator.apply import Problem
+from gantline_operator.autoscaling.policy import Policy
+from gantline_operator.autoscaling.targets import Report
 from gantline_operator.conditions import Condition, ConditionType, Reason, unique
 from gantline_operator.pod_state import PodState, Trouble
 from gantline_operator.stages import Create, Failed, Record, Running, StageName, Step
@@ -86,6 +88,11 @@ class Findings:
     """The revision that the spec asks for was given up, and the last good one serves."""
     one_node: bool = False
     """All replicas have to share a node, because of the volume."""
+    scaling: Policy | None = None
+    """Absent where the spec has none."""
+    scaling_trouble: Trouble | None = None
+    """The autoscaler's object that the spec asks for cannot be made."""
+    scaling_report: Report = field(default_factory=Report)
     pods: Sequence[PodState] = field(default=())
 
     @property
@@ -134,6 +141,7 @@ def build_status(found: Findings, previous: Mapping[str, Any], now: datetime) ->
         "stages": [found.record.to_status()] if found.record else None,
         "artefacts": [dict(item) for item in found.artefacts] or None,
         "rollout": dict(found.rollout_record) or None,
+        "lastScale": (found.scaling_report.last_scale or previous.get("lastScale")) if found.scaling or found.spec_trouble else None,
         "startup": _startup(found, previous.get("startup")),
         "conditions": conditions,
     }
@@ -167,7 +175,7 @@ def build_conditions(found: Findings) -> list[Condition]:
     scheduled = _scheduled(found)
     blocking = [part for part in parts if part is not None]
     ready = _ready(found, blocking, scheduled)
-    rest = [_servable(found), *blocking, scheduled, _progressing(found, ready), _degraded(found)]
+    rest = [_servable(found), *blocking, scheduled, _scaling_ready(found), _progressing(found, ready), _degraded(found)]
     return [ready, *(part for part in rest if part is not None)]
 
 
@@ -257,8 +265,23 @@ def _servable(found: Findings) -> Condition:
     if found.suspended:
         return Condition(kind, "False", Reason.SUSPENDED, "Suspended.")
     if found.rollout is not None and found.rollout.wanted == 0:
+        if found.scaling is not None and found.scaling.min == 0 and found.rollout_record.get("good") == found.revision:
+            text = "Asleep at zero replicas: the next request starts one. The last start succeeded."
+            return Condition(kind, "True", Reason.SCALED_TO_ZERO, text)
         return Condition(kind, "False", Reason.SCALED_TO_ZERO, "Scaled to zero replicas.")
     return Condition(kind, "False", Reason.NOT_AVAILABLE, "No pod answers yet.")
+
+
+def _scaling_ready(found: Findings) -> Condition | None:
+    kind = ConditionType.SCALING_READY
+    policy = found.scaling
+    if policy is None or found.spec_trouble:
+        return None
+    trouble = found.scaling_trouble or found.scaling_report.trouble
+    if trouble is not None:
+        return Condition(kind, "False", trouble.reason, trouble.text)
+    span = f"{policy.min} to {policy.max} replicas by {policy.metric}, target {policy.target}"
+    return Condition(kind, "True", Reason.SCALING_ACTIVE, f"{policy.controller} keeps {span}.")
 
 
 def _ready(found: Findings, blocking: Sequence[Condition], scheduled: Condition | None) -> Condition:

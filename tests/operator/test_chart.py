@@ -34,7 +34,7 @@ INSTALLATIONS: dict[str, Object] = {
         },
         "serviceAccount": {"annotations": {"example.com/role": "x"}},
         "inventory": {"pools": [{"name": "h100", "labels": {"pool": "h100"}}]},
-        "operator": {"workers": 2, "resyncSeconds": 60, "jobRetentionSeconds": 600, "logLevel": "debug"},
+        "operator": {"workers": 2, "resyncSeconds": 60, "scalingIntervalSeconds": 10, "jobRetentionSeconds": 600, "logLevel": "debug"},
         "nodeSelector": {"kubernetes.io/os": "linux"},
         "tolerations": [{"key": "system", "operator": "Exists"}],
         "affinity": {"nodeAffinity": {}},
@@ -42,10 +42,18 @@ INSTALLATIONS: dict[str, Object] = {
         "podAnnotations": {"example.com/a": "b"},
         "podLabels": {"example.com/c": "d"},
         "test": {"namespace": "team-a", "timeoutSeconds": 60},
+        "customMetrics": {"enabled": True},
         "dashboard": {"enabled": True, "annotations": {"folder": "Inference"}},
     },
     "nothing-extra": {"crds": {"install": False}, "metrics": {"service": False}, "rbac": {"create": False, "readLogs": False}},
 }
+
+
+OF_THE_RELEASE: Object = {
+    "gateway_namespace": "gantline-system",
+    "load_url": "http://gantline-metrics.gantline-system.svc:8080",
+}
+"""Settings that no default could know."""
 
 
 def of_kind(objects: list[Object], kind: str, name: str | None = None) -> list[Object]:
@@ -97,9 +105,12 @@ def test_the_operator_may_do_to_each_kind_of_child_what_it_does(name: str) -> No
     granted = {(group, kind): set(rule["verbs"]) for rule in scope["rules"] for group in rule["apiGroups"] for kind in rule["resources"]}
     for kind in MANAGED_KINDS:
         made_once = kind.kind in ("ControllerRevision", "PersistentVolumeClaim")
-        wanted = {"get", "list", "watch", "create", "delete"} | (set() if made_once else {"patch"})
+        wanted = {"get", "list", "watch", "create", "delete"} - ({"watch"} if kind.optional else set())
+        wanted |= set() if made_once else {"patch"}
         assert granted[kind.api_version.rpartition("/")[0], kind.plural] == wanted, kind
     assert granted["gantline.io", "inferenceservices"] == {"get", "list", "watch"}, "the spec belongs to its author"
+    assert granted["gantline.io", "inferenceservices/scale"] == {"get", "patch"}
+    assert granted["", "pods"] == {"get", "list", "watch", "patch"}
     assert granted["gantline.io", "inferenceservices/status"] == {"patch"} and granted["events.k8s.io", "events"] == {"create"}
 
 
@@ -134,12 +145,24 @@ def test_the_operator_understands_every_setting_that_the_chart_gives(name: str) 
             image_cuda="registry.example/runtime:1", image_cpu="registry.example/runtime-cpu@sha256:" + "0" * 64,
             image_pull_policy="Always", image_pull_secrets=("first", "second"), hf_endpoint="https://hub.example", network_policies=True,
             inventory_configmap="gantline-system/gantline-inventory", workers=2, resync_seconds=60, job_retention_seconds=600,
-            log_level="debug",
+            log_level="debug", scaling_interval_seconds=10, custom_metrics_port=8443, **OF_THE_RELEASE,
         )  # fmt: skip
 
 
+def test_the_custom_metrics_api_is_off_by_default_and_has_a_certificate_of_its_own() -> None:
+    assert not of_kind(render(), "APIService")
+    objects = render({"customMetrics": {"enabled": True}})
+    service, secret = of_kind(objects, "APIService")[0]["spec"], of_kind(objects, "Secret")[0]
+    assert service["service"] == {"name": "gantline-custom-metrics", "namespace": "gantline-system", "port": 443}
+    assert service["caBundle"] == secret["data"]["ca.crt"] and not service.get("insecureSkipTLSVerify")
+    pod = of_kind(objects, "Deployment", "gantline")[0]["spec"]["template"]["spec"]
+    assert {"name": "custom-metrics", "secret": {"secretName": "gantline-custom-metrics"}} in pod["volumes"]
+    given = render({"customMetrics": {"enabled": True, "certificate": {"secretName": "mine", "caBundle": "PEM"}}})
+    assert not of_kind(given, "Secret") and of_kind(given, "APIService")[0]["spec"]["caBundle"] == "UEVN"
+
+
 def test_defaults_of_the_chart_are_the_operators_own() -> None:
-    assert from_environment(operator_environment({})) == OperatorSettings()
+    assert from_environment(operator_environment({})) == OperatorSettings(**OF_THE_RELEASE)
 
 
 def test_what_is_set_reaches_the_operators_pods() -> None:

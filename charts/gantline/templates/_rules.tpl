@@ -6,6 +6,10 @@
 - apiGroups: [gantline.io]
   resources: [inferenceservices/status]
   verbs: [patch]
+# Replicas by load, where a service's spec has `scaling`.
+- apiGroups: [gantline.io]
+  resources: [inferenceservices/scale]
+  verbs: [get, patch]
 # Owner references that block the owner's deletion need this where the API server enforces it.
 - apiGroups: [gantline.io]
   resources: [inferenceservices/finalizers]
@@ -31,9 +35,18 @@
 - apiGroups: [networking.k8s.io]
   resources: [ingresses, networkpolicies]
   verbs: [get, list, watch, create, patch, delete]
+# `patch` is for one annotation, by which the least loaded pods go first when there are to be fewer. Whoever may make Deployments may run
+# any pod already, so it adds no power.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [get, list, watch, patch]
+# Where scaling.controller names another controller than Gantline.
+- apiGroups: [autoscaling]
+  resources: [horizontalpodautoscalers]
+  verbs: [get, list, create, patch, delete]
+- apiGroups: [keda.sh]
+  resources: [scaledobjects]
+  verbs: [get, list, create, patch, delete]
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]

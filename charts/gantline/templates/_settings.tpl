@@ -11,6 +11,10 @@
 - {name: GANTLINE_HF_ENDPOINT, value: {{ .Values.runtime.hfEndpoint | quote }}}
 - {name: GANTLINE_NETWORK_POLICIES, value: {{ .Values.runtime.networkPolicy.enabled | quote }}}
 - {name: GANTLINE_INVENTORY_CONFIGMAP, value: {{ with include "gantline.inventory" . }}{{ printf "%s/%s" $.Release.Namespace . | quote }}{{ else }}""{{ end }}}
+- {name: GANTLINE_GATEWAY_NAMESPACE, value: {{ .Release.Namespace }}}
+- {name: GANTLINE_SCALING_INTERVAL_SECONDS, value: {{ .Values.operator.scalingIntervalSeconds | int | quote }}}
+- {name: GANTLINE_LOAD_URL, value: {{ if .Values.metrics.service }}{{ printf "http://%s-metrics.%s.svc:8080" (include "gantline.fullname" .) .Release.Namespace | quote }}{{ else }}""{{ end }}}
+- {name: GANTLINE_CUSTOM_METRICS_PORT, value: {{ ternary "8443" "0" .Values.customMetrics.enabled | quote }}}
 - {name: GANTLINE_METRICS_PORT, value: "8080"}
 - {name: GANTLINE_HEALTH_PORT, value: "8081"}
 - {name: GANTLINE_WORKERS, value: {{ .Values.operator.workers | int | quote }}}

@@ -6,11 +6,13 @@ pod          what every pod has in common
 placement    where a pod runs and what it takes
 jobs         inspect, fetch, quantize
 serving      ServiceAccount, Service, Deployment, PodDisruptionBudget
+autoscalers  the HorizontalPodAutoscaler or ScaledObject, where the spec names another controller than Gantline
 ingress      the Ingress, where a host is named
 network      NetworkPolicies, where the installation asks for them
 cache        the claim for artefacts
 """
 
+from gantline_operator.resources.autoscalers import LOAD_METRIC, autoscalers, load_path
 from gantline_operator.resources.cache import cache_claim
 from gantline_operator.resources.context import MissingImage, ModelLocation, Parent, Settings, cache_location, source_location
 from gantline_operator.resources.ingress import ingress
@@ -53,6 +55,7 @@ from gantline_operator.resources.serving import (
 __all__ = [
     "ALGORITHM_VERSIONS",
     "ATTEMPT",
+    "LOAD_METRIC",
     "MANAGED_KINDS",
     "PAUSED",
     "RESTARTED_AT",
@@ -64,6 +67,7 @@ __all__ = [
     "Object",
     "Parent",
     "Settings",
+    "autoscalers",
     "build_template",
     "cache_claim",
     "cache_claim_name",
@@ -76,6 +80,7 @@ __all__ = [
     "inspect_job",
     "job_name",
     "labels",
+    "load_path",
     "network_policies",
     "owner_reference",
     "pod_selector",

@@ -57,6 +57,8 @@ class Settings:
     image_pull_secrets: tuple[str, ...] = ()
     hf_endpoint: str = ""
     network_policies: bool = False
+    load_url: str = ""
+    """Address at which KEDA reaches the operator."""
 
     @staticmethod
     def of(operator: OperatorSettings, version: str) -> Settings:
@@ -67,6 +69,7 @@ class Settings:
             image_pull_secrets=operator.image_pull_secrets,
             hf_endpoint=operator.hf_endpoint,
             network_policies=operator.network_policies,
+            load_url=operator.load_url,
         )
 
     def image(self, accelerator: str) -> str:

@@ -66,6 +66,9 @@ class ManagedKind:
     api_version: str
     kind: str
     plural: str
+    optional: bool = False
+    """Not every cluster knows it, and few services have one: not watched (the resync mends what others change), and listed in vain without
+    that being a problem."""
 
 
 MANAGED_KINDS: tuple[ManagedKind, ...] = (
@@ -78,6 +81,8 @@ MANAGED_KINDS: tuple[ManagedKind, ...] = (
     ManagedKind("networking.k8s.io/v1", "Ingress", "ingresses"),
     ManagedKind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
     ManagedKind("apps/v1", "ControllerRevision", "controllerrevisions"),
+    ManagedKind("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers", optional=True),
+    ManagedKind("keda.sh/v1alpha1", "ScaledObject", "scaledobjects", optional=True),
 )
 
 

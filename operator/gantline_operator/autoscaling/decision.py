@@ -1,0 +1,206 @@
+"""How many replicas, and why. Pure: equal arguments give an equal answer.
+
+Rules, in order; the first that has an opinion decides:
+
+    bounds     below min or above max: the spec was changed, and knowledge of load is not needed
+    wake       at zero: the first held request starts a replica
+    grow       the load asked for more than the replicas throughout `up_after_s`; replicas that are starting count, so nothing piles up
+    unknown    some replica's load is not known, or is stale: hold (or, with onUnknown: Max and no replica known at all, max)
+    rolling    two revisions are about: hold
+    sleep      min is 0, and every replica and every gateway has said for `zero_after_s` that nobody asks
+    shrink     the load allowed for fewer throughout `down_after_s`
+    steady     as it is
+
+A band of `tolerance` around what replicas are meant to carry keeps load that hovers at a border from moving anything: more replicas are
+wanted only for what exceeds it, fewer only for what stays below it, so one step ends inside, and constant load is answered at most once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from gantline_operator.autoscaling.load import held_load, prove, replica_load
+from gantline_operator.autoscaling.observation import Observation, Replica
+from gantline_operator.autoscaling.policy import Policy
+
+__all__ = ["Decision", "Memory", "ScaleReason", "decide", "owned"]
+
+_ROUNDING = 1e-9  # 3 * 0.1 / 0.1 is more than 3
+
+
+class ScaleReason(StrEnum):
+    BELOW_MIN = "BelowMin"
+    ABOVE_MAX = "AboveMax"
+    HELD_REQUESTS = "HeldRequests"
+    AT_ZERO = "AtZero"
+    LOAD_ROSE = "LoadRose"
+    LOAD_FELL = "LoadFell"
+    IDLE = "Idle"
+    METRICS_UNKNOWN = "MetricsUnknown"
+    ROLLING_OUT = "RollingOut"
+    STEADY = "Steady"
+
+
+@dataclass(frozen=True)
+class Decision:
+    replicas: int
+    reason: ScaleReason
+    inputs: str
+    """What it was decided from, as a person reads it."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What decisions remember of earlier observations. Losing it delays what makes a service smaller, and nothing else."""
+
+    recent: tuple[tuple[float, float], ...] = ()
+    """(when, load) within `up_after_s`."""
+    peaks: tuple[tuple[float, float], ...] = ()
+    """(when, load) within `down_after_s`, without those that a later one exceeds: the first is the largest."""
+    known_since: float | None = None
+    """Since when the load has been known without a gap."""
+    proven: int = 0
+    """Requests that one replica can run at once (`load.py`)."""
+    idle_since: float | None = None
+    served: Mapping[str, float] = field(default_factory=dict)
+    """By replica: a counter that stands still while nobody asks."""
+
+
+def decide(policy: Policy, seen: Observation, memory: Memory) -> tuple[Decision, Memory]:
+    """The replicas that the service should have now, and what to remember for the next time."""
+    memory, load = _remember(policy, seen, memory)
+    replicas, reason = _choose(policy, seen, memory, load)
+    return Decision(replicas, reason, _inputs(policy, seen, memory, load)), memory
+
+
+def owned(policy: Policy, current: int, decision: Decision) -> int:
+    """What of a decision is Gantline's to write, where another controller has the rest: KEDA all, HPA everything from one replica on.
+
+    HPA never touches a service at zero, so both ways of the step between zero and one are ours.
+    """
+    if policy.controller == "Gantline":
+        return decision.replicas
+    if policy.controller == "HPA" and current == 0 and decision.replicas > 0:
+        return policy.floor
+    if policy.controller == "HPA" and current == 1 and decision.replicas == 0:
+        return 0
+    return current
+
+
+def _choose(policy: Policy, seen: Observation, memory: Memory, load: float) -> tuple[int, ScaleReason]:
+    current = seen.current
+    held = seen.demand.held if seen.demand else 0
+    if current < policy.min:
+        return policy.min, ScaleReason.BELOW_MIN
+    if current > policy.max:
+        return policy.max, ScaleReason.ABOVE_MAX
+    if current == 0:
+        return (_within(policy, _at_least(load, policy.tolerance)), ScaleReason.HELD_REQUESTS) if held else (0, ScaleReason.AT_ZERO)
+    wanted = _within(policy, _at_least(_lasting(policy, seen.now, memory), policy.tolerance))
+    if wanted > current:
+        return wanted, ScaleReason.LOAD_ROSE
+    if _unknown(policy, seen):
+        blind = not any(replica.fresh(seen.now, policy.stale_after_s) for replica in seen.replicas)
+        return (policy.max if blind and policy.on_unknown == "Max" else current), ScaleReason.METRICS_UNKNOWN
+    if seen.rolling:
+        return current, ScaleReason.ROLLING_OUT
+    if policy.min == 0 and _idle(policy, seen, memory):
+        return 0, ScaleReason.IDLE
+    if memory.known_since is not None and seen.now - memory.known_since >= policy.down_after_s:
+        wanted = _within(policy, _at_most(memory.peaks[0][1], policy.tolerance))
+        if wanted < current:
+            return wanted, ScaleReason.LOAD_FELL
+    return current, ScaleReason.STEADY
+
+
+def _within(policy: Policy, replicas: int) -> int:
+    return min(policy.max, max(policy.floor, replicas))
+
+
+def _at_least(load: float, tolerance: float) -> int:
+    """Fewest replicas that the load does not overload."""
+    return math.ceil(load / (1 + tolerance) - _ROUNDING)
+
+
+def _at_most(load: float, tolerance: float) -> int:
+    """Fewest replicas that the load leaves some room in; never fewer than `_at_least`."""
+    return math.ceil(load / (1 - tolerance) - _ROUNDING)
+
+
+def _lasting(policy: Policy, now: float, memory: Memory) -> float:
+    """The load that was there throughout `up_after_s`; 0 where that is not known yet."""
+    oldest = memory.recent[0][0]
+    return min(load for _, load in memory.recent) if now - oldest >= policy.up_after_s - _ROUNDING else 0.0
+
+
+def _unknown(policy: Policy, seen: Observation) -> list[Replica]:
+    return [replica for replica in seen.replicas if replica.unknown(seen.now, policy.stale_after_s)]
+
+
+def _idle(policy: Policy, seen: Observation, memory: Memory) -> bool:
+    """Positively known: by the gateways, every one of them, and by the replicas. Without a gateway nobody could wake the service."""
+    demand = seen.demand
+    if demand is None or not demand.complete or not demand.gateways or memory.idle_since is None:
+        return False
+    quiet = demand.quiet_s is None or demand.quiet_s >= policy.zero_after_s
+    return quiet and seen.now - memory.idle_since >= policy.zero_after_s
+
+
+# ---- what is remembered --------------------------------------------------------------------------------------------------------------
+
+
+def _remember(policy: Policy, seen: Observation, memory: Memory) -> tuple[Memory, float]:
+    """Memory after this observation, and the load of now: of what is known, so never more than there is."""
+    samples = {r.name: s for r in seen.replicas if (s := r.fresh(seen.now, policy.stale_after_s)) is not None}
+    proven = prove(policy, samples.values(), memory.proven)
+    held = seen.demand.held if seen.demand else 0
+    load = sum(replica_load(policy, sample, proven) for sample in samples.values()) + held_load(policy, held, proven)
+    gap = bool(_unknown(policy, seen))
+    asked = held or (seen.demand.running if seen.demand else 0) or any(s.running or s.waiting for s in samples.values())
+    served = {name: sample.served for name, sample in samples.items()}
+    # A replica that is not known now keeps its count: if it still stands there later, nobody asked in between.
+    kept = {r.name: memory.served[r.name] for r in seen.replicas if r.name in memory.served and r.name not in served}
+    moved = any(memory.served.get(name) != count for name, count in served.items())
+    idle_since = None if asked else seen.now if moved or memory.idle_since is None else memory.idle_since
+    known_since = None if gap else seen.now if memory.known_since is None else memory.known_since
+    result = replace(
+        memory,
+        recent=_window(memory.recent, seen.now, load, policy.up_after_s, keep_one_older=True),
+        peaks=_window(tuple(peak for peak in memory.peaks if peak[1] > load), seen.now, load, policy.down_after_s),
+        known_since=known_since,
+        proven=proven,
+        idle_since=idle_since,
+        served={**kept, **served},
+    )
+    return result, load
+
+
+def _window(
+    entries: tuple[tuple[float, float], ...], now: float, load: float, length_s: float, *, keep_one_older: bool = False
+) -> tuple[tuple[float, float], ...]:
+    """The entries of the last `length_s` and this one; with `keep_one_older` also the last before them, so that they span the window."""
+    entries = (*entries, (now, load))
+    inside = [index for index, (when, _) in enumerate(entries) if now - when < length_s]
+    first = inside[0] if inside else len(entries) - 1
+    return entries[max(0, first - 1) if keep_one_older else first :]
+
+
+def _inputs(policy: Policy, seen: Observation, memory: Memory, load: float) -> str:
+    samples = [s for r in seen.replicas if (s := r.fresh(seen.now, policy.stale_after_s)) is not None]
+    ready = sum(replica.ready for replica in seen.replicas)
+    parts = [
+        f"load {load:.2f} of {policy.metric} (target {policy.target})",
+        f"running {sum(s.running for s in samples)}",
+        f"waiting {sum(s.waiting for s in samples)}",
+        f"{ready} of {seen.current} ready",
+    ]
+    if unknown := _unknown(policy, seen):
+        parts.append(f"{len(unknown)} unknown")
+    if seen.demand is not None:
+        parts.append(f"held {seen.demand.held}")
+    if memory.peaks and memory.peaks[0][1] > load + _ROUNDING:
+        parts.append(f"peak {memory.peaks[0][1]:.2f}")
+    return ", ".join(parts)

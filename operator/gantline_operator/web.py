@@ -1,0 +1,44 @@
+"""The operator's HTTP port inside the cluster: /metrics for Prometheus, /load/NAMESPACE/NAME for KEDA."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+__all__ = ["build_application", "serving_http"]
+
+Load = Callable[[str], float | None]
+"""Load of `namespace/name` in replicas' worth; None where it is not known."""
+
+
+def build_application(registry: CollectorRegistry, load: Load) -> web.Application:
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def service_load(request: web.Request) -> web.Response:
+        """503 where the load is not known: an autoscaler that gets no number changes nothing, and 0 would be a number."""
+        value = load(f"{request.match_info['namespace']}/{request.match_info['name']}")
+        if value is None:
+            return web.json_response({"error": "the load of this service is not known"}, status=503)
+        return web.json_response({"load": round(value, 3)})
+
+    application = web.Application(client_max_size=1 << 10)
+    application.router.add_get("/metrics", metrics)
+    application.router.add_get("/load/{namespace}/{name}", service_load)
+    return application
+
+
+@asynccontextmanager
+async def serving_http(application: web.Application, address: str, port: int) -> AsyncIterator[None]:
+    """Serves within the block; nothing with port 0. Raises OSError where the port is taken."""
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    try:
+        if port:
+            await web.TCPSite(runner, address, port).start()
+        yield
+    finally:
+        await runner.cleanup()

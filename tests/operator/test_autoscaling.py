@@ -1,0 +1,124 @@
+"""Autoscaling through the API server: replicas and gateways are real HTTP servers, pods are simulated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gantline_devcluster.api_only import ApiCluster
+
+from tests.operator.harness import (
+    TINY,
+    Operator,
+    apply,
+    event_reasons,
+    fates,
+    get,
+    inspected,
+    install_crd,
+    patch,
+    reason,
+    server_pods,
+    service,
+    serving,
+    status,
+    versions,
+    wait,
+    wait_reason,
+)
+from tests.operator.scaling_world import World
+
+NAME = "elastic"
+QUICK = {"downAfter": "1s", "zeroAfter": "1s"}
+
+
+@contextmanager
+def world(cluster: ApiCluster, namespace: str) -> Iterator[World]:
+    install_crd(cluster)
+    fates(cluster, inspected(**{NAME: TINY}))
+    if not cluster.client.get("/api/v1/nodes").get("items"):
+        cluster.simulate("cpu", 1)
+    made = World(cluster, namespace, NAME)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def scaling(made: World, **changes: Any) -> Iterator[Operator]:
+    """An operator that looks four times a second."""
+    settings = {"gateway_namespace": made.namespace, "gateway_port": made.gateway_port or 1, "scaling_interval_seconds": 0.25, **changes}
+    with serving(made.cluster, made.namespace, **settings) as operator:
+        yield operator
+
+
+def test_a_service_sleeps_wakes_grows_and_loses_its_least_busy_replicas(api_cluster: ApiCluster, namespace: str) -> None:
+    with world(api_cluster, namespace) as made:
+        made.start_gateway()
+        with scaling(made):
+            apply(api_cluster, service(NAME, namespace, scaling={"min": 0, "max": 3, "metric": "inflight", "target": 4, **QUICK}))
+            made.wait_replicas(1)
+            # Nobody asks: it sleeps, and says that it can be woken.
+            made.wait_replicas(0)
+            asleep = wait_reason(api_cluster, NAME, namespace, "ScaledToZero", "Servable")
+            assert asleep["status"] == "True" and "next request" in asleep["message"]
+            assert status(api_cluster, NAME, namespace)["lastScale"].items() >= {"from": 1, "to": 0, "reason": "Idle"}.items()
+            # The first held request wakes it.
+            made.demand = {"held": 1, "held_since_s": 0.1, "running": 0, "last_request_age_s": 0.1}
+            (first,) = made.wait_replicas(1)
+            made.demand = {"held": 0, "running": 12, "last_request_age_s": 0.1}
+            # It grows as far as its load asks for.
+            made.replicas[first].running = 12
+            names = made.wait_replicas(3)
+            # Fewer requests: the replica with the most of them is the one that stays.
+            made.replicas[names[0]].running, made.replicas[names[1]].running, made.replicas[names[2]].running = 0, 2, 1
+            assert made.wait_replicas(1) == [names[1]]
+            wait(lambda: "ScaledDown" in event_reasons(api_cluster, NAME, namespace))
+            happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
+            assert happened == ["ScaledToZero", "WokeUp", "ScaledUp", "ScaledDown"]
+
+
+def owners_of_replicas(cluster: ApiCluster, namespace: str) -> list[str]:
+    found = json.loads(cluster.kubectl("get", "gisvc", NAME, "-n", namespace, "-o", "json", "--show-managed-fields").stdout)
+    entries = found["metadata"]["managedFields"]
+    return [entry["manager"] for entry in entries if "f:replicas" in entry["fieldsV1"].get("f:spec", {})]
+
+
+def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namespace: str) -> None:
+    with world(api_cluster, namespace) as made, scaling(made) as operator:
+        apply(api_cluster, service(NAME, namespace, replicas=2, scaling={"max": 4, "metric": "inflight", "target": 4, **QUICK}))
+        names = made.wait_replicas(2)
+        for name in names:
+            made.replicas[name].running = 4
+        wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
+        # All load is gone, but one replica says nothing any more.
+        made.replicas[names[0]].silent = True
+        made.replicas[names[1]].running = 0
+        held = wait_reason(api_cluster, NAME, namespace, "MetricsUnknown", "ScalingReady")
+        assert held["status"] == "False" and "held as they are" in held["message"]
+        before = versions(api_cluster, namespace)
+        writes = len(operator.writes)
+        assert versions(api_cluster, namespace) == before and made.replicas_wanted() == 2
+        # It answers again: now it is known that nobody asks.
+        made.replicas[names[0]].silent, made.replicas[names[0]].running = False, 0
+        made.wait_replicas(1)
+        wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
+        assert any("/scale" in path for _, path in operator.writes[writes:])
+        assert owners_of_replicas(api_cluster, namespace) == ["gantline-autoscaler"]
+        # Without a gateway nothing could wake it, so it does not sleep.
+        patch(api_cluster, NAME, namespace, {"scaling": {"min": 0}})
+        wait_reason(api_cluster, NAME, namespace, "GatewayMissing", "ScalingReady")
+        assert made.replicas_wanted() == 1
+        # What the spec bounds needs no load: and a paused service is left alone.
+        api_cluster.kubectl("annotate", "gisvc", NAME, "-n", namespace, "gantline.io/paused=true")
+        wait_reason(api_cluster, NAME, namespace, "Paused", "Progressing")
+        patch(api_cluster, NAME, namespace, {"scaling": {"min": 3}})
+        seen = get(api_cluster, "gisvc", NAME, namespace)["metadata"]["generation"]
+        wait(lambda: status(api_cluster, NAME, namespace)["observedGeneration"] == seen)
+        assert made.replicas_wanted() == 1
+        api_cluster.kubectl("annotate", "gisvc", NAME, "-n", namespace, "gantline.io/paused-")
+        made.wait_replicas(3)
+        assert len(server_pods(api_cluster, NAME, namespace)) >= 3 and reason(api_cluster, NAME, namespace) != ""
