@@ -8,7 +8,7 @@ from gantline_devcluster.client import Client
 
 Object = dict[str, Any]
 
-CLUSTER_WIDE = ("ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Namespace")
+CLUSTER_WIDE = ("ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Namespace", "APIService")
 
 
 def path_of(item: Object) -> str:
