@@ -71,7 +71,14 @@ _HUB = r"hf://[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 _SEGMENT = r"(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)"  # no segment starts with a dot: neither `..` nor hidden folders
 _CLAIM = rf"pvc://[a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?{_SEGMENT}*/?"
 _FILE = rf"file://{_SEGMENT}+/?"
-_URI = Text(512, f"{_HUB}|{_CLAIM}|{_FILE}", "hf://organization/name, pvc://claim/path or file:///path", 8)
+_BUCKET = rf"s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]{_SEGMENT}*/?"
+_IMAGE_PART = r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
+_REGISTRY = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(:[0-9]{1,5})?"
+_IMAGE = rf"oci://{_REGISTRY}(/{_IMAGE_PART})+(:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
+_URI_FORMS = "hf://organization/name, s3://bucket/path, oci://registry/repository:tag, pvc://claim/path or file:///path"
+_URI = Text(512, f"{_HUB}|{_BUCKET}|{_IMAGE}|{_CLAIM}|{_FILE}", _URI_FORMS, 8)
+_REMOTE = ("hf://", "s3://", "oci://")
+_SECRET_VARIABLES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "DOCKER_AUTH_CONFIG")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +94,21 @@ class ModelSpec:
         Rule(
             "!has(self.revision) || self.uri.startsWith('hf://')",
             lambda m: m.revision is None or m.uri.startswith("hf://"),
-            "a revision belongs to hf:// sources only",
+            "a revision belongs to hf:// sources only; an image's digest stands in its uri",
             ".revision",
         ),
         Rule(
-            "!has(self.secretRef) || self.uri.startsWith('hf://')",
-            lambda m: m.secret_ref is None or m.uri.startswith("hf://"),
-            "a secretRef belongs to hf:// sources only",
+            "!has(self.secretRef) || self.uri.matches('^(hf|s3|oci)://')",
+            lambda m: m.secret_ref is None or m.uri.startswith(_REMOTE),
+            "a secretRef belongs to hf://, s3:// and oci:// sources only",
             ".secretRef",
         ),
     )
 
     uri: str = declare(
         _URI,
-        "Where the model lies: hf://organization/name on a hub, pvc://claim/path on a volume of this namespace, or file:///path in the "
-        "runtime's image.",
+        "Where the model lies: hf://organization/name on a hub, s3://bucket/path in a bucket, oci://registry/repository:tag (or "
+        "@sha256:digest) in an image registry, pvc://claim/path on a volume of this namespace, or file:///path in the runtime's image.",
         default=REQUIRED,
     )
     revision: str | None = declare(
@@ -113,7 +120,10 @@ class ModelSpec:
         "Name that clients put into `model`. Without: the service's name.",
     )
     secret_ref: LocalReference | None = declare(
-        Object(LocalReference), "Secret of this namespace whose key HF_TOKEN holds the token for the hub."
+        Object(LocalReference),
+        "Secret of this namespace that opens the source. hf: its key HF_TOKEN; s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where "
+        "needed, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL, AWS_REGION, AWS_S3_ADDRESSING_STYLE; oci: .dockerconfigjson, as in pull secrets. "
+        "ca.crt, where it is there, holds certificates to trust.",
     )
 
 
@@ -379,13 +389,13 @@ class Toleration:
 class EnvVar:
     name: str = declare(
         Text(128, r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name of letters, digits and _", 1),
-        "Name of the variable; GANTLINE_* and HF_TOKEN are the operator's own.",
+        "Name of the variable; GANTLINE_* and what holds a secret of the source are the operator's own.",
         default=REQUIRED,
         rules=(
             Rule(
-                "!self.startsWith('GANTLINE_') && self != 'HF_TOKEN'",
-                lambda name: not name.startswith("GANTLINE_") and name != "HF_TOKEN",
-                "GANTLINE_* and HF_TOKEN are the operator's own (a token belongs into model.secretRef)",
+                f"!self.startsWith('GANTLINE_') && !(self in {list(_SECRET_VARIABLES)})",
+                lambda name: not name.startswith("GANTLINE_") and name not in _SECRET_VARIABLES,
+                f"GANTLINE_* and {', '.join(_SECRET_VARIABLES)} are the operator's own (secrets of the source belong into model.secretRef)",
             ),
         ),
     )

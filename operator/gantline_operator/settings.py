@@ -44,6 +44,10 @@ class OperatorSettings:
         _names, (), "Pull secrets for every pod, separated by commas, beside those of spec.pod.imagePullSecrets."
     )
     hf_endpoint: str = _setting(_text, "", "Address of a Hugging Face hub or mirror for hf:// sources; empty is the public hub.")
+    s3_endpoint: str = _setting(_text, "", "Address of an S3 endpoint for s3:// sources whose Secret names none; empty is AWS.")
+    insecure_registries: tuple[str, ...] = _setting(
+        _names, (), "Registries (host or host:port, separated by commas) of oci:// sources that speak plain HTTP."
+    )
     network_policies: bool = _setting(
         _switch, False, "true makes NetworkPolicies for each service's pods, which do nothing unless the cluster's network enforces them."
     )

@@ -117,6 +117,8 @@ def disk_bytes(stage: Stage, facts: ModelFacts, spec: InferenceServiceSpec) -> i
     if stage == "quantize":
         size = sizing.awq_weight_bytes(facts, bits=wish.bits, group_size=wish.group_size)
         size *= 2 if size <= _MERGE_BYTES else 1
+    elif spec.model.uri.startswith("oci://"):
+        size *= 2  # a layer is there beside the files that are taken out of it
     return int(size * _SPARE) + 128 * _MIB
 
 
@@ -124,6 +126,6 @@ def cache_size(spec: InferenceServiceSpec, facts: ModelFacts, quantize: bool) ->
     """Size of the claim that is made, in bytes: the user's, or what the stages need with a fifth to spare, at least 1 GiB."""
     if spec.cache.size is not None:
         return spec.cache.size
-    fetch = disk_bytes("fetch", facts, spec) if spec.model.uri.startswith("hf://") else 0
+    fetch = disk_bytes("fetch", facts, spec) if spec.model.uri.startswith(("hf://", "s3://", "oci://")) else 0
     copy = disk_bytes("quantize", facts, spec) if quantize else 0
     return max(MIN_CACHE_BYTES, -(-int((fetch + copy) * 1.2) // GIB) * GIB)

@@ -39,11 +39,14 @@ MINIMAL: Object = {"model": {"uri": "pvc://models/llama"}}
 
 GOOD_URIS = (
     "hf://org/name", "hf://Org-1/na.me_2", "pvc://claim", "pvc://claim/", "pvc://claim/a/b.c", "pvc://my.claim/x", "file:///models/a",
-    "file:///opt/gantline/tiny-model/",
+    "file:///opt/gantline/tiny-model/", "s3://bucket", "s3://my.bucket/a/b.c/", "oci://registry.example/name", "oci://localhost:5000/a/b-c:v1.0",
+    "oci://registry.example/team/name:v1@sha256:" + "0" * 64,
 )  # fmt: skip
 BAD_URIS = (
     "", "name", "org/name", "http://x/y", "hf://org", "hf://org/name/more", "hf:///name", "pvc://", "pvc:///x", "pvc://Claim/x",
-    "pvc://claim/../x", "pvc://claim//x", "file://models", "file:///", "file:///a/../b", "file:///.hidden", "s3://bucket/x",
+    "pvc://claim/../x", "pvc://claim//x", "file://models", "file:///", "file:///a/../b", "file:///.hidden", "s3://B/x",
+    "s3://bucket/../x", "s3://key:secret@bucket/x", "oci://registry.example", "oci://registry.example/Name", "oci://registry.example/a@sha256:1",
+    "oci://user@registry.example/a",
     "hf://org/name ", "hf://org/na me", "hf://org/" + "n" * 600, "pvc://claim/a\nb",
 )  # fmt: skip
 BAD_HOSTS = (
@@ -121,6 +124,8 @@ WRONG: list[tuple[Object, str]] = [
     # combinations
     (changed("model.revision", "main"), "spec.model.revision"),
     (changed("model.secretRef", {"name": "x"}), "spec.model.secretRef"),
+    (changed("model", {"uri": "s3://bucket/x", "revision": "main"}), "spec.model.revision"),
+    (changed("model", {"uri": "oci://registry.example/x", "revision": "v1"}), "spec.model.revision"),
     (changed("quantization", {"maxPerplexityIncrease": "0.1"}), "spec.quantization.maxPerplexityIncrease"),
     (changed("accelerator", {"resource": "cpu", "minMemory": "24Gi"}), "spec.accelerator.minMemory"),
     (changed("accelerator", {"resource": "cpu", "products": ["A10"]}), "spec.accelerator.products"),
@@ -135,6 +140,7 @@ WRONG: list[tuple[Object, str]] = [
     (changed("pod.tolerations", [{"key": "a", "tolerationSeconds": 3}]), "spec.pod.tolerations[0].tolerationSeconds"),
     (changed("pod.env", [{"name": "GANTLINE_X"}]), "spec.pod.env[0].name"),
     (changed("pod.env", [{"name": "HF_TOKEN", "value": "secret"}]), "spec.pod.env[0].name"),
+    (changed("pod.env", [{"name": "AWS_SECRET_ACCESS_KEY", "value": "secret"}]), "spec.pod.env[0].name"),
     (changed("pod.env", [{"name": "A"}, {"name": "A"}]), "spec.pod.env"),
 ]
 

@@ -30,6 +30,8 @@ INSTALLATIONS: dict[str, Object] = {
             "imagePullPolicy": "Always",
             "imagePullSecrets": ["first", "second"],
             "hfEndpoint": "https://hub.example",
+            "s3Endpoint": "https://minio.example:9000",
+            "insecureRegistries": ["registry.example:5000", "other.example"],
             "networkPolicy": {"enabled": True},
         },
         "serviceAccount": {"annotations": {"example.com/role": "x"}},
@@ -144,6 +146,7 @@ def test_the_operator_understands_every_setting_that_the_chart_gives(name: str) 
         assert settings == OperatorSettings(
             image_cuda="registry.example/runtime:1", image_cpu="registry.example/runtime-cpu@sha256:" + "0" * 64,
             image_pull_policy="Always", image_pull_secrets=("first", "second"), hf_endpoint="https://hub.example", network_policies=True,
+            s3_endpoint="https://minio.example:9000", insecure_registries=("registry.example:5000", "other.example"),
             inventory_configmap="gantline-system/gantline-inventory", workers=2, resync_seconds=60, job_retention_seconds=600,
             log_level="debug", scaling_interval_seconds=10, custom_metrics_port=8443, **OF_THE_RELEASE,
         )  # fmt: skip

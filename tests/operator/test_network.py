@@ -79,6 +79,19 @@ def test_a_hub_or_a_proxy_at_a_port_of_its_own_is_reached(env: list[Object], end
     assert allowed(made, "server", "egress") == {53}
 
 
+@pytest.mark.parametrize(
+    ("uri", "endpoint", "port"),
+    [
+        ("oci://registry.example:5000/team/tiny:v1", "", 5000),
+        ("oci://registry.example/team/tiny:v1", "", None),
+        ("s3://models/tiny", "https://minio.example:9000", 9000),
+    ],
+)
+def test_a_registry_or_an_endpoint_at_a_port_of_its_own_is_reached(uri: str, endpoint: str, port: int | None) -> None:
+    made = policies({**REMOTE, "model": {"uri": uri}}, s3_endpoint=endpoint)
+    assert allowed(made, "fetch", "egress") == {53, 80, 443} | ({port} if port else set())
+
+
 def test_policies_stand_before_the_first_pod_and_go_with_the_setting(api_cluster: ApiCluster, namespace: str) -> None:
     install_crd(api_cluster)
     fates(api_cluster, inspected(walled=TINY))

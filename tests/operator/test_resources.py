@@ -288,6 +288,53 @@ def test_the_hubs_token_reaches_only_what_reads_the_hub() -> None:
             assert env["HF_HUB_OFFLINE"]["value"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("uri", "needed", "optional", "address"),
+    [
+        (
+            "s3://models/tiny",
+            {"AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY"},
+            {"AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_S3_ADDRESSING_STYLE", "GANTLINE_CA_CERTIFICATES"},
+            ("AWS_ENDPOINT_URL", "http://minio:9000"),
+        ),
+        (
+            "oci://registry.example/team/tiny:v1",
+            {"DOCKER_AUTH_CONFIG": ".dockerconfigjson"},
+            {"GANTLINE_CA_CERTIFICATES"},
+            ("GANTLINE_INSECURE_REGISTRIES", "a:5000,b"),
+        ),
+    ],
+)
+def test_what_opens_a_source_reaches_only_what_reads_it(
+    uri: str, needed: dict[str, str], optional: set[str], address: tuple[str, str]
+) -> None:
+    case = changed(CASES["quickstart"], model={"uri": uri, "secretRef": {"name": "keys"}})
+    settings = replace(SETTINGS, s3_endpoint="http://minio:9000", insecure_registries=("a:5000", "b"))
+    fetch = resources.fetch_job(case.parent, CPU_STAGE, settings, revision="c0ffee")
+    quantize = resources.quantize_job(case.parent, CPU_STAGE, settings, source=case.model(), fingerprint=FINGERPRINT)
+    inspect = resources.inspect_job(case.parent, CPU_STAGE, settings)
+    for job in (inspect, fetch):
+        env = {entry["name"]: entry for entry in pod_template(job)["spec"]["containers"][0]["env"]}
+        references = {name: entry["valueFrom"]["secretKeyRef"] for name, entry in env.items() if "valueFrom" in entry}
+        assert {name for name, reference in references.items() if reference.get("optional")} == optional
+        assert {name: reference["key"] for name, reference in references.items() if not reference.get("optional")} == needed
+        assert {reference["name"] for reference in references.values()} == {"keys"}
+        assert env[address[0]]["value"] == address[1]
+        assert "HF_ENDPOINT" not in env
+    assert not any("valueFrom" in entry for entry in pod_template(quantize)["spec"]["containers"][0]["env"])
+    public = changed(CASES["quickstart"], model={"uri": uri})
+    inspect = resources.inspect_job(public.parent, CPU_STAGE, settings)
+    assert not any("valueFrom" in entry for entry in pod_template(inspect)["spec"]["containers"][0]["env"])
+
+
+def test_a_bucket_is_looked_at_again_when_its_pods_are_replaced_and_an_image_is_not() -> None:
+    def inspected(uri: str, again: str) -> str:
+        return resources.inspect_hash(replace(changed(CASES["quickstart"], model={"uri": uri}).parent, restarted_at=again))
+
+    assert inspected("s3://models/tiny", "now") != inspected("s3://models/tiny", "")
+    assert inspected("oci://registry.example/tiny:v1", "now") == inspected("oci://registry.example/tiny:v1", "")
+
+
 def test_stages_are_told_what_to_do_with_what() -> None:
     inspect, fetch, quantize = (pod_template(job)["spec"]["containers"][0]["args"] for job in CASES["every-field"].jobs())
     assert inspect == ["inspect", "hf://org/name", "--revision=v1.0"]

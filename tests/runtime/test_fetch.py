@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gantline_runtime import artefact, cli, sources, termination
+from gantline_runtime import artefact, cli
 from gantline_runtime.artefact import MANIFEST, Manifest, Staging
 from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.errors import CapacityError, ConfigurationError
+from gantline_runtime.sources import patience
 from gantline_runtime.termination import Reason
 
 from tests.runtime.checkpoint_files import CONFIG, model_files
+from tests.runtime.fetching import kill_mid_download, last_word, names
 from tests.runtime.hub_server import COMMIT, SIGNATURE, Hub, serve_hub
 
 FILES = {
@@ -28,10 +28,6 @@ FILES = {
     "pytorch_model.bin": b"\x80\x02evil",
     "modeling_evil.py": b"import os",
 }
-SMALL_STEPS = (
-    "import sys, huggingface_hub.constants as constants; constants.DOWNLOAD_CHUNK_SIZE = 1 << 14;"
-    "from gantline_runtime.cli import main; sys.exit(main())"
-)
 KEPT = {"config.json", "model.safetensors", "tokenizer.json", "README.md", MANIFEST}
 
 
@@ -44,28 +40,18 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)  # bytes on disk at a time: what a cut can lose
-    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
 
 
 @contextmanager
 def hub_with(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes] = FILES, **faults: Any) -> Iterator[Hub]:
-    with serve_hub(Hub(files, **faults)) as hub:
+    with serve_hub(Hub(files=files, **faults)) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub
 
 
 def fetch(target: Path) -> int:
     return cli.main(["fetch", "hf://org/name", str(target)])
-
-
-def last_word(tmp_path: Path) -> termination.TerminationMessage:
-    message = termination.parse((tmp_path / "last-word").read_text())
-    assert message is not None
-    return message
-
-
-def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def test_a_model_is_fetched_without_what_could_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,34 +97,11 @@ def test_a_connection_that_breaks_is_resumed_where_it_broke(tmp_path: Path, monk
 def test_a_killed_download_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model"
     with hub_with(monkeypatch, stall_after=150_000) as hub:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SMALL_STEPS, "fetch", "hf://org/name", str(target)],
-            env={**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "30"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        assert hub.stalled.wait(60)
-        _wait_for_bytes(target.with_name("model.partial"), 100_000)
-        process.kill()
-        process.wait()
-        assert not target.exists()
-        hub.stall_after = -1
-        hub.requests.clear()
+        kill_mid_download("hf://org/name", target, hub, received=100_000)
         assert fetch(target) == 0
-        resumed = [item[2] for item in hub.seen("/storage/") if item[0] == "GET" and item[2].endswith("-")]
-        assert resumed and int(resumed[0].removeprefix("bytes=").removesuffix("-")) >= 100_000
+        assert hub.starts("/storage/")[0] >= 100_000
     assert (target / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert names(target) == KEPT
-
-
-def _wait_for_bytes(folder: Path, count: int) -> None:
-    import threading
-
-    for _ in range(1000):
-        if any(path.stat().st_size >= count for path in folder.glob(".download/model.safetensors.*")):
-            return
-        threading.Event().wait(0.02)
-    raise AssertionError(f"no partial file of {count} bytes in {folder}")
 
 
 def test_a_download_that_stalls_says_so_and_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,11 +140,12 @@ def test_a_file_that_differs_from_the_listing_is_not_published(tmp_path: Path, m
 
     real = command._download
 
-    def tampered(model: Any, wanted: Any, folder: Path) -> None:
-        real(model, wanted, folder)
+    def tampered(source: Any, wanted: Any, folder: Path) -> Any:
+        fetched = real(source, wanted, folder)
         content = bytearray((folder / "model.safetensors").read_bytes())
         content[-1] ^= 1
         (folder / "model.safetensors").write_bytes(content)
+        return fetched
 
     with hub_with(monkeypatch):
         monkeypatch.setattr(command, "_download", tampered)

@@ -41,7 +41,7 @@ def test_a_folders_facts_are_printed_and_left_for_the_operator(last_word: Path, 
 
 
 def test_a_repositorys_facts_carry_its_name_and_commit(last_word: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_hub(Hub(model_files())) as hub:
+    with serve_hub(Hub(files=model_files())) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         assert cli.main(["inspect", "hf://org/name", "--revision", "main"]) == 0
     assert (message(last_word).facts["name"], message(last_word).facts["revision"]) == ("org/name", COMMIT)
@@ -72,7 +72,7 @@ def test_what_is_no_model_leaves_its_reason(
 
 def test_a_token_is_in_no_output(last_word: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_mysecret")
-    with serve_hub(Hub(model_files(), token="hf_right")) as hub:
+    with serve_hub(Hub(files=model_files(), token="hf_right")) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         assert cli.main(["inspect", "hf://org/name"]) == 77
     captured = capfd.readouterr()

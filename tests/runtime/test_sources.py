@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from gantline_runtime import sources
 from gantline_runtime.checkpoint import read_checkpoint
 from gantline_runtime.errors import CheckpointError, ConfigurationError, SourceError
-from gantline_runtime.sources import HubFiles, parse_uri
+from gantline_runtime.sources import parse_uri, patience
+from gantline_runtime.sources.hub import HubFiles, hub_service
 from gantline_runtime.termination import Reason
 
 from tests.runtime.checkpoint_files import model_files
@@ -19,7 +19,7 @@ TOKEN = "hf_secretsecretsecret"
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,17 @@ def test_a_uri_is_a_folder_or_a_repository(text: str, path: str | None, reposito
         "hf://org/na me",
         "hf://org/name?x=1",
         "file://host/x",
-        "s3://bucket/x",
+        "s3://",
+        "s3://Bucket/x",
+        "s3://bucket/../x",
+        "s3://bucket/.git",
+        "s3://bucket/a b",
+        "s3://key:secret@bucket/x",
+        "oci://registry.example",
+        "oci://registry.example/Name",
+        "oci://registry.example/name@sha256:beef",
+        "oci://user@registry.example/name",
+        "oci://registry.example/a/../b",
         "pvc://claim/x",
         "http://x/y",
     ],
@@ -73,7 +83,7 @@ def open_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, revision: str = "", time
 
 def test_a_hubs_checkpoint_is_judged_by_its_headers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     big = model_files({"vocab_size": 60_000})
-    with serve_hub(Hub(big)) as hub:
+    with serve_hub(Hub(files=big)) as hub:
         checkpoint = read_checkpoint(open_hub(hub, monkeypatch), name="org/name", revision=COMMIT)
     ranges = [item[2].removeprefix("bytes=").split("-") for item in hub.seen("/storage/")]
     assert sum(int(last) - int(first) + 1 for first, last in ranges) < 250_000 < len(big["model.safetensors"])
@@ -84,13 +94,13 @@ def test_a_server_that_ignores_ranges_is_read_all_the_same(monkeypatch: pytest.M
     content = b"0123456789" * 5000
     files = HubFiles.__new__(HubFiles)
     files._client = httpx.Client(transport=httpx.MockTransport(lambda request: httpx.Response(200, content=content)))
-    files.label, files.revision, files._has_token = "hf://org/name", "main", False
+    files.service = hub_service("hf://org/name", "main")
     assert files._get("http://hub/x", 40_003, 5) == b"34567"
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with serve_hub(Hub(model_files(), token=TOKEN)) as hub:
+    with serve_hub(Hub(files=model_files(), token=TOKEN)) as hub:
         read_checkpoint(open_hub(hub, monkeypatch))
     assert hub.seen("/storage/") and not any(item[3] for item in hub.seen("/storage/"))
     assert all(item[3] for item in hub.seen("/resolve/"))
@@ -108,7 +118,7 @@ def test_the_token_goes_to_the_hub_and_not_to_its_storage(monkeypatch: pytest.Mo
 def test_a_refusal_has_its_own_reason(
     faults: dict[str, object], revision: str, reason: Reason, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serve_hub(Hub(model_files(), **faults)) as hub, pytest.raises(SourceError, match=word) as caught:  # type: ignore[arg-type]
+    with serve_hub(Hub(files=model_files(), **faults)) as hub, pytest.raises(SourceError, match=word) as caught:  # type: ignore[arg-type]
         open_hub(hub, monkeypatch, revision)
     assert caught.value.reason == reason
     assert caught.value.cure
@@ -116,18 +126,18 @@ def test_a_refusal_has_its_own_reason(
 
 def test_a_token_that_may_not_read_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another")
-    with serve_hub(Hub(model_files(), token=TOKEN)) as hub, pytest.raises(SourceError, match="may not read it") as caught:
+    with serve_hub(Hub(files=model_files(), token=TOKEN)) as hub, pytest.raises(SourceError, match="may not read it") as caught:
         open_hub(hub, monkeypatch)
     assert "hf_another" not in str(caught.value)
 
 
 def test_a_few_bad_answers_are_outlived(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_hub(Hub(model_files(), rate_limited=2, failures=1)) as hub:
+    with serve_hub(Hub(files=model_files(), rate_limited=2, failures=1)) as hub:
         assert open_hub(hub, monkeypatch).model.commit == COMMIT
 
 
 def test_a_server_that_is_not_there_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_hub(Hub({})) as hub:
+    with serve_hub(Hub(files={})) as hub:
         pass
     with pytest.raises(SourceError) as caught:
         open_hub(hub, monkeypatch)
@@ -135,7 +145,7 @@ def test_a_server_that_is_not_there_stalls(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_listing_that_is_not_a_hubs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gantline_runtime.sources import _parse_sibling
+    from gantline_runtime.sources.hub import _parse_sibling
 
     hostile = [
         None,
@@ -153,5 +163,5 @@ def test_a_listing_that_is_not_a_hubs_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_that_is_shorter_than_listed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_hub(Hub({"config.json": b"{}"})) as hub, pytest.raises(CheckpointError, match=r"config\.json"):
+    with serve_hub(Hub(files={"config.json": b"{}"})) as hub, pytest.raises(CheckpointError, match=r"config\.json"):
         open_hub(hub, monkeypatch).read("config.json", 0, 10)

@@ -9,6 +9,8 @@
 - {name: GANTLINE_IMAGE_PULL_POLICY, value: {{ .Values.runtime.imagePullPolicy }}}
 - {name: GANTLINE_IMAGE_PULL_SECRETS, value: {{ .Values.runtime.imagePullSecrets | join "," | quote }}}
 - {name: GANTLINE_HF_ENDPOINT, value: {{ .Values.runtime.hfEndpoint | quote }}}
+- {name: GANTLINE_S3_ENDPOINT, value: {{ .Values.runtime.s3Endpoint | quote }}}
+- {name: GANTLINE_INSECURE_REGISTRIES, value: {{ .Values.runtime.insecureRegistries | join "," | quote }}}
 - {name: GANTLINE_NETWORK_POLICIES, value: {{ .Values.runtime.networkPolicy.enabled | quote }}}
 - {name: GANTLINE_INVENTORY_CONFIGMAP, value: {{ with include "gantline.inventory" . }}{{ printf "%s/%s" $.Release.Namespace . | quote }}{{ else }}""{{ end }}}
 - {name: GANTLINE_GATEWAY_NAMESPACE, value: {{ .Release.Namespace }}}

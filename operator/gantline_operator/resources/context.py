@@ -56,6 +56,8 @@ class Settings:
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: tuple[str, ...] = ()
     hf_endpoint: str = ""
+    s3_endpoint: str = ""
+    insecure_registries: tuple[str, ...] = ()
     network_policies: bool = False
     load_url: str = ""
     """Address at which KEDA reaches the operator."""
@@ -68,6 +70,8 @@ class Settings:
             image_pull_policy=operator.image_pull_policy,
             image_pull_secrets=operator.image_pull_secrets,
             hf_endpoint=operator.hf_endpoint,
+            s3_endpoint=operator.s3_endpoint,
+            insecure_registries=operator.insecure_registries,
             network_policies=operator.network_policies,
             load_url=operator.load_url,
         )

@@ -19,6 +19,7 @@ from gantline_operator.resources.placement import (
     volume_labels,
 )
 from gantline_operator.resources.pod import Mount, PodBase, build_container, build_pod
+from gantline_operator.resources.source_env import source_env
 
 __all__ = [
     "ALGORITHM_VERSIONS", "ATTEMPT", "fetch_hash", "fetch_job", "inspect_hash", "inspect_job", "quantize_hash", "quantize_job",
@@ -37,10 +38,11 @@ _DEADLINE_S: Mapping[Stage, int] = {"inspect": 3600, "fetch": 2 * 86400, "quanti
 
 
 def inspect_hash(parent: Parent) -> str:
-    """Of what is inspected: the source and its revision. Files that pods read in place are looked at again when the pods are replaced:
-    the new ones read what is there by then."""
-    in_place = source_location(parent.spec.model.uri) is not None
-    again = {"restartedAt": parent.restarted_at} if in_place and parent.restarted_at else {}
+    """Of what is inspected: the source and its revision. Files that can change under the same name are looked at again when the pods are
+    replaced: those that pods read in place, since the new pods read what is there by then, and a bucket's, which have no commits."""
+    uri = parent.spec.model.uri
+    may_change = source_location(uri) is not None or uri.startswith("s3://")
+    again = {"restartedAt": parent.restarted_at} if may_change and parent.restarted_at else {}
     return content_hash({"stage": "inspect", "version": ALGORITHM_VERSIONS["inspect"], **_source(parent.spec), **again})
 
 
@@ -68,7 +70,7 @@ def inspect_job(parent: Parent, placement: Placement, settings: Settings, *, att
     arguments = ["inspect", _inside(parent.spec.model.uri, source), *_revision(parent.spec.model.revision)]
     mounts = source.mounts if source else ()
     base = build_base(parent, placement, settings)
-    return _job(parent, settings, "inspect", inspect_hash(parent), attempt, base, arguments, mounts, env=_hub(parent, settings))
+    return _job(parent, settings, "inspect", inspect_hash(parent), attempt, base, arguments, mounts, env=source_env(parent, settings))
 
 
 def fetch_job(parent: Parent, placement: Placement, settings: Settings, *, revision: str | None = None, attempt: int = 0) -> Object:
@@ -78,7 +80,7 @@ def fetch_job(parent: Parent, placement: Placement, settings: Settings, *, revis
     arguments = ["fetch", parent.spec.model.uri, target, *_revision(revision or parent.spec.model.revision)]
     mounts = (cache_mount(parent, read_only=False),)
     base = build_base(parent, placement, settings)
-    return _job(parent, settings, "fetch", digest, attempt, base, arguments, mounts, env=_hub(parent, settings))
+    return _job(parent, settings, "fetch", digest, attempt, base, arguments, mounts, env=source_env(parent, settings))
 
 
 def quantize_job(
@@ -147,12 +149,3 @@ def _inside(uri: str, location: ModelLocation | None) -> str:
 def _revision(revision: str | None) -> list[str]:
     return [f"--revision={revision}"] if revision else []
 
-
-def _hub(parent: Parent, settings: Settings) -> list[Object]:
-    """Where the hub is and what opens it; only for remote sources, so that no other pod holds the token."""
-    if source_location(parent.spec.model.uri) is not None:
-        return []
-    endpoint = [{"name": "HF_ENDPOINT", "value": settings.hf_endpoint}] if settings.hf_endpoint else []
-    secret = parent.spec.model.secret_ref
-    reference = {"secretKeyRef": {"name": secret.name, "key": "HF_TOKEN"}} if secret else {}
-    return endpoint + ([{"name": "HF_TOKEN", "valueFrom": reference}] if reference else [])

@@ -2,7 +2,7 @@
 
     NAME-isolated   every pod of the service: nothing in, nothing out
     NAME-server     but servers answer at their port, and may look names up
-    NAME-fetch      but what reads a remote source may look names up and reach the hub, or the proxy before it
+    NAME-fetch      but what reads a remote source may look names up and reach its server, or the proxy before it
 
 Policies add up, so each of the last two only allows. Ranks of a server share its pod, where no policy applies.
 """
@@ -20,7 +20,7 @@ __all__ = ["network_policies"]
 
 _DNS: Object = {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
 _WEB_PORTS = (80, 443)
-_ADDRESSES = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+_ADDRESSES = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 """Variables of a service that name where downloads go; proxies are written in small letters too."""
 
 
@@ -39,8 +39,8 @@ def network_policies(parent: Parent, settings: Settings) -> list[Object]:
         ),
     ]  # fmt: skip
     if source_location(parent.spec.model.uri) is None:
-        hub = {"ports": [_tcp(port) for port in _hub_ports(parent, settings)]}
-        policies.append(_policy(parent, settings, "fetch", readers, policyTypes=["Egress"], egress=[_DNS, hub]))
+        server = {"ports": [_tcp(port) for port in _source_ports(parent, settings)]}
+        policies.append(_policy(parent, settings, "fetch", readers, policyTypes=["Egress"], egress=[_DNS, server]))
     return policies
 
 
@@ -59,10 +59,13 @@ def _tcp(port: int) -> Object:
     return {"protocol": "TCP", "port": port}
 
 
-def _hub_ports(parent: Parent, settings: Settings) -> list[int]:
-    """The web's, since hubs send clients elsewhere for large files, and those that the addresses in use name."""
+def _source_ports(parent: Parent, settings: Settings) -> list[int]:
+    """The web's, since hubs and registries send clients elsewhere for large files, and those that the addresses in use name. An endpoint
+    that only the Secret names is not among them: the operator reads no Secrets."""
+    uri = parent.spec.model.uri
+    registry = uri.removeprefix("oci://").partition("/")[0] if uri.startswith("oci://") else ""
     given = [variable.value for variable in parent.spec.pod.env if variable.name.upper() in _ADDRESSES]
-    named = (_port(address) for address in (settings.hf_endpoint, *given))
+    named = (_port(address) for address in (settings.hf_endpoint, settings.s3_endpoint, registry, *given))
     return sorted({*_WEB_PORTS, *(port for port in named if port)})
 
 

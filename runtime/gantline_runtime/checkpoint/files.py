@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are read from: a folder here, a hub in `gantline_runtime.sources`."""
+"""Where a checkpoint's files are read from: a folder here, remote sources in `gantline_runtime.sources`."""
 
 from __future__ import annotations
 

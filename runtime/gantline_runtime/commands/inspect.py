@@ -1,4 +1,4 @@
-"""Read what a model is, without loading it: config.json and the safetensors headers, from a folder or a hub.
+"""Read what a model is, without loading it: config.json and the safetensors headers, from a folder, a hub, a bucket or a registry.
 
 Prints the facts as JSON. In a pod they go into the termination message as well, which is how the operator learns them.
 """
@@ -16,8 +16,8 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("uri", metavar="URI", help="a folder, file:///path, or hf://organisation/name ($HF_ENDPOINT, $HF_TOKEN)")
-    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub's repository (default: main)")
+    parser.add_argument("uri", metavar="URI", help="a folder, hf://organisation/name, s3://bucket/path or oci://registry/repository:tag")
+    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub's repository (default: main); digest of an image")
 
 
 def run(args: argparse.Namespace) -> int:

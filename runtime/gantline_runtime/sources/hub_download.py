@@ -14,48 +14,37 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from gantline_runtime.progress import Progress
-from gantline_runtime.sources import HubModel, RemoteFile, hub_errors
+from gantline_runtime.sources.hub import HubModel, hub_errors
+from gantline_runtime.sources.remote import DOWNLOADS, RemoteFile
+from gantline_runtime.sources.transfer import Downloaded
 
-__all__ = ["DOWNLOADS", "Downloaded", "download_file"]
-
-DOWNLOADS = ".download"
+__all__ = ["download_file"]
 
 
-class Downloaded:
-    """Bytes of all files so far, as huggingface_hub's bars tell them."""
+def _bar_class(downloaded: Downloaded) -> type[tqdm[Any]]:
+    """A bar that draws nothing and tells `downloaded` what huggingface_hub tells it."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._finished, self._current = progress, 0, 0
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            downloaded.add(int(kwargs.get("initial", 0) or 0))
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("name", "log_level")}
+            super().__init__(*args, **{**kwargs, "disable": True})
 
-    def bar_class(self) -> type[tqdm[Any]]:
-        downloaded = self
+        def update(self, n: float | None = 1) -> bool | None:
+            downloaded.add(int(n or 0))
+            return None
 
-        class Bar(tqdm):  # type: ignore[type-arg]
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                downloaded._current = int(kwargs.get("initial", 0) or 0)
-                kwargs = {key: value for key, value in kwargs.items() if key not in ("name", "log_level")}
-                super().__init__(*args, **{**kwargs, "disable": True})
-
-            def update(self, n: float | None = 1) -> bool | None:
-                downloaded._current += int(n or 0)
-                downloaded._progress.show("fetching", downloaded._finished + downloaded._current)
-                return None
-
-        return Bar
-
-    def finish(self, file: RemoteFile) -> None:
-        self._finished, self._current = self._finished + file.size, 0
-        self._progress.show(f"fetched {file.name}", self._finished)
+    return Bar
 
 
 def download_file(model: HubModel, file: RemoteFile, folder: Path, downloaded: Downloaded) -> None:
     """Bring `file` into `folder`, going on with what an earlier process left. Raises SourceError."""
     target = folder / file.name
-    if not (target.exists() and target.stat().st_size == file.size):
-        with hub_errors(f"hf://{model.repository}", model.commit):
-            _download(model, file, target, downloaded)
-    downloaded.finish(file)
+    if target.exists() and target.stat().st_size == file.size:
+        downloaded.add(file.size)
+        return
+    with hub_errors(f"hf://{model.repository}", model.commit):
+        _download(model, file, target, downloaded)
 
 
 def _download(model: HubModel, file: RemoteFile, target: Path, downloaded: Downloaded) -> None:
@@ -75,5 +64,5 @@ def _download(model: HubModel, file: RemoteFile, target: Path, downloaded: Downl
         if stream.tell() > file.size:
             stream.truncate(0)
         start = stream.tell()
-        http_get(metadata.location, stream, resume_size=start, headers=headers, expected_size=file.size, tqdm_class=downloaded.bar_class())
+        http_get(metadata.location, stream, resume_size=start, headers=headers, expected_size=file.size, tqdm_class=_bar_class(downloaded))
     partial.rename(target)
