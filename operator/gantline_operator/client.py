@@ -11,6 +11,7 @@ ApiError
 ├── Forbidden     401, 403: RBAC or a quota says no
 ├── Invalid       400, 413, 422: the object itself is refused; the same request will be refused again
 └── Unavailable   429, 5xx, no connection, no answer in time: will pass
+    └── Fenced    a write by an operator that no longer leads: it was not sent
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -36,6 +37,7 @@ __all__ = [
     "ApiError",
     "Client",
     "Conflict",
+    "Fenced",
     "Forbidden",
     "Gone",
     "Invalid",
@@ -94,6 +96,10 @@ class Unavailable(ApiError):
     pass
 
 
+class Fenced(Unavailable):
+    pass
+
+
 _BY_STATUS: Mapping[int, type[ApiError]] = {
     400: Invalid, 401: Forbidden, 403: Forbidden, 404: NotFound, 405: KindMissing, 409: Conflict, 410: Gone, 413: Invalid, 415: Invalid,
     422: Invalid, 429: Unavailable,
@@ -145,9 +151,18 @@ class Client:
         self._configuration = configuration
         self._rest = RESTClientObject(configuration)
         self._timeout_s = request_timeout_s
+        self._write_left_s: Callable[[], float] = lambda: float("inf")
 
     async def close(self) -> None:
         await self._rest.close()
+
+    def sibling(self, *, request_timeout_s: float) -> Client:
+        """Another client with the same credentials: connections of its own, and no fence."""
+        return Client(self._configuration, request_timeout_s=request_timeout_s)
+
+    def fence(self, left_s: Callable[[], float]) -> None:
+        """From now on nothing is written that cannot be answered within `left_s()` seconds: such a write raises Fenced, unsent."""
+        self._write_left_s = left_s
 
     async def connection_info(self) -> kopf.ConnectionInfo:
         """The same credentials for kopf, which asks again when they are refused."""
@@ -227,7 +242,10 @@ class Client:
         return _json(await self._send(method, path, **arguments))
 
     async def _send(self, method: str, path: str, **arguments: Any) -> bytes:
-        limits = aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10)
+        timeout_s = self._timeout_s if method == "GET" else min(self._timeout_s, self._write_left_s())
+        if timeout_s <= 0:
+            raise Fenced(f"{method} {path} was not sent: this operator no longer leads")
+        limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
         async with self._response(method, path, limits=limits, **arguments) as response:
             return await response.read()
 

@@ -98,9 +98,8 @@ class Controller:
             self.queue.add_after(key, _CALM_S - since_s)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. `view.run` goes on beside it, maybe for longer."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.view.run())
             await self._list_until_done()
             await self.view.known()
             for number in range(self._settings.workers):
@@ -116,6 +115,10 @@ class Controller:
         await serve_custom_metrics(
             self._client, metrics, address=address, port=port, certificate=Path(self._settings.custom_metrics_certificate)
         )
+
+    def facts_for(self, service: str) -> ClusterFacts:
+        """The cluster as a plan for `service` (`namespace/name`) would find it now, its own pods replaced."""
+        return self._cluster_facts(service, self.view.pods_of(service))
 
     def stuck_worker(self) -> str:
         """A sentence about a worker that is past its deadline and its cancellation, else empty. The age of the queue is no sign: an

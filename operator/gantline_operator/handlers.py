@@ -33,7 +33,7 @@ def child_key(body: Mapping[str, Any]) -> tuple[str, str] | None:
     return (metadata["namespace"], name) if name else None
 
 
-def register(registry: kopf.OperatorRegistry, enqueue: Enqueue, stuck: Callable[[], str]) -> None:
+def register(registry: kopf.OperatorRegistry, enqueue: Enqueue) -> None:
     """The handlers of one operator. They are coroutines: kopf would run plain functions in threads, and the queue is the loop's."""
 
     async def on_service(namespace: str | None, name: str | None, **_: Any) -> None:
@@ -43,14 +43,8 @@ def register(registry: kopf.OperatorRegistry, enqueue: Enqueue, stuck: Callable[
         if (key := child_key(body)) is not None:
             enqueue(*key)
 
-    async def probe_workers(**_: Any) -> str:
-        if problem := stuck():
-            raise kopf.PermanentError(problem)
-        return "ok"
-
     group, version = SERVICES.api_version.split("/")
     kopf.on.event(group, version, SERVICES.plural, id="service", registry=registry)(on_service)
     for kind in WATCHED:
         group, _, version = kind.api_version.rpartition("/")
         kopf.on.event(group, version, kind.plural, id=f"child-{kind.plural}", registry=registry)(on_child)
-    kopf.on.probe(id="workers", registry=registry)(probe_workers)

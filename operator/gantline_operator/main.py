@@ -1,19 +1,20 @@
-"""`gantline-operator`: settings, one API client, one controller, and kopf to watch and to answer /healthz.
+"""`gantline-operator`: settings, one API client, one controller, kopf to watch, and a Lease where several replicas run.
 
-kopf runs without change handlers, so it writes nothing; everything it tells us is a key for the queue. One replica with the strategy
-Recreate is the intended installation: peering is not leader election.
+kopf runs without change handlers, so it writes nothing; everything it tells us is a key for the queue. Its peering is no leader election:
+two of a priority pause each other. Of several replicas the one that holds a Lease works (`leadership.py`); the others wait.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import logging
 import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import kopf
@@ -21,11 +22,15 @@ from gantline_runtime import termination
 from gantline_runtime.errors import ConfigurationError
 
 from gantline_operator import resources
+from gantline_operator.background import beside
 from gantline_operator.client import Client, connect
 from gantline_operator.controller import Controller, DefinitionAppeared
 from gantline_operator.handlers import WATCHED, register
+from gantline_operator.health import build_health
+from gantline_operator.leadership import Leadership, LeadershipLost
 from gantline_operator.settings import OperatorSettings, from_environment
 from gantline_operator.web import build_application, serving_http
+from gantline_operator.webhook.service import serving_webhook
 
 __all__ = ["Backoffs", "kopf_settings", "main", "operate", "version"]
 
@@ -90,38 +95,61 @@ def kopf_settings(*, retry_cap_s: float = 20.0) -> kopf.OperatorSettings:
 
 
 async def operate(settings: OperatorSettings, client: Client, stop: asyncio.Event, *, retry_cap_s: float = 20.0) -> None:
-    """Runs until `stop` is set or a signal comes. Raises what ended it otherwise: the process then ends, and the kubelet starts another."""
+    """Runs until `stop` is set or a signal comes. Raises what ended it otherwise: the process then ends, and the kubelet starts another.
+
+    With a Lease it looks at nodes and pods and answers probes from the beginning, and works as soon as it leads.
+    """
     controller = Controller(client, settings, version())
+    async with contextlib.AsyncExitStack() as stack:
+        leadership = Leadership(client, settings.lease, settings.identity, settings.lease_seconds) if settings.lease else None
+        leads = leadership.leads if leadership else lambda: True
+        controller.metrics.observe_leader(leads)
+        web = build_application(controller.metrics.registry, controller.autoscaler.load)
+        await stack.enter_async_context(serving_http(web, settings.listen_address, settings.metrics_port))
+        health = build_health(controller.stuck_worker, leads)
+        await stack.enter_async_context(serving_http(health, settings.listen_address, settings.health_port))
+        if settings.webhook_port:
+            await stack.enter_async_context(serving_webhook(settings, client, controller, leads, stop))
+        view = await stack.enter_async_context(beside(controller.view.run(), stop))
+        if leadership is not None:
+            stack.push_async_callback(leadership.release)
+            client.fence(leadership.left_s)
+            if not await leadership.acquire(stop):
+                return
+            await stack.enter_async_context(beside(leadership.keep(), stop))
+        work = await stack.enter_async_context(beside(controller.run(), stop))
+        await _watch(settings, client, controller, stop, (view, work), retry_cap_s)
+
+
+async def _watch(
+    settings: OperatorSettings,
+    client: Client,
+    controller: Controller,
+    stop: asyncio.Event,
+    ours: Sequence[asyncio.Task[None]],
+    retry_cap_s: float,
+) -> None:
+    """kopf, until `stop`."""
     registry = kopf.OperatorRegistry()
-    register(registry, controller.enqueue, controller.stuck_worker)
+    register(registry, controller.enqueue)
 
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return await client.connection_info()
 
     async def cleanup(**_: Any) -> None:
-        work.cancel()  # kopf would wait for our workers, which never end by themselves
+        for task in ours:
+            task.cancel()  # kopf would wait for what they began, which never ends by itself
 
     kopf.on.login(id="login", registry=registry)(login)
-    kopf.on.cleanup(id="workers", registry=registry)(cleanup)
-    web = build_application(controller.metrics.registry, controller.autoscaler.load)
-    work = asyncio.create_task(controller.run(), name="controller")
-    work.add_done_callback(lambda _: stop.set())
-    try:
-        async with serving_http(web, settings.listen_address, settings.metrics_port):
-            await kopf.operator(
-                registry=registry,
-                settings=kopf_settings(retry_cap_s=retry_cap_s),
-                clusterwide=not settings.watch_namespaces,
-                namespaces=settings.watch_namespaces,
-                standalone=True,
-                stop_flag=stop,
-                liveness_endpoint=f"http://{settings.listen_address}:{settings.health_port}/healthz" if settings.health_port else None,
-            )
-    finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-    if not work.cancelled() and (error := work.exception()) is not None:
-        raise error
+    kopf.on.cleanup(id="ours", registry=registry)(cleanup)
+    await kopf.operator(
+        registry=registry,
+        settings=kopf_settings(retry_cap_s=retry_cap_s),
+        clusterwide=not settings.watch_namespaces,
+        namespaces=settings.watch_namespaces,
+        standalone=True,
+        stop_flag=stop,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,16 +165,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 async def _run(settings: OperatorSettings) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # until kopf takes them over: a container's first process ignores them otherwise
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect()
     scope = ", ".join(settings.watch_namespaces) or "all namespaces"
     _log.info("gantline-operator %s serves %s", version(), scope)
+    code = 0
     try:
-        await operate(settings, client, asyncio.Event())
+        await operate(settings, client, stop)
     except* DefinitionAppeared:
         _log.info("The definition of InferenceService has appeared: ending, to be started anew and watch it")
+    except* LeadershipLost as lost:
+        _log.error("Ending, to be started anew and wait: %s", "; ".join(map(str, lost.exceptions)))
+        code = 1
     finally:
         await client.close()
-    return 0
+    return code
 
 
 def configure_logging(level: str) -> None:

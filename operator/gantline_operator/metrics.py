@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -27,6 +27,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.reconciles = Counter("gantline_reconciles", "Reconciles by result: done, retry, error.", ["result"], registry=self.registry)
         self.errors = Counter("gantline_errors", "Errors by kind, of the API server or of ours.", ["kind"], registry=self.registry)
+        self.reviews = Counter("gantline_admission_reviews", "Services that the webhook looked at.", ["result"], registry=self.registry)
         self.writes = Counter("gantline_writes", "Writes to the API server.", ["kind", "verb"], registry=self.registry)
         self.scalings = Counter("gantline_scalings", "Changes of replicas by load: up, down.", ["direction"], registry=self.registry)
         self.duration = Histogram("gantline_reconcile_seconds", "Time of one reconcile.", registry=self.registry, buckets=_LATENCY_S)
@@ -35,6 +36,10 @@ class Metrics:
     def observe(self, queue: Callable[[], tuple[int, float]], conditions: Callable[[], ConditionMap]) -> None:
         """`queue` answers (depth, age of the oldest in seconds)."""
         self.registry.register(_State(queue, conditions))
+
+    def observe_leader(self, leads: Callable[[], bool]) -> None:
+        gauge = Gauge("gantline_leader", "1 for the operator that works, 0 for one that waits to take over.", registry=self.registry)
+        gauge.set_function(lambda: float(leads()))
 
 
 class _State(Collector):

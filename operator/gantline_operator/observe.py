@@ -154,6 +154,10 @@ class ClusterView:
         """Pods that hold devices of a node, by `namespace/name` of the service they belong to."""
         return Counter(pod.service for pod in (self._pods.items or {}).values() if pod.service)
 
+    def pods_of(self, service: str) -> list[str]:
+        """uids of the pods of a service (`namespace/name`) that hold devices of a node."""
+        return [pod.uid for pod in (self._pods.items or {}).values() if pod.service == service]
+
     def _read(self, uid: str, node: Object) -> NodeFacts:
         """Read once: a node's object is replaced whenever it changes."""
         seen, result = self._node_facts.get(uid, (None, None))

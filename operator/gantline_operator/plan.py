@@ -45,6 +45,7 @@ __all__ = [
     "plan_inputs",
     "plan_stage",
     "reservation",
+    "screen",
 ]
 
 _CURES: Mapping[Reason, str] = {
@@ -109,6 +110,15 @@ def plan(
         return fresh
     better = isinstance(fresh, Plan) and kept.placement.waiting and not fresh.placement.waiting
     return fresh if better and not started else kept
+
+
+def screen(spec: InferenceServiceSpec, cluster: ClusterFacts, images: Mapping[str, str]) -> Rejected | list[Shape]:
+    """What can be said before the model is known: the shapes that it may be tried on (none for a CPU), or why there is none."""
+    if _on_cpu(spec):
+        turned = _barred_from_cpu(spec, cluster, images)
+        return _reject(turned) if turned else []
+    shapes, screened = find_shapes(spec, cluster, images)
+    return shapes or _reject(screened or [_no_accelerator(cluster)])
 
 
 def plan_inputs(spec: InferenceServiceSpec, facts: ModelFacts) -> str:
@@ -226,13 +236,22 @@ def _try_shapes(spec: InferenceServiceSpec, variant: Variant, shapes: Sequence[S
 def _try_cpu(
     spec: InferenceServiceSpec, variant: Variant, cluster: ClusterFacts, images: Mapping[str, str]
 ) -> tuple[list[Candidate], list[Turned]]:
-    if not images.get("cpu"):
-        return [], [Turned("CPU", Reason.NO_RUNTIME_IMAGE, "no cpu image of the runtime is configured in the operator")]
-    nodes, barred = eligible_nodes(spec, cluster)
-    if not nodes and cluster.nodes_known:
-        return [], barred or [Turned("CPU", Reason.NO_MATCHING_NODE, "the cluster has no nodes")]
+    barred = _barred_from_cpu(spec, cluster, images)
+    if barred:
+        return [], barred
+    nodes, _ = eligible_nodes(spec, cluster)
     verdict = assess_cpu(spec, variant, nodes, bool(nodes))
     return ([verdict], []) if isinstance(verdict, Candidate) else ([], [verdict])
+
+
+def _barred_from_cpu(spec: InferenceServiceSpec, cluster: ClusterFacts, images: Mapping[str, str]) -> list[Turned]:
+    """Why no node's CPU can be used; empty where one can."""
+    if not images.get("cpu"):
+        return [Turned("CPU", Reason.NO_RUNTIME_IMAGE, "no cpu image of the runtime is configured in the operator")]
+    nodes, barred = eligible_nodes(spec, cluster)
+    if nodes or not cluster.nodes_known:
+        return []
+    return barred or [Turned("CPU", Reason.NO_MATCHING_NODE, "the cluster has no nodes")]
 
 
 def _rank(candidate: Candidate, spec: InferenceServiceSpec) -> tuple[int, int, int, str, tuple[Requirement, ...] | str]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.settings import Source, document, read
 from gantline_runtime.settings import names as _names
 from gantline_runtime.settings import namespaces as _namespaces
 from gantline_runtime.settings import number as _number
+from gantline_runtime.settings import object_name as _object_name
 from gantline_runtime.settings import one_of as _one_of
 from gantline_runtime.settings import setting as _setting
 from gantline_runtime.settings import switch as _switch
 from gantline_runtime.settings import text as _text
+from gantline_runtime.termination import Reason
 
 __all__ = ["PREFIX", "OperatorSettings", "documented_settings", "from_environment"]
 
@@ -52,7 +55,7 @@ class OperatorSettings:
         _switch, False, "true makes NetworkPolicies for each service's pods, which do nothing unless the cluster's network enforces them."
     )
     inventory_configmap: str = _setting(
-        _text, "", "namespace/name of a ConfigMap that describes node pools which labels do not, or which are now at zero."
+        _object_name, "", "namespace/name of a ConfigMap that describes node pools which labels do not, or which are now at zero."
     )
     observe_nodes: str = _setting(
         _one_of("auto", "never"), "auto", "auto lists nodes and all pods where that is allowed; never leaves capacity to the scheduler."
@@ -73,8 +76,25 @@ class OperatorSettings:
     custom_metrics_certificate: str = _setting(
         _text, "/etc/gantline/custom-metrics", "Folder with tls.crt and tls.key of that port; read again when they change."
     )
+    lease: str = _setting(
+        _object_name, "", "namespace/name of the Lease that says which of several operators works; empty: there is no other operator."
+    )
+    lease_seconds: int = _setting(
+        _number(3, 600), 15, "How long after its last renewal a Lease may be taken over; its holder stops writing after two thirds of it."
+    )
+    identity: str = _setting(
+        _text, "", "Name of this process in the Lease, such as its pod's; one that finds its name there goes on at once. Empty: a new name."
+    )
     metrics_port: int = _setting(_number(0, 65535), 8080, "Port of /metrics; 0 turns it off.")
     health_port: int = _setting(_number(0, 65535), 8081, "Port of /healthz; 0 turns it off.")
+    webhook_port: int = _setting(_number(0, 65535), 0, "Port of the webhook that warns at admission; 0 turns it off.")
+    webhook_hosts: tuple[str, ...] = _setting(
+        _names, (), "Names or addresses by which the API server reaches the webhook, separated by commas; its certificate is made for them."
+    )
+    webhook_secret: str = _setting(_object_name, "", "namespace/name of the Secret that keeps the webhook's certificate for all replicas.")
+    webhook_configuration: str = _setting(
+        _text, "", "Name of the ValidatingWebhookConfiguration that is told the certificate's authority."
+    )
     listen_address: str = _setting(_text, "0.0.0.0", "Address that both ports listen on.")
     workers: int = _setting(_number(1, 64), 8, "Services reconciled at once.")
     resync_seconds: int = _setting(
@@ -102,4 +122,9 @@ def documented_settings() -> list[tuple[str, str, str, str]]:
 
 def from_environment(environment: Mapping[str, str], arguments: Sequence[str] = ()) -> OperatorSettings:
     """Settings from variables, then flags. Raises ConfigurationError naming the variable or flag and what it takes."""
-    return read(OperatorSettings, Source("gantline-operator", "Runs InferenceServices.", PREFIX, _NOT_OURS), environment, arguments)
+    source = Source("gantline-operator", "Runs InferenceServices.", PREFIX, _NOT_OURS)
+    settings: OperatorSettings = read(OperatorSettings, source, environment, arguments)
+    if settings.webhook_port and not (settings.webhook_hosts and settings.webhook_secret and settings.webhook_configuration):
+        message = "the webhook has a port, but no hosts, Secret or configuration"
+        raise ConfigurationError(message, reason=Reason.INVALID_CONFIGURATION, cure="Set all GANTLINE_WEBHOOK_* variables, or none.")
+    return settings

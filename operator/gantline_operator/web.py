@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -32,13 +33,21 @@ def build_application(registry: CollectorRegistry, load: Load) -> web.Applicatio
 
 
 @asynccontextmanager
-async def serving_http(application: web.Application, address: str, port: int) -> AsyncIterator[None]:
-    """Serves within the block; nothing with port 0. Raises OSError where the port is taken."""
-    runner = web.AppRunner(application, access_log=None)
+async def serving_http(application: web.Application, address: str, port: int, context: ssl.SSLContext | None = None) -> AsyncIterator[None]:
+    """Serves within the block; nothing with port 0. Raises OSError where the port is taken.
+
+    Each connection carries one request: kopf waits at its end for connections that wait for another, and so would the next leader.
+    """
+
+    async def close(request: web.Request, response: web.StreamResponse) -> None:
+        response.force_close()
+
+    application.on_response_prepare.append(close)
+    runner = web.AppRunner(application, access_log=None, handle_signals=False)
     await runner.setup()
     try:
         if port:
-            await web.TCPSite(runner, address, port).start()
+            await web.TCPSite(runner, address, port, ssl_context=context).start()
         yield
     finally:
         await runner.cleanup()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.termination import Reason
 
-__all__ = ["Source", "document", "names", "namespaces", "number", "one_of", "read", "seconds", "setting", "switch", "text"]
+__all__ = ["Source", "document", "names", "namespaces", "number", "object_name", "one_of", "read", "seconds", "setting", "switch", "text"]
 
 T = TypeVar("T")
 
@@ -36,6 +36,13 @@ def namespaces(value: str) -> tuple[str, ...]:
         if not _NAMESPACE.fullmatch(name):
             raise ValueError(f"{name!r} is not a namespace's name")
     return found
+
+
+def object_name(value: str) -> str:
+    namespace, _, name = value.strip().partition("/")
+    if value.strip() and not (_NAMESPACE.fullmatch(namespace) and re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", name)):
+        raise ValueError("expected namespace/name")
+    return value.strip()
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:

@@ -12,6 +12,7 @@ from gantline_operator.install_crds import main as install_crds_main
 from gantline_operator.resources import MANAGED_KINDS
 from gantline_operator.settings import OperatorSettings, from_environment
 from gantline_operator.spec import parse_service
+from gantline_operator.webhook.server import PATH
 
 from tests.operator.helm import CHART, MINIMUM, render, run_helm
 
@@ -25,6 +26,8 @@ INSTALLATIONS: dict[str, Object] = {
     "everything": {
         "image": {"repository": "registry.example/operator", "tag": "1.2.3", "pullPolicy": "Always"},
         "imagePullSecrets": ["own"],
+        "replicaCount": 2,
+        "webhook": {"enabled": True, "timeoutSeconds": 3},
         "runtime": {
             "images": {"cuda": "registry.example/runtime:1", "cpu": "registry.example/runtime-cpu@sha256:" + "0" * 64},
             "imagePullPolicy": "Always",
@@ -54,6 +57,7 @@ INSTALLATIONS: dict[str, Object] = {
 OF_THE_RELEASE: Object = {
     "gateway_namespace": "gantline-system",
     "load_url": "http://gantline-metrics.gantline-system.svc:8080",
+    "lease": "gantline-system/gantline",
 }
 """Settings that no default could know."""
 
@@ -73,7 +77,9 @@ def rules(objects: list[Object]) -> list[Object]:
 
 def operator_environment(values: Object) -> dict[str, str]:
     deployment = of_kind(render(values), "Deployment", "gantline")[0]
-    return {item["name"]: item["value"] for item in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
+    given = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert [item["name"] for item in given if "value" not in item] == ["GANTLINE_IDENTITY"]
+    return {item["name"]: item["value"] for item in given if "value" in item}
 
 
 @pytest.mark.parametrize("name", INSTALLATIONS)
@@ -96,6 +102,9 @@ def test_every_pod_is_restricted_and_bounded(name: str) -> None:
 @pytest.mark.parametrize("name", INSTALLATIONS)
 def test_rights_have_no_wildcard_no_secret_and_no_exec(name: str) -> None:
     for rule in rules(render(INSTALLATIONS[name])):
+        if rule["resources"] == ["secrets"]:
+            assert rule["resourceNames"] == ["gantline-webhook"] and rule["verbs"] == ["get", "patch"] and name == "everything"
+            continue
         assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
         assert not {"secrets", "pods/exec", "pods/attach", "pods/portforward", "serviceaccounts/token"} & set(rule["resources"])
         assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
@@ -148,7 +157,9 @@ def test_the_operator_understands_every_setting_that_the_chart_gives(name: str) 
             image_pull_policy="Always", image_pull_secrets=("first", "second"), hf_endpoint="https://hub.example", network_policies=True,
             s3_endpoint="https://minio.example:9000", insecure_registries=("registry.example:5000", "other.example"),
             inventory_configmap="gantline-system/gantline-inventory", workers=2, resync_seconds=60, job_retention_seconds=600,
-            log_level="debug", scaling_interval_seconds=10, custom_metrics_port=8443, **OF_THE_RELEASE,
+            log_level="debug", scaling_interval_seconds=10, custom_metrics_port=8443, webhook_port=9443,
+            webhook_hosts=("gantline-webhook.gantline-system.svc",), webhook_secret="gantline-system/gantline-webhook",
+            webhook_configuration="gantline-gantline-system", **OF_THE_RELEASE,
         )  # fmt: skip
 
 
@@ -182,7 +193,39 @@ def test_what_is_set_reaches_the_operators_pods() -> None:
     assert readers == [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["gantline-inventory"], "verbs": ["get"]}]
 
 
+def test_the_webhook_is_for_the_namespaces_that_are_served_and_may_touch_two_objects_by_name() -> None:
+    values = {"webhook": {"enabled": True}, "rbac": {"scope": "namespace"}, "watchNamespaces": ["team-a", "team-b"]}
+    objects = render(values)
+    webhook = of_kind(objects, "ValidatingWebhookConfiguration", "gantline-gantline-system")[0]["webhooks"][0]
+    assert (webhook["failurePolicy"], webhook["timeoutSeconds"], webhook["sideEffects"]) == ("Ignore", 5, "None")
+    assert webhook["namespaceSelector"]["matchExpressions"][0]["values"] == ["team-a", "team-b"]
+    given = operator_environment(values)
+    assert given["GANTLINE_WEBHOOK_HOSTS"] == f"{webhook['clientConfig']['service']['name']}.gantline-system.svc"
+    assert webhook["clientConfig"]["service"]["path"] == PATH
+    secret, configuration = given["GANTLINE_WEBHOOK_SECRET"].partition("/")[2], given["GANTLINE_WEBHOOK_CONFIGURATION"]
+    for kind, name in (("Secret", secret), ("ValidatingWebhookConfiguration", configuration)):
+        assert of_kind(objects, kind, name)
+        allowed = [rule for rule in rules(objects) if f"{kind.lower()}s" in rule["resources"]]
+        assert [(rule["resourceNames"], rule["verbs"]) for rule in allowed] == [([name], ["get", "patch"])]
+    assert not of_kind(render(), "ValidatingWebhookConfiguration") and not of_kind(render(), "Secret")
+
+
+def test_two_operators_share_a_lease_and_are_never_both_away() -> None:
+    objects = render({"replicaCount": 2})
+    spec = of_kind(objects, "Deployment")[0]["spec"]
+    assert spec["replicas"] == 2 and spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
+    spread = spec["template"]["spec"]["topologySpreadConstraints"][0]
+    budget = of_kind(objects, "PodDisruptionBudget")[0]["spec"]
+    assert budget["maxUnavailable"] == 1 and spread["whenUnsatisfiable"] == "ScheduleAnyway"
+    for selector in (budget["selector"], spread["labelSelector"]):
+        assert selector["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    lease = of_kind(objects, "Role", "gantline-lease")[0]
+    assert operator_environment({"replicaCount": 2})["GANTLINE_LEASE"] == f"{lease['metadata']['namespace']}/gantline"
+    assert [(rule["verbs"], rule.get("resourceNames")) for rule in lease["rules"]] == [(["create"], None), (["get", "patch"], ["gantline"])]
+
+
 def test_one_operator_runs_and_is_replaced_not_doubled() -> None:
+    assert not of_kind(render(), "PodDisruptionBudget")
     spec = of_kind(render(), "Deployment")[0]["spec"]
     assert spec["replicas"] == 1 and spec["strategy"] == {"type": "Recreate"}
     assert spec["template"]["spec"]["enableServiceLinks"] is False, "a Service named gantline would set GANTLINE_* variables"
@@ -248,6 +291,7 @@ def test_the_longest_release_name_still_makes_legal_names() -> None:
         ({"image": {"repository": "has space"}}, "repository"),
         ({"test": {"modelUri": "s3://bucket/x"}}, "modelUri"),
         ({"crds": {"keep": True}}, "keep"),
+        ({"replicaCount": 3}, "replicaCount"),
     ],
 )
 def test_unknown_and_illegal_values_are_refused_by_name(values: Object, named: str) -> None:
@@ -264,7 +308,7 @@ def test_every_value_is_known_to_the_schema_and_documented() -> None:
     text = (CHART / "values.yaml").read_text()
     schema = yaml.safe_load((CHART / "values.schema.json").read_text())
     assert set(yaml.safe_load(text)) == set(schema["properties"]) - {"global"}
-    for part in ("image", "runtime", "rbac", "crds", "inventory", "operator", "metrics", "test", "serviceAccount"):
+    for part in ("image", "runtime", "rbac", "webhook", "crds", "inventory", "operator", "metrics", "test", "serviceAccount"):
         assert set(yaml.safe_load(text)[part]) == set(schema["properties"][part]["properties"])
         assert schema["properties"][part]["additionalProperties"] is False
 

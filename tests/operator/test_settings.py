@@ -31,6 +31,7 @@ def test_variables_and_flags_are_read_and_a_flag_wins() -> None:
         ({"GANTLINE_WATCH_NAMESPACES": "a,B"}, "'B' is not a namespace's name"),
         ({"GANTLINE_IMAGE_PULL_POLICY": "Sometimes"}, "expected one of"),
         ({"GANTLINE_LOG_LEVEL": "loud"}, "expected one of"),
+        ({"GANTLINE_LEASE": "gantline"}, "expected namespace/name"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(environment: dict[str, str], words: str) -> None:

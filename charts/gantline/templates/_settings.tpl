@@ -17,6 +17,15 @@
 - {name: GANTLINE_SCALING_INTERVAL_SECONDS, value: {{ .Values.operator.scalingIntervalSeconds | int | quote }}}
 - {name: GANTLINE_LOAD_URL, value: {{ if .Values.metrics.service }}{{ printf "http://%s-metrics.%s.svc:8080" (include "gantline.fullname" .) .Release.Namespace | quote }}{{ else }}""{{ end }}}
 - {name: GANTLINE_CUSTOM_METRICS_PORT, value: {{ ternary "8443" "0" .Values.customMetrics.enabled | quote }}}
+- {name: GANTLINE_LEASE, value: "{{ .Release.Namespace }}/{{ include "gantline.fullname" . }}"}
+- {name: GANTLINE_IDENTITY, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+{{- if .Values.webhook.enabled }}
+{{- $name := include "gantline.fullname" . }}
+- {name: GANTLINE_WEBHOOK_PORT, value: "9443"}
+- {name: GANTLINE_WEBHOOK_HOSTS, value: "{{ $name }}-webhook.{{ .Release.Namespace }}.svc"}
+- {name: GANTLINE_WEBHOOK_SECRET, value: "{{ .Release.Namespace }}/{{ $name }}-webhook"}
+- {name: GANTLINE_WEBHOOK_CONFIGURATION, value: {{ $name }}-{{ .Release.Namespace }}}
+{{- end }}
 - {name: GANTLINE_METRICS_PORT, value: "8080"}
 - {name: GANTLINE_HEALTH_PORT, value: "8081"}
 - {name: GANTLINE_WORKERS, value: {{ .Values.operator.workers | int | quote }}}

@@ -1,0 +1,1 @@
+"""What the operator says at admission: warnings, and never a refusal."""

@@ -1,0 +1,159 @@
+"""Several operators, of which one works: real processes on a real API server, killed, stopped past their Lease and continued."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from gantline_devcluster.api_only import ApiCluster, free_port
+from gantline_operator.client import Fenced, NotFound, connect
+from gantline_operator.leadership import LEASES, Leadership, LeadershipLost
+from gantline_operator.observe import CONFIG_MAPS
+
+from tests.operator.harness import SETTINGS, TINY, apply, children, fates, inspected, install_crd, items, service, wait, wait_reason
+
+FULL = os.environ.get("GANTLINE_FULL_MATRIX") == "1"
+LEASE_S = 15 if FULL else 3
+SERVICES = 20 if FULL else 2
+
+
+class Process:
+    """`gantline-operator`, as the chart starts it."""
+
+    def __init__(self, cluster: ApiCluster, namespace: str, log: Path) -> None:
+        self._health = free_port()
+        environment = {
+            **os.environ,
+            "KUBECONFIG": str(cluster.kubeconfig),
+            "GANTLINE_WATCH_NAMESPACES": namespace,
+            "GANTLINE_IMAGE_CPU": SETTINGS.image_cpu,
+            "GANTLINE_LEASE": f"{namespace}/gantline",
+            "GANTLINE_LEASE_SECONDS": str(LEASE_S),
+            "GANTLINE_METRICS_PORT": "0",
+            "GANTLINE_HEALTH_PORT": str(self._health),
+            "GANTLINE_LISTEN_ADDRESS": "127.0.0.1",
+        }
+        with log.open("w") as out:
+            self.process = subprocess.Popen([sys.executable, "-m", "gantline_operator.main"], env=environment, stderr=out)
+
+    def leads(self) -> bool | None:
+        """None where it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._health}/healthz", timeout=5) as answer:
+                return bool(json.load(answer)["leader"])
+        except OSError:
+            return None
+
+
+@contextmanager
+def operators() -> Iterator[list[Process]]:
+    """A list to fill; all are killed at the end."""
+    running: list[Process] = []
+    try:
+        yield running
+    finally:
+        for one in running:
+            one.process.kill()
+            one.process.wait()
+
+
+def test_a_second_operator_takes_over_from_one_that_is_stopped_and_a_third_from_one_that_is_killed(
+    api_cluster: ApiCluster, namespace: str, tmp_path: Path
+) -> None:
+    """The first goes on past its Lease, with a child to repair and nobody else alive: it must not write."""
+    cluster = api_cluster
+    install_crd(cluster)
+    names = [f"led-{number}" for number in range(SERVICES)]
+    fates(cluster, inspected(**dict.fromkeys(names, TINY)))
+    if not cluster.client.get("/api/v1/nodes").get("items"):
+        cluster.simulate("cpu", 1)
+    with operators() as running:
+
+        def start() -> Process:
+            running.append(Process(cluster, namespace, tmp_path / f"{len(running)}.log"))
+            return running[-1]
+
+        def log(number: int) -> str:
+            return (tmp_path / f"{number}.log").read_text()
+
+        first = start()
+        wait(first.leads, what=lambda: log(0))
+        second = start()
+        wait(lambda: second.leads() is False, what=lambda: log(1))
+        apply(cluster, *(service(name, namespace) for name in names))
+        wait(lambda: items(cluster, "jobs", namespace))
+        first.process.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        wait(second.leads, what=lambda: log(1))
+        assert time.monotonic() - stopped > LEASE_S / 2, "a holder that renews is not robbed"
+        for name in names:
+            wait_reason(cluster, name, namespace, "Ready")
+        second.process.kill()
+        killed = time.monotonic()
+        cluster.kubectl("delete", "deployment", names[0], "-n", namespace)
+        first.process.send_signal(signal.SIGCONT)
+        assert first.process.wait(30) == 1, log(0)
+        assert "to be started anew and wait" in log(0)
+        assert f"deployments/{names[0]}" not in children(cluster, namespace, "deployments"), "it wrote although its Lease was over"
+
+        third = start()
+        wait(third.leads, what=lambda: log(2))
+        print(f"taken over {time.monotonic() - killed:.1f} s after the kill")
+        for name in names:
+            wait_reason(cluster, name, namespace, "Ready")
+        wait(lambda: f"deployments/{names[0]}" in children(cluster, namespace, "deployments"))
+        assert len(items(cluster, "jobs", namespace)) == SERVICES, "one inspection for each service, whoever made it"
+        third.process.terminate()
+        assert third.process.wait(30) == 0, log(2)
+        lease = cluster.client.get(f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/gantline")["spec"]
+        assert not lease.get("holderIdentity") and lease["leaseTransitions"] == 2
+
+
+async def test_a_lease_that_is_given_back_is_taken_at_once_and_one_that_is_taken_away_is_noticed(
+    api_cluster: ApiCluster, namespace: str
+) -> None:
+    client = await connect(str(api_cluster.kubeconfig))
+    lease = f"{namespace}/gantline"
+    stop = asyncio.Event()
+    one, two = (Leadership(client, lease, name, 30.0) for name in ("one", "two"))
+    two._retry_s = 0.1
+    assert await one.acquire(stop)
+    waiting = asyncio.create_task(two.acquire(stop))
+    await asyncio.sleep(0.3)
+    assert not two.leads()
+    again = Leadership(client, lease, "one", 30.0)
+    assert await again.acquire(stop), "a container that is started anew goes on under its pod's name"
+    await again.release()
+    assert await asyncio.wait_for(waiting, 10) and two.leads()
+
+    one._retry_s = 0.1
+    with pytest.raises(LeadershipLost, match="is held by two"):
+        await one.keep()
+    assert not one.leads()
+    stop.set()
+    assert not await one.acquire(stop)
+    assert (await client.get(LEASES, namespace, "gantline"))["spec"]["holderIdentity"] == "two"
+    for leadership in (one, two):
+        await leadership.release()
+    await client.close()
+
+
+async def test_what_is_fenced_is_not_sent(api_cluster: ApiCluster, namespace: str) -> None:
+    client = await connect(str(api_cluster.kubeconfig))
+    client.fence(lambda: 0.0)
+    with pytest.raises(Fenced, match="no longer leads"):
+        await client.create(CONFIG_MAPS, namespace, {"metadata": {"name": "late"}})
+    with pytest.raises(NotFound):
+        await client.get(CONFIG_MAPS, namespace, "late")
+    assert await client.list(CONFIG_MAPS, namespace) is not None
+    await client.close()
