@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5"]
+API_SERVER = ("devcluster", "operator", "gateway")
 NOTHING_SELECTED = 5
 SHARE = re.compile(r"\[ *(\d+%)\]$")
 
@@ -32,7 +33,7 @@ def streams(arguments: list[str]) -> dict[str, list[str]]:
     workers = ["-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "worksteal"]
     commands = {
         "node": [*PYTEST, "tests/e2e", "tests/devcluster", "-m", "node and not gpu", *arguments],
-        "api-server": [*PYTEST, "tests/devcluster", "tests/operator", "-m", "apiserver and not node and not gpu", *arguments],
+        "api-server": [*PYTEST, *(f"tests/{part}" for part in API_SERVER), "-m", "apiserver and not node and not gpu", *arguments],
         "rest": ["nice", "-n", "5", *PYTEST, "tests", *workers, "-m", "not apiserver and not node and not gpu", *arguments],
     }
     return commands if arguments else {"check": ["make", "--no-print-directory", "check"], **commands}

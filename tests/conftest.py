@@ -20,7 +20,7 @@ settings.load_profile("gantline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-HOMES = {"node": ("tests/e2e/", "tests/devcluster/"), "apiserver": ("tests/operator/", "tests/devcluster/")}
+HOMES = {"node": ("tests/e2e/", "tests/devcluster/"), "apiserver": ("tests/operator/", "tests/gateway/", "tests/devcluster/")}
 """Where tests of these marks live: scripts/run_tests.py looks for them nowhere else, so that the others need not be imported."""
 
 

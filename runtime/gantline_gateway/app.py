@@ -120,6 +120,8 @@ class Gateway:
             traffic.last_request_at = self.traffic.clock()
             traffic.outcomes[exchange.outcome or "failed"] += 1
             traffic.count_usage(exchange.usage, exchange.question.choices)
+            if exchange.held_s:
+                traffic.held_s.observe(exchange.held_s)
 
     def _begin(self, scope: Scope, headers: Headers, body: bytes, answer: Answer, began_at: float) -> Exchange:
         question = parse_question(body)

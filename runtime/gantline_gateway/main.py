@@ -44,6 +44,9 @@ __all__ = ["Process", "main"]
 _FLUSH_S = 2.0
 """For last answers and error events to reach their clients."""
 
+_RELOAD_S = 0.25
+"""Requests may wait for what a changed file says."""
+
 log = logging.getLogger("gantline.gateway")
 
 
@@ -60,7 +63,7 @@ class Process:
         self.gateway = Gateway(self.directory, self.traffic, proxy, settings.max_body_bytes)
         self.metrics = Metrics(self.traffic, self.directory, importlib.metadata.version("gantline"))
         self.directory.listen(lambda catalog: self.traffic.forget_all_but(service.key for service in catalog.services))
-        self._reloader = Reloader()
+        self._reloader = Reloader(_RELOAD_S)
         if settings.services is not None:
             self._offer(settings.services)
         self._socket = bind_socket(settings.host, settings.port)

@@ -12,8 +12,6 @@ from gantline_runtime import logs
 
 __all__ = ["Reloader"]
 
-_PERIOD_S = 2.0
-
 log = logging.getLogger("gantline.server")
 
 
@@ -25,9 +23,10 @@ class _Watched:
 
 
 class Reloader:
-    """Calls `reload` within a few seconds of a change. What it raises is logged, and the old content stays in use."""
+    """Calls `reload` within `period_s` of a change. What it raises is logged, and the old content stays in use."""
 
-    def __init__(self) -> None:
+    def __init__(self, period_s: float = 2.0) -> None:
+        self._period_s = period_s
         self._watched: list[_Watched] = []
 
     def watch(self, paths: Sequence[Path], reload: Callable[[], None]) -> None:
@@ -37,7 +36,7 @@ class Reloader:
     async def run(self) -> None:
         """Until cancelled."""
         while self._watched:
-            await asyncio.sleep(_PERIOD_S)
+            await asyncio.sleep(self._period_s)
             for watched in self._watched:
                 self._look(watched)
 
