@@ -8,6 +8,7 @@
         for part in pipe.stream_infer("Hello!", GenerationConfig(do_sample=True)): ...   # pieces of text as they are made
         session = pipe.session()
         session.chat("Hello!"); session.chat("And now?")                           # turns over one history
+        pipe.get_ppl(["A likely text.", "Text likely a."])                         # how unlikely the model finds texts
 
 The shape is LMDeploy's: prompts are texts (a user's message where the model has a chat template), lists of messages as OpenAI has them, or
 lists of token numbers; `do_preprocess=False` takes a text as it stands. Prompts of a batch run together in the engine, and share what their
@@ -17,12 +18,14 @@ beginnings have in common. Not for several threads: one thread at a time uses a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+import msgspec
 
 from gantline_runtime.chat_template import ChatTemplate, TemplateError
 from gantline_runtime.commands.display import LoadingDisplay
@@ -31,7 +34,8 @@ from gantline_runtime.engine import LLMEngine
 from gantline_runtime.errors import CheckpointError, ConfigurationError
 from gantline_runtime.generation_config import GenerationConfig
 from gantline_runtime.generation_defaults import GenerationDefaults
-from gantline_runtime.messages import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
+from gantline_runtime.offline_answers import Answer, Response, Score, append, build_reading
 from gantline_runtime.request import QueueFull
 from gantline_runtime.server.output import ChoiceOutput
 from gantline_runtime.tokenizer import Tokenizer
@@ -40,23 +44,8 @@ __all__ = ["GenerationConfig", "Pipeline", "Response", "Session", "pipeline"]
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-
-
-@dataclass
-class Response:
-    """An answer, or in a stream the piece that was added: `text`, `token_ids` and `logprobs` are the piece's, counts are those so far."""
-
-    text: str = ""
-    generate_token_len: int = 0
-    input_token_len: int = 0
-    finish_reason: FinishReason | None = None
-    """`stop`, `length`; None while the answer goes on."""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = None
-    index: int = 0
-    """Which prompt of the batch it answers."""
-    cached_tokens: int = 0
-    """Tokens of the prompt that the prefix cache had."""
+Reader = TypeVar("Reader", Answer, Score)
+"""Takes what the engine tells of one prompt."""
 
 
 def pipeline(model_path: str | Path, backend_config: EngineConfig | None = None, *, progress: bool = True) -> Pipeline:
@@ -86,7 +75,7 @@ class Pipeline:
         batch, single = _as_batch(prompts)
         answers = [Response(index=i) for i in range(len(batch))]
         for part in self.stream_infer(batch, gen_config, do_preprocess=do_preprocess):
-            _append(answers[part.index], part)
+            append(answers[part.index], part)
         return answers[0] if single else answers
 
     infer = __call__
@@ -107,12 +96,33 @@ class Pipeline:
         batch, _ = _as_batch(prompts)
         config = gen_config or GenerationConfig()
         encoded = [self._encode(prompt, do_preprocess) for prompt in batch]
-        running: dict[str, _Answer] = {}
+        with closing(self._run(encoded, lambda index, ids: self._answer(index, ids, config))) as outputs:
+            for answer, output in outputs:
+                yield answer.take(output)
+
+    def get_ppl(self, input_ids: str | Sequence[int] | Sequence[str | Sequence[int]]) -> list[float]:
+        """The mean cross-entropy, in nats, of the tokens after the first of each input: LMDeploy calls it so. *e* to its power is the
+        perplexity. Inputs are token numbers, or texts as they stand; one alone gets a list of one. Infinite where the model thinks a text
+        impossible. Raises ConfigurationError for an input of fewer than two tokens, or of more than the context holds.
+        """
+        batch, _ = _as_batch(input_ids)
+        encoded = [self._scorable(self.tokenizer.encode(given) if isinstance(given, str) else cast(list[int], given)) for given in batch]
+        scores = [Score(index) for index in range(len(encoded))]
+        for score, output in self._run(encoded, lambda index, ids: (scores[index], build_reading(ids))):
+            score.take(output)
+        return [score.loss for score in scores]
+
+    def _run(
+        self, prompts: Sequence[list[int]], begin: Callable[[int, list[int]], tuple[Reader, EngineRequest]]
+    ) -> Generator[tuple[Reader, TokenOutput], None, None]:
+        """Every output of every prompt's request, with who reads it, which it must have done when the next is asked for. As many requests
+        wait in the engine as may. Leaving the loop ends what still runs."""
+        running: dict[str, Reader] = {}
         try:
-            pending, room = deque(enumerate(encoded)), True
+            pending, room = deque(enumerate(prompts)), True
             while pending or running:
                 if room:
-                    self._fill(pending, running, config)
+                    self._fill(pending, running, begin)
                 before = len(running)
                 yield from self._advance(running)
                 room = len(running) < before
@@ -168,24 +178,38 @@ class Pipeline:
             raise ConfigurationError(cause, cure="Shorten the prompt, or raise session_len if the model allows it.")
         return ids
 
-    def _fill(self, pending: deque[tuple[int, list[int]]], running: dict[str, _Answer], config: GenerationConfig) -> None:
+    def _scorable(self, ids: Sequence[int]) -> list[int]:
+        limit, vocab_size = self._engine.session_len, self.tokenizer.vocab_size
+        if not 2 <= len(ids) <= limit:
+            cause = f"a text of {len(ids)} tokens cannot be scored; the context holds {limit}, and the first has no likelihood"
+            raise ConfigurationError(cause, cure="Give texts of at least two tokens that fit the context.")
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise ConfigurationError(f"a text has a token outside of 0 to {vocab_size - 1}", cure="Give tokens of this model.")
+        return list(ids)
+
+    def _fill(
+        self,
+        pending: deque[tuple[int, list[int]]],
+        running: dict[str, Reader],
+        begin: Callable[[int, list[int]], tuple[Reader, EngineRequest]],
+    ) -> None:
         """Hand the engine as many of `pending` as may wait there; the rest follows when some have ended."""
         while pending:
-            name, (index, ids) = f"pipeline-{next(self._names)}", pending[0]
+            reader, request = begin(*pending[0])
+            name = f"pipeline-{next(self._names)}"
             try:
-                running[name] = self._begin(name, index, ids, config)
+                self._engine.add_request(msgspec.structs.replace(request, request_id=name))
             except QueueFull:
                 return
+            running[name] = reader
             pending.popleft()
 
-    def _begin(self, name: str, index: int, ids: list[int], config: GenerationConfig) -> _Answer:
-        sampling = self._sampling(config)
-        self._engine.add_request(EngineRequest(request_id=name, prompt_ids=ids, sampling=sampling))
+    def _answer(self, index: int, ids: list[int], config: GenerationConfig) -> tuple[Answer, EngineRequest]:
         output = ChoiceOutput(
             self.tokenizer, ids, stop=config.stop_words, min_tokens=config.min_new_tokens, skip_special_tokens=config.skip_special_tokens,
             stop_ids=frozenset((() if config.ignore_eos else self._engine.eos_token_ids) + config.stop_token_ids),
         )  # fmt: skip
-        return _Answer(index, len(ids), output)
+        return Answer(index, len(ids), output), EngineRequest(request_id="", prompt_ids=ids, sampling=self._sampling(config))
 
     def _sampling(self, config: GenerationConfig) -> SamplingParams:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -196,49 +220,19 @@ class Pipeline:
             **(chosen if config.do_sample else {"temperature": 0.0}),
         )  # fmt: skip
 
-    def _advance(self, running: dict[str, _Answer]) -> Iterator[Response]:
-        """One step of the engine; answers that ended leave `running`."""
+    def _advance(self, running: dict[str, Reader]) -> Iterator[tuple[Reader, TokenOutput]]:
+        """One step of the engine; who has read all leaves `running`."""
         for output in self._engine.step():
-            answer = running.get(output.request_id)
-            if answer is None:
+            reader = running.get(output.request_id)
+            if reader is None:
                 continue
             if output.finish_reason == "error":
-                raise RuntimeError(f"prompt {answer.index} could not be answered: {output.error}")
-            part = answer.take(output)
-            if answer.output.finish_reason is not None:
+                raise RuntimeError(f"prompt {reader.index} could not be answered: {output.error}")
+            yield reader, output
+            if reader.ended:
                 del running[output.request_id]
                 if output.finish_reason is None:  # a stop word, which the engine does not know of
                     self._engine.abort(output.request_id)
-            yield part
-
-
-@dataclass
-class _Answer:
-    index: int
-    num_prompt_tokens: int
-    output: ChoiceOutput
-
-    def take(self, output: Any) -> Response:
-        delta = self.output.feed([output])
-        return Response(
-            text=delta.text,
-            generate_token_len=self.output.num_tokens,
-            input_token_len=self.num_prompt_tokens,
-            finish_reason=delta.finish_reason,
-            token_ids=list(output.token_ids),
-            logprobs=[entry.logprobs for entry in delta.entries if entry.logprobs is not None] if output.logprobs else None,
-            index=self.index,
-            cached_tokens=self.output.num_cached_tokens,
-        )
-
-
-def _append(answer: Response, part: Response) -> None:
-    answer.text += part.text
-    answer.token_ids += part.token_ids
-    if part.logprobs is not None:
-        answer.logprobs = [*(answer.logprobs or []), *part.logprobs]
-    for name in ("generate_token_len", "input_token_len", "finish_reason", "cached_tokens"):
-        setattr(answer, name, getattr(part, name))
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
@@ -262,7 +256,7 @@ class Session:
         messages = [*self.history, {"role": "user", "content": prompt}]
         answer = Response()
         for part in self._pipe.stream_infer([messages], gen_config or self.gen_config):
-            _append(answer, part)
+            append(answer, part)
             yield part
         self.response = answer
         self.history = [*messages, {"role": "assistant", "content": answer.text}]

@@ -76,6 +76,18 @@ def test_stop_words_seeds_and_log_probabilities_are_honoured(pipe: Pipeline) -> 
     assert all(entry.chosen <= 0 and len(entry.top_ids) == 2 for entry in one.logprobs)
 
 
+def test_the_loss_of_texts_is_what_the_server_tells_of_them(pipe: Pipeline) -> None:
+    ids = pipe.tokenizer.encode("The licence of the work is that of its licensor.")
+    alone, again, shuffled = pipe.get_ppl([ids, "The licence of the work is that of its licensor.", sorted(ids)])
+    assert pipe.get_ppl(ids) == [pytest.approx(alone)] and again == pytest.approx(alone) and 0 < alone < shuffled
+    echoed = pipe([ids], GenerationConfig(max_new_tokens=1))
+    assert isinstance(echoed, list) and pipe.engine.stats().num_running == 0
+    for wrong in ([5], "", [5] * 513, [pipe.tokenizer.vocab_size, 1]):
+        with pytest.raises(ConfigurationError):
+            pipe.get_ppl([ids, wrong])
+    assert not pipe.engine.has_work()
+
+
 def test_a_session_remembers_its_turns_and_forgets_one_that_was_left(pipe: Pipeline) -> None:
     session = pipe.session(SHORT, system="Be brief.")
     first = session.chat(QUESTIONS[1])

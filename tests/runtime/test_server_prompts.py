@@ -171,6 +171,19 @@ def test_prompt_logprobs_name_each_token_of_the_prompt_with_its_rank(server: Ser
     assert [len(choice["prompt_logprobs"]) for choice in alone["choices"]] == [3, 2] and alone["usage"]["completion_tokens"] == 0
 
 
+def test_a_chat_answers_with_the_log_probabilities_of_its_prompt_once_for_all_choices(server: ServerProcess) -> None:
+    messages: Any = [{"role": "user", "content": "abc"}]
+    ids = server.post("/tokenize", {"messages": messages}).json()["tokens"]
+    answer = server.client().chat.completions.create(model="echo", messages=messages, n=2, extra_body={"prompt_logprobs": 2})
+    assert [choice.message.content for choice in answer.choices] == ["abc", "abc"]
+    scores = answer.model_extra["prompt_logprobs"]  # type: ignore[index]
+    assert scores[0] is None and len(scores) == len(ids)
+    for token, entry in zip(ids[1:], scores[1:], strict=True):
+        assert list(entry) == [str(token), str(token + 1), str(token + 2)] and entry[str(token)]["logprob"] == -0.5
+    refused = server.post("/v1/chat/completions", {"messages": messages, "prompt_logprobs": 2, "stream": True})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
+
+
 # ---- LMDeploy's
 
 

@@ -90,12 +90,19 @@ class ChatChoice(_Answer):
     token_ids: list[int] = []
 
 
+class RankedToken(_Answer):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ChatCompletion(_Answer):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[ChatChoice]
+    prompt_logprobs: list[dict[str, RankedToken] | None] = []
     usage: Usage
 
 
@@ -104,12 +111,6 @@ class TextLogprobs(_Answer):
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
-
-
-class RankedToken(_Answer):
-    logprob: float
-    rank: int
-    decoded_token: str
 
 
 class TextChoice(_Answer):

@@ -113,7 +113,10 @@ class AnswerWriter:
             yield self._event([], self.generation.usage())
 
     async def whole(self, first: Sequence[tuple[int, Delta]]) -> dict[str, Any]:
-        built = [self.build_choice(index, choice) for index, choice in enumerate(await self.collect(first))]
+        return self.build_whole(await self.collect(first))
+
+    def build_whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
+        built = [self.build_choice(index, choice) for index, choice in enumerate(choices)]
         return {**self.frame, "choices": built, "usage": self.generation.usage()}
 
     async def collect(self, first: Sequence[tuple[int, Delta]]) -> list[WholeChoice]:

@@ -17,6 +17,7 @@ from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
 from gantline_runtime.server.output_plan import plan_output
+from gantline_runtime.server.prompt_scores import list_prompt_scores
 from gantline_runtime.server.protocol import ChatRequest
 from gantline_runtime.server.sampling import num_new_tokens
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
@@ -36,17 +37,17 @@ async def create_chat_completion(request: Request) -> Response:
     ticket = service.admit(fields.n)
     request_id = new_request_id("chatcmpl")
     try:
-        generation = await unless_client_leaves(request, start_chat(service, model, request_id, fields, ticket))
+        prompt, generation = await unless_client_leaves(request, start_chat(service, model, request_id, fields, ticket))
     except BaseException:
         ticket.release()
         raise
     kind = "chat.completion.chunk" if fields.stream else "chat.completion"
     frame = {"id": request_id, "object": kind, "created": int(time.time()), "model": model.name}
-    return await answer(request, service, ChatWriter(generation, model, frame, fields), stream=fields.stream)
+    return await answer(request, service, ChatWriter(generation, model, frame, fields, prompt), stream=fields.stream)
 
 
-async def start_chat(service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket) -> Generation:
-    """Raises ApiError for what the model, its template or its context cannot do."""
+async def start_chat(service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket) -> tuple[list[int], Generation]:
+    """The prompt's tokens, and its answer. Raises ApiError for what the model, its template or its context cannot do."""
     constraint = build_constraint(fields.response_format, fields.structured_outputs)
     use = plan_tool_use(fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls)
     if use is not None and not use.held and not model.formats.takes_tools:
@@ -62,13 +63,18 @@ async def start_chat(service: Service, model: Model, request_id: str, fields: Ch
         max_new_tokens=num_new_tokens(wanted, len(prompt), service.session_len, default=None, param="messages"),
         num_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
-    return service.start(request_id, [prompt], [sampling], fields, ticket, plan=plan)
+    generation = service.start(request_id, [prompt], [sampling], fields, ticket, plan=plan, num_prompt_logprobs=fields.prompt_logprobs)
+    return prompt, generation
 
 
 class ChatWriter(AnswerWriter):
-    def __init__(self, generation: Generation, model: Model, frame: dict[str, Any], fields: ChatRequest) -> None:
+    def __init__(
+        self, generation: Generation, model: Model, frame: dict[str, Any], fields: ChatRequest, prompt: Sequence[int] = ()
+    ) -> None:
+        """`prompt` is needed for `prompt_logprobs` alone."""
         super().__init__(generation, model.tokenizer, frame, usage_events=fields.usage_events, return_token_ids=fields.return_token_ids)
         self._wants_logprobs = fields.logprobs
+        self._scored_prompt = prompt if fields.prompt_logprobs is not None else ()
         self._id_length = model.formats.tools.id_length
         self._called: set[int] = set()
         """Choices that have called a tool."""
@@ -104,6 +110,13 @@ class ChatWriter(AnswerWriter):
 
     def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
         return "tool_calls" if reason == "stop" and index in self._called else reason
+
+    def build_whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
+        """The prompt is one for all choices, so that its log-probabilities stand beside them, as vLLM has it; the first has read it."""
+        body = super().build_whole(choices)
+        if self._scored_prompt:
+            body["prompt_logprobs"] = list_prompt_scores(self.tokenizer, self._scored_prompt, choices[0].prompt_logprobs)
+        return body
 
     def build_choice(self, index: int, whole: WholeChoice) -> dict[str, Any]:
         content, reasoning, calls = gather(whole.events)

@@ -9,13 +9,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, finite_logprob, token_logprobs
+from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
 from gantline_runtime.server.body import parse_body
 from gantline_runtime.server.echo import PromptEcho
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
 from gantline_runtime.server.output_plan import plan_output
+from gantline_runtime.server.prompt_scores import list_prompt_scores
 from gantline_runtime.server.protocol import CompletionRequest
 from gantline_runtime.server.sampling import num_new_tokens, require_token
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
@@ -121,7 +122,7 @@ class _CompletionWriter(AnswerWriter):
 
 
 class _ScoredPromptWriter(_CompletionWriter):
-    """`prompt_logprobs`, in vLLM's form: for each token of the prompt, null for the first, its own and the likeliest tokens by number."""
+    """Each choice has its prompt's `prompt_logprobs`, as vLLM has it for this endpoint."""
 
     def __init__(
         self,
@@ -138,18 +139,8 @@ class _ScoredPromptWriter(_CompletionWriter):
 
     def build_choice(self, index: int, whole: WholeChoice) -> dict[str, Any]:
         if index % self._n == 0:  # it is built before the others of its prompt, and has read it for all
-            self._scores = [None, *self._of_prompt(self._prompts[index // self._n], whole)]
+            self._scores = list_prompt_scores(self.tokenizer, self._prompts[index // self._n], whole.prompt_logprobs)
         return {**super().build_choice(index, whole), "prompt_logprobs": self._scores}
-
-    def _of_prompt(self, ids: list[int], whole: WholeChoice) -> Iterable[dict[str, Any]]:
-        for chunk in whole.prompt_logprobs:
-            columns = zip(ids[chunk.start :], chunk.chosen, chunk.ranks, chunk.top_ids, chunk.top_logprobs, strict=False)
-            for token, logprob, rank, top_ids, top in columns:
-                ranked = {id: (value, place) for place, (id, value) in enumerate(zip(top_ids, top, strict=True), 1)}
-                yield {str(id): self._ranked(id, *entry) for id, entry in {token: (logprob, rank), **ranked}.items()}
-
-    def _ranked(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
-        return {"logprob": finite_logprob(logprob), "rank": rank, "decoded_token": self.tokenizer.token_text(token)}
 
 
 class _ScoredEchoWriter(_CompletionWriter):

@@ -6,6 +6,7 @@ Numbers are numbers (never strings, booleans, NaN), unknown names are refused, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -205,11 +206,17 @@ class Message(Body):
         return body
 
 
+def _without_prompt_logprobs(table: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """`table` for the two endpoints that have `prompt_logprobs`."""
+    return {name: neutral for name, neutral in table.items() if name != "prompt_logprobs"}
+
+
 class ChatRequest(SamplingFields):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: dict[Annotated[str, Field(max_length=128)], Any] = Field({}, max_length=64)
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
@@ -219,12 +226,14 @@ class ChatRequest(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        return drop_harmless(body, UNSUPPORTED_CHAT | UNSUPPORTED_EXTRAS)
+        return drop_harmless(body, UNSUPPORTED_CHAT | _without_prompt_logprobs(UNSUPPORTED_EXTRAS))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs is only allowed together with logprobs: true.", "top_logprobs")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs is for whole answers; leave out stream.", "prompt_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise invalid("max_tokens and max_completion_tokens mean the same here and differ; give one.", "max_tokens")
         return self
@@ -255,8 +264,7 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        extras = {name: neutral for name, neutral in UNSUPPORTED_EXTRAS.items() if name != "prompt_logprobs"}
-        return drop_harmless(body, UNSUPPORTED_COMPLETION | extras)
+        return drop_harmless(body, UNSUPPORTED_COMPLETION | _without_prompt_logprobs(UNSUPPORTED_EXTRAS))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

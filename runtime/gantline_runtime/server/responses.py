@@ -44,7 +44,7 @@ async def create_response(request: Request) -> Response:
     ticket = service.admit(1)
     try:
         chat = _as_chat(fields)
-        generation = await unless_client_leaves(request, start_chat(service, model, request_id, chat, ticket))
+        _, generation = await unless_client_leaves(request, start_chat(service, model, request_id, chat, ticket))
     except ApiError as error:
         ticket.release()
         raise _renamed(error) from None
