@@ -32,6 +32,7 @@ from gantline_runtime.engine_messages import (
     EngineReady,
     EngineReport,
     EngineSettings,
+    PrefixChanges,
     RequestRefused,
     Shutdown,
     StepOutputs,
@@ -129,9 +130,10 @@ class EngineClient:
         *,
         on_progress: Callable[[EngineProgress], None] = lambda _: None,
         on_report: Callable[[EngineReport], None] = lambda _: None,
+        on_prefixes: Callable[[PrefixChanges], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._on_progress, self._on_report, self._clock = on_progress, on_report, clock
+        self._on_progress, self._on_report, self._on_prefixes, self._clock = on_progress, on_report, on_prefixes, clock
         self._groups: dict[str, RequestGroup] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
@@ -278,6 +280,8 @@ class EngineClient:
             case EngineReport():
                 self.report = message
                 self._on_report(message)
+            case PrefixChanges():
+                self._on_prefixes(message)
             case RequestRefused():
                 group = self._groups.pop(message.request_id, None)
                 if group is not None:

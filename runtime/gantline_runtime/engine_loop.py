@@ -396,6 +396,14 @@ class EngineLoop:
         compiling = self._grammars is not None and self._grammars.num_compiling and not self._scheduler.num_running
         return 0.0 if compiling or not self.has_work() else self._clock() - self._progressed_at
 
+    def prefix_marks(self) -> list[int]:
+        """Hashes of all beginnings of prompts that the cache holds, of those that requests named (`EngineRequest.prefix_marks`)."""
+        return list(self._cache.prefix.marks)
+
+    def take_prefix_changes(self) -> tuple[list[int], list[int]]:
+        """(hashes that came, hashes that went) since the last call."""
+        return self._cache.prefix.marks.take_changes()
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached block that no running request holds."""
         self._cache.clear_prefixes()

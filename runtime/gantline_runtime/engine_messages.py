@@ -1,7 +1,8 @@
 """What crosses the process boundary beside requests and their tokens (`messages.py`): how the engine starts, fares and fails.
 
     API -> engine   EngineRequest, AbortRequest, Shutdown
-    engine -> API   EngineProgress*, EngineReady, then StepOutputs, RequestRefused, EngineReport, EngineBusy; EngineFailed is the last word
+    engine -> API   EngineProgress*, EngineReady, then StepOutputs, RequestRefused, EngineReport, PrefixChanges, EngineBusy; EngineFailed is
+                    the last word
 
 Encoded by msgspec as MessagePack. Imports no torch.
 """
@@ -23,6 +24,7 @@ __all__ = [
     "EngineReady",
     "EngineReport",
     "EngineSettings",
+    "PrefixChanges",
     "RequestRefused",
     "Shutdown",
     "StepOutputs",
@@ -92,6 +94,20 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     """`architecture`: the model's class; `implementation`: `gantline`, or `transformers` where Gantline has none of it."""
 
 
+class PrefixChanges(msgspec.Struct, tag="prefixes", frozen=True, kw_only=True):
+    """Which beginnings of prompts came into the cache and which went, by the hashes that requests came with (`EngineRequest.prefix_marks`).
+    Every API process hears the same, with each report that finds a change."""
+
+    epoch: str
+    """Which start of the engine: another one has another cache."""
+    number: int
+    """Counts the changes of an epoch."""
+    whole: bool = False
+    """`added` is all that there is: an API process's first word of it."""
+    added: list[int] = []
+    removed: list[int] = []
+
+
 class EngineBusy(msgspec.Struct, tag="busy", frozen=True):
     """The engine compiles a kernel: it may say nothing for so many seconds, and is not stuck. 0: it is back."""
 
@@ -121,4 +137,4 @@ class EngineFailed(msgspec.Struct, tag="failed", frozen=True, kw_only=True):
 
 
 ApiMessage = EngineRequest | AbortRequest | Shutdown
-EngineMessage = EngineBusy | EngineProgress | EngineReady | EngineReport | StepOutputs | RequestRefused | EngineFailed
+EngineMessage = EngineBusy | EngineProgress | EngineReady | EngineReport | PrefixChanges | StepOutputs | RequestRefused | EngineFailed

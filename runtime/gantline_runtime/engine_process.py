@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import secrets
 import sys
 import time
 from collections import defaultdict
@@ -34,6 +35,7 @@ from gantline_runtime.engine_messages import (
     EngineReady,
     EngineReport,
     EngineSettings,
+    PrefixChanges,
     RequestRefused,
     Shutdown,
     StepOutputs,
@@ -62,6 +64,8 @@ class Engine(Protocol):
     def step(self) -> list[TokenOutput]: ...
     def has_work(self) -> bool: ...
     def stats(self) -> Any: ...
+    def prefix_marks(self) -> list[int]: ...
+    def take_prefix_changes(self) -> tuple[list[int], list[int]]: ...
     def close(self) -> None: ...
 
 
@@ -79,6 +83,8 @@ class EngineServer:
         self._owners: dict[str, bytes] = {}
         self._stopping = False
         self._last_report = 0.0
+        self._epoch = secrets.token_hex(8)
+        self._num_prefix_changes = 0
 
     def run(self) -> None:
         """Load the engine, tell how that goes, and serve until told to end. Raises whatever the engine raises."""
@@ -89,6 +95,7 @@ class EngineServer:
             announce_compilations(lambda seconds: self._broadcast(EngineBusy(seconds)))
             self._ready = EngineReady(session_len=engine.session_len, eos_token_ids=sorted(engine.eos_token_ids), phases=phases.finish())
             self._broadcast(self._ready)
+            self._broadcast(self._all_prefixes(engine))
             while not self._stopping:
                 self._receive(engine, wait=not engine.has_work())
                 if engine.has_work() and not self._stopping:
@@ -118,11 +125,17 @@ class EngineServer:
             except zmq.Again:
                 return
             if peer not in self._peers:
-                self._peers.add(peer)
-                if self._ready is not None:
-                    self._send_to(peer, self._ready)
+                self._welcome(engine, peer)
             if data:
                 self._handle(engine, peer, self._decoder.decode(data))
+
+    def _welcome(self, engine: Engine, peer: bytes) -> None:
+        """Take in a peer that speaks for the first time, and tell it what the others know."""
+        if self._ready is not None:
+            self._report_prefixes(engine)
+            self._send_to(peer, self._ready)
+            self._send_to(peer, self._all_prefixes(engine))
+        self._peers.add(peer)
 
     def _handle(self, engine: Engine, peer: bytes, message: ApiMessage) -> None:
         match message:
@@ -165,6 +178,17 @@ class EngineServer:
         if now - self._last_report >= REPORT_INTERVAL_S:
             self._last_report = now
             self._broadcast(build_report(engine.stats()))
+            self._report_prefixes(engine)
+
+    def _report_prefixes(self, engine: Engine) -> None:
+        added, removed = engine.take_prefix_changes()
+        if added or removed:
+            self._num_prefix_changes += 1
+            self._broadcast(PrefixChanges(epoch=self._epoch, number=self._num_prefix_changes, added=added, removed=removed))
+
+    def _all_prefixes(self, engine: Engine) -> PrefixChanges:
+        """For who has heard nothing yet, right after the changes were reported."""
+        return PrefixChanges(epoch=self._epoch, number=self._num_prefix_changes, whole=True, added=engine.prefix_marks())
 
     def _broadcast(self, message: EngineMessage) -> None:
         for peer in self._peers:

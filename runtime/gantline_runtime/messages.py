@@ -73,6 +73,8 @@ class EngineRequest(msgspec.Struct, tag="request", frozen=True, kw_only=True):
     weight: float = 1.0
     priority: int = 0
     """The lower, the earlier it runs, before anyone's turn."""
+    prefix_marks: list[tuple[int, int]] = []
+    """(tokens, hash) of beginnings of the prompt, whose presence in the cache is told by `PrefixChanges` (`prompt_prefixes.py`)."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort", frozen=True):

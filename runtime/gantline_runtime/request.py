@@ -56,6 +56,7 @@ class Sequence:
         "finish_reason",
         "grammar",
         "in_flight",
+        "marks",
         "matcher",
         "max_new_tokens",
         "min_new_tokens",
@@ -97,6 +98,7 @@ class Sequence:
         """When it was first scheduled; `time.monotonic`, as `arrived_at`."""
         self.tokens: array[int] = array("i", request.prompt_ids)
         self.prompt_len = len(request.prompt_ids)
+        self.marks = request.prefix_marks
         self.max_new_tokens = min(sampling.max_new_tokens, session_len - self.prompt_len)
         self.min_new_tokens = sampling.min_new_tokens
         stops = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from gantline_runtime.engine_loop import EngineLoop
 from gantline_runtime.kv_cache import prefix_groups
@@ -264,6 +265,13 @@ def test_the_victim_of_a_preemption_is_the_cheapest_to_compute_again_and_never_t
     assert_idle(engine)
 
 
+def _told(told: set[int], engine: EngineLoop) -> set[int]:
+    """Beginnings of prompts that the cache holds, as one knows who is told of changes."""
+    added, removed = engine.take_prefix_changes()
+    assert not told & set(added) and told >= set(removed)
+    return (told | set(added)) - set(removed)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_arrivals_and_cancellations_end_with_every_block_free(seed: int) -> None:
     rng = random.Random(seed)
@@ -279,12 +287,15 @@ def test_random_arrivals_and_cancellations_end_with_every_block_free(seed: int) 
     alive: dict[str, tuple[list[int], int]] = {}
     seen: dict[str, list[int]] = {}
     finished: set[str] = set()
+    told: set[int] = set()
     for tick in range(400):
         if rng.random() < 0.3:
             prompt = shared[: rng.randint(0, 80)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 90))]
             count = rng.randint(1, 256 - len(prompt))
             try:
-                engine.add_request(request(str(tick), prompt, count=count, ignore_eos=False, stop_token_ids=(rng.randrange(VOCAB),)))
+                asked = request(str(tick), prompt, count=count, ignore_eos=False, stop_token_ids=(rng.randrange(VOCAB),))
+                marks = [(place, hash(tuple(prompt[:place]))) for place in range(5, len(prompt), 9)]
+                engine.add_request(msgspec.structs.replace(asked, prefix_marks=marks))
                 alive[str(tick)] = (prompt, count)
             except QueueFull:
                 pass
@@ -302,10 +313,16 @@ def test_random_arrivals_and_cancellations_end_with_every_block_free(seed: int) 
                 assert got == expected_tokens(alive_prompt, len(got)), output.request_id
                 assert output.finish_reason == "stop" or len(got) == min(count, 256 - len(alive_prompt))
         engine.check_integrity()
+        if tick % 7 == 0:
+            told = _told(told, engine)
+            assert told == set(engine.prefix_marks())
     for name in list(alive):
         engine.abort(name)
     drain(engine)
     assert_idle(engine)
+    assert bool(told) == (seed % 4 != 0)
+    engine.reset_prefix_cache()
+    assert not _told(told, engine) and not engine.prefix_marks()
     assert len(finished) >= 3
     assert executor.depth == seed % 3
 

@@ -68,6 +68,8 @@ class CacheManager:
         self._append(sequence, [self.pool.allocate() for _ in range(needed)])
         self.groups.admit(slot, sequence.blocks, len(known))
         sequence.num_published = len(known)
+        if sequence.marks:
+            self._mark(sequence, 0, len(known))
         sequence.num_computed = len(known) * self.block_size
         if not sequence.preempted:
             sequence.num_cached_tokens = sequence.num_computed
@@ -94,7 +96,19 @@ class CacheManager:
         size = self.block_size
         for index in range(sequence.num_published, num_full):
             self.prefix.publish(sequence.blocks[index], sequence.digests[index], sequence.tokens[index * size : (index + 1) * size])
+        if sequence.marks:
+            self._mark(sequence, sequence.num_published, num_full)
         sequence.num_published = num_full
+
+    def _mark(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Note which of the beginnings that the request named end with its blocks `start` to `stop`, which were just published or found."""
+        size = self.block_size
+        if start * size >= sequence.prompt_len:
+            return
+        for num_tokens, name in sequence.marks:
+            index = (num_tokens + size // 2) // size - 1
+            if start <= index < stop:
+                self.prefix.mark(sequence.digests[index], name)
 
     def release(self, sequence: Sequence) -> None:
         """Give up all blocks and the slot. The last block goes first, so that a prefix is evicted from its end."""

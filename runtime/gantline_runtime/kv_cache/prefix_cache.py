@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from gantline_runtime.kv_cache.prefix_marks import PrefixMarks
+
 __all__ = ["PrefixCache", "extend_digests"]
 
 _DIGEST_BYTES = 16
@@ -27,6 +29,7 @@ def extend_digests(digests: list[bytes], tokens: array[int], block_size: int) ->
 class PrefixCache:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
+        self.marks = PrefixMarks()
         self._block_of: dict[bytes, int] = {}
         self._entry_of: dict[int, tuple[bytes, array[int]]] = {}
 
@@ -53,15 +56,23 @@ class PrefixCache:
             self._block_of[digest] = block
             self._entry_of[block] = (digest, content)
 
+    def mark(self, digest: bytes, name: int) -> None:
+        """The prompt's beginning that is called `name` ends near the block of `digest`, if that is findable."""
+        block = self._block_of.get(digest)
+        if block is not None:
+            self.marks.add(block, name)
+
     def forget(self, block: int) -> None:
         """The block's content is about to be overwritten."""
         digest, _ = self._entry_of.pop(block)
         del self._block_of[digest]
+        self.marks.forget(block)
 
     def known_blocks(self) -> set[int]:
         return set(self._entry_of)
 
     def check_integrity(self) -> None:
+        self.marks.check_integrity(self.known_blocks())
         assert len(self._block_of) == len(self._entry_of), "digests and blocks differ in number"
         for digest, block in self._block_of.items():
             assert self._entry_of[block][0] == digest, f"block {block} is found under another's digest"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "CachedPrefixes",
     "ChatCompletion",
     "Completion",
     "Detokenized",
@@ -216,6 +217,14 @@ class Perplexity(_Answer):
     ppl: float | None
     perplexity: float | None
     num_tokens: int
+
+
+class CachedPrefixes(_Answer):
+    scheme: int
+    cursor: str
+    whole: bool
+    added: list[int]
+    removed: list[int]
 
 
 class ServerState(BaseModel):

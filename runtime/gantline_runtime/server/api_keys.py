@@ -120,17 +120,20 @@ def _parse(name: str, text: str, place: str) -> _Entry:
     match = _HASH.fullmatch(digest)
     if match is None:
         raise ConfigurationError(f"{place}: after the name, sha256: and 64 hexadecimal digits are expected", cure=_CURE)
-    weight, priority = 1.0, 0
+    weight, priority, internal = 1.0, 0, False
     for option in options:
         key, _, value = option.partition("=")
         if key == "weight" and re.fullmatch(r"\d{1,4}(\.\d{1,4})?", value) and float(value) > 0:
             weight = float(value)
         elif key == "priority" and re.fullmatch(r"-?\d{1,2}", value) and abs(int(value)) <= -BEST_PRIORITY:
             priority = int(value)
+        elif option == "internal":
+            internal = True
         else:
-            cause = f"{place}: after the hash, weight= (above 0) and priority= ({BEST_PRIORITY} to {-BEST_PRIORITY}) are allowed"
+            bounds = f"weight= (above 0), priority= ({BEST_PRIORITY} to {-BEST_PRIORITY}) and internal"
+            cause = f"{place}: after the hash, {bounds} are allowed"
             raise ConfigurationError(cause, cure=_CURE)
-    return _Entry(bytes.fromhex(match[1]), Caller(name, weight, priority))
+    return _Entry(bytes.fromhex(match[1]), Caller(name, weight, priority, internal))
 
 
 def _check_name(name: str, place: str) -> None:

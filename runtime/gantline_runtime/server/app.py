@@ -29,7 +29,7 @@ from gantline_runtime.server.usage_reports import UsageReports
 
 __all__ = ["create_app"]
 
-_PROBES = frozenset({"/health", "/ready", "/metrics"})
+_PROBES = frozenset({"/health", "/ready", "/metrics", "/internal/prefixes"})
 """Asked every few seconds for months; logged only when they fail, or at level debug."""
 
 _CLIENT_CLOSED = 499

@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import Mapping
 from typing import TypeVar
 
+import msgspec
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
+from gantline_runtime.prompt_prefixes import PromptPrefixes, read_prefixes
 from gantline_runtime.server.api_error import ApiError
 from gantline_runtime.server.events import ClientLeft
 
-__all__ = ["check_content_type", "parse_body", "read_body"]
+__all__ = ["check_content_type", "parse_body", "parse_prompt_body", "read_body"]
 
 BODY_TIMEOUT_S = 60.0
 """Clients that send a byte now and then must not hold connections and memory for ever."""
@@ -24,6 +26,17 @@ async def parse_body(request: Request, model: type[M], limit: int) -> M:
     """Raises ApiError 408, 413 or 415, ClientLeft, or pydantic.ValidationError."""
     check_content_type(request.headers)
     return model.model_validate_json(await read_body(request, limit))
+
+
+async def parse_prompt_body(request: Request, model: type[M], limit: int) -> tuple[M, list[PromptPrefixes]]:
+    """As `parse_body`, and what each of the body's prompts begins with, as a gateway reads it from the same bytes."""
+    check_content_type(request.headers)
+    data = await read_body(request, limit)
+    fields = model.model_validate_json(data)
+    try:
+        return fields, list(read_prefixes(msgspec.json.decode(data)))
+    except msgspec.DecodeError:  # a number in a tool's schema, say, that JSON does not have
+        return fields, []
 
 
 def check_content_type(headers: Mapping[str, str]) -> None:

@@ -19,8 +19,10 @@ class Caller:
     """Share of the engine beside others that wait."""
     best_priority: int = BEST_PRIORITY
     """The lowest `priority` that its requests may have."""
+    internal: bool = False
+    """Whether it may read what concerns all callers, such as which prompts the cache holds."""
 
 
-ANYONE = Caller()
+ANYONE = Caller(internal=True)
 
 current_caller: ContextVar[Caller] = ContextVar("caller", default=ANYONE)

@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from gantline_runtime.messages import FinishReason
 from gantline_runtime.parsers.events import ArgumentsDelta, CallBegin, ContentDelta, Event, ReasoningDelta, gather
+from gantline_runtime.prompt_prefixes import PromptPrefixes
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
-from gantline_runtime.server.body import parse_body
+from gantline_runtime.server.body import parse_prompt_body
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
@@ -31,13 +32,13 @@ __all__ = ["ChatWriter", "create_chat_completion", "start_chat"]
 async def create_chat_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields = await parse_body(request, ChatRequest, service.config.max_body_bytes)
+    fields, prefixes = await parse_prompt_body(request, ChatRequest, service.config.max_body_bytes)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(fields.n)
     request_id = new_request_id("chatcmpl")
     try:
-        prompt, generation = await unless_client_leaves(request, start_chat(service, model, request_id, fields, ticket))
+        prompt, generation = await unless_client_leaves(request, start_chat(service, model, request_id, fields, ticket, prefixes))
     except BaseException:
         ticket.release()
         raise
@@ -46,7 +47,9 @@ async def create_chat_completion(request: Request) -> Response:
     return await answer(request, service, ChatWriter(generation, model, frame, fields, prompt), stream=fields.stream)
 
 
-async def start_chat(service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket) -> tuple[list[int], Generation]:
+async def start_chat(
+    service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket, prefixes: Sequence[PromptPrefixes]
+) -> tuple[list[int], Generation]:
     """The prompt's tokens, and its answer. Raises ApiError for what the model, its template or its context cannot do."""
     constraint = build_constraint(fields.response_format, fields.structured_outputs)
     use = plan_tool_use(fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls)
@@ -63,7 +66,9 @@ async def start_chat(service: Service, model: Model, request_id: str, fields: Ch
         max_new_tokens=num_new_tokens(wanted, len(prompt), service.session_len, default=None, param="messages"),
         num_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
-    generation = service.start(request_id, [prompt], [sampling], fields, ticket, plan=plan, num_prompt_logprobs=fields.prompt_logprobs)
+    generation = service.start(
+        request_id, [prompt], [sampling], fields, ticket, plan=plan, num_prompt_logprobs=fields.prompt_logprobs, prefixes=prefixes
+    )
     return prompt, generation
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gantline_runtime.prompt_prefixes import PromptPrefixes
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
-from gantline_runtime.server.body import parse_body
+from gantline_runtime.server.body import parse_prompt_body
 from gantline_runtime.server.echo import PromptEcho
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
@@ -32,14 +33,14 @@ _DEFAULT_MAX_TOKENS = 16
 async def create_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields = await parse_body(request, CompletionRequest, service.config.max_body_bytes)
+    fields, prefixes = await parse_prompt_body(request, CompletionRequest, service.config.max_body_bytes)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(len(fields.prompt) * fields.n)
     request_id = new_request_id("cmpl")
     try:
         prompts, echoes = await unless_client_leaves(request, _read_prompts(service, model, fields))
-        generation = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket, prompts))
+        generation = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket, prompts, prefixes))
     except BaseException:
         ticket.release()
         raise
@@ -66,7 +67,13 @@ async def _read_prompts(service: Service, model: Model, fields: CompletionReques
 
 
 async def _start(
-    service: Service, model: Model, request_id: str, fields: CompletionRequest, ticket: Ticket, prompts: Sequence[list[int]]
+    service: Service,
+    model: Model,
+    request_id: str,
+    fields: CompletionRequest,
+    ticket: Ticket,
+    prompts: Sequence[list[int]],
+    prefixes: Sequence[PromptPrefixes],
 ) -> Generation:
     constraint = build_constraint(fields.response_format, fields.structured_outputs)
     plan = plan_output(constraint, min_tokens=fields.min_tokens)
@@ -77,7 +84,7 @@ async def _start(
     wanted = fields.logprobs if fields.echo and fields.logprobs is not None else fields.prompt_logprobs
     if wanted is None and fields.max_tokens == 0:
         wanted = 0
-    return service.start(request_id, prompts, sampling, fields, ticket, plan=plan, num_prompt_logprobs=wanted)
+    return service.start(request_id, prompts, sampling, fields, ticket, plan=plan, num_prompt_logprobs=wanted, prefixes=prefixes)
 
 
 async def _echo(service: Service, model: Model, prompt: str | list[int]) -> str:

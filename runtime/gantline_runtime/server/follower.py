@@ -46,8 +46,8 @@ class Follower:
         config = from_mapping(ServerConfig, settings.server_config)
         self._lifecycle = Lifecycle()
         self._metrics = Metrics(settings.version)
-        self._engine = EngineClient(on_report=self._metrics.engine)
         self._service = Service(from_mapping(EngineConfig, settings.engine_config), config, self._lifecycle, self._metrics)
+        self._engine = EngineClient(on_report=self._metrics.engine, on_prefixes=self._service.prefixes.apply)
         self._service.engine = self._engine
         self._front = Front(self._service, config, version=settings.version)
         self._decoder = msgspec.msgpack.Decoder(Order)

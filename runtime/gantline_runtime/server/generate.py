@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.messages import FinishReason, TokenLogprobs
+from gantline_runtime.prompt_prefixes import PromptPrefixes
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, finite_logprob
-from gantline_runtime.server.body import parse_body
+from gantline_runtime.server.body import parse_prompt_body
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta
@@ -27,19 +28,19 @@ __all__ = ["generate"]
 async def generate(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields = await parse_body(request, GenerateRequest, service.config.max_body_bytes)
+    fields, prefixes = await parse_prompt_body(request, GenerateRequest, service.config.max_body_bytes)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(1)
     try:
-        generation = await unless_client_leaves(request, _start(service, model, fields, ticket))
+        generation = await unless_client_leaves(request, _start(service, model, fields, ticket, prefixes))
     except BaseException:
         ticket.release()
         raise
     return await answer(request, service, _GenerateWriter(generation, model, fields), stream=fields.stream)
 
 
-async def _start(service: Service, model: Model, fields: GenerateRequest, ticket: Ticket) -> Generation:
+async def _start(service: Service, model: Model, fields: GenerateRequest, ticket: Ticket, prefixes: Sequence[PromptPrefixes]) -> Generation:
     plan = plan_output(build_constraint(fields.response_format, fields.structured_outputs), min_tokens=fields.min_tokens)
     prompt, param = fields.input_ids, "input_ids"
     if prompt is None:
@@ -50,7 +51,7 @@ async def _start(service: Service, model: Model, fields: GenerateRequest, ticket
     require_token(max(prompt), model.tokenizer.vocab_size, param)
     limit = num_new_tokens(fields.max_tokens, len(prompt), service.session_len, default=None, param=param)
     sampling = await service.build_sampling(fields, max_new_tokens=limit, num_logprobs=0 if fields.return_logprob else None)
-    return service.start(new_request_id("gen"), [prompt], [sampling], fields, ticket, plan=plan)
+    return service.start(new_request_id("gen"), [prompt], [sampling], fields, ticket, plan=plan, prefixes=prefixes)
 
 
 class _GenerateWriter(AnswerWriter):

@@ -39,6 +39,7 @@ _ERROR: dict[str, Any] = {
 _STATUSES = {
     "400": "The request is at fault; `param` names the field.",
     "401": "The server asks for an API key, and this is none of its own.",
+    "403": "This API key is not an internal one.",
     "404": "There is no such model, or no such path.",
     "405": "The path takes another method.",
     "408": "The body did not arrive in time.",
@@ -85,7 +86,7 @@ def _operation(route: Endpoint, body: Any, answer: Any) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {"description": _EVENTS}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, text in _STATUSES.items():
-        if status == "401" and route.path in OPEN_PATHS:
+        if (status == "401" and route.path in OPEN_PATHS) or (status == "403" and not route.path.startswith("/internal/")):
             continue
         if route.body is not None or status not in _WITH_BODY:
             responses[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
@@ -95,8 +96,10 @@ def _operation(route: Endpoint, body: Any, answer: Any) -> dict[str, Any]:
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     parameters = re.findall(r"{(\w+)}", route.name)
-    if parameters:
-        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters]
+    described = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters]
+    described += [{"name": name, "in": "query", "description": text, "schema": {"type": "string"}} for name, text in route.query.items()]
+    if described:
+        operation["parameters"] = described
     return operation
 
 

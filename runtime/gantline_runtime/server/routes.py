@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.server import answer_schemas as answers
-from gantline_runtime.server import chat, completions, documents, generate, prompts, responses, system, text
+from gantline_runtime.server import chat, completions, documents, generate, prefixes, prompts, responses, system, text
 from gantline_runtime.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gantline_runtime.server.protocol_prompts import EmbeddingRequest, EncodeRequest, GenerateRequest, PerplexityRequest
 from gantline_runtime.server.protocol_responses import ResponsesRequest
@@ -31,6 +31,8 @@ class Endpoint:
     answer: type[BaseModel] | None = None
     streams: bool = False
     media_type: str = "application/json"
+    query: Mapping[str, str] = field(default_factory=dict)
+    """Parameters of the query, each a text that may be left out, with what it means."""
 
     @property
     def name(self) -> str:
@@ -50,6 +52,14 @@ ROUTES = (
     Endpoint("POST", "/generate", generate.generate, "Continue a text, as LMDeploy does", GenerateRequest, answers.Generated, True),
     Endpoint("POST", "/v1/encode", prompts.encode, "Turn texts into tokens, as LMDeploy does", EncodeRequest, answers.Encoded),
     Endpoint("POST", "/get_ppl", prompts.compute_perplexity, "The perplexity of a text", PerplexityRequest, answers.Perplexity),
+    Endpoint(
+        "GET",
+        "/internal/prefixes",
+        prefixes.list_prefixes,
+        "What the cache holds, for gateways",
+        answer=answers.CachedPrefixes,
+        query={"since": "The cursor of an earlier answer: only what changed since is told."},
+    ),
     Endpoint("GET", "/health", system.health, "Liveness", answer=answers.ServerState),
     Endpoint("GET", "/ready", system.ready, "Readiness", answer=answers.ServerState),
     Endpoint("GET", "/metrics", system.metrics, "Prometheus' text format", media_type="text/plain"),

@@ -69,7 +69,9 @@ class Runner:
         self.lifecycle = Lifecycle()
         self._metrics = Metrics(version)
         self._service = Service(engine_config, config, self.lifecycle, self._metrics)
-        self._engine = EngineClient(on_progress=self._show_progress, on_report=self._metrics.engine)
+        self._engine = EngineClient(
+            on_progress=self._show_progress, on_report=self._metrics.engine, on_prefixes=self._service.prefixes.apply
+        )
         self._service.engine = self._engine
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()

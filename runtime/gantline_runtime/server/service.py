@@ -18,6 +18,7 @@ from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, Pooling, SamplingParams
+from gantline_runtime.prompt_prefixes import PromptPrefixes
 from gantline_runtime.server.callers import Caller, current_caller
 from gantline_runtime.server.errors import ApiError, not_accepting, queue_full
 from gantline_runtime.server.generation import Generation
@@ -25,6 +26,7 @@ from gantline_runtime.server.lifecycle import Lifecycle, State
 from gantline_runtime.server.metrics import Metrics
 from gantline_runtime.server.output import ChoiceOutput
 from gantline_runtime.server.output_plan import PLAIN, ModelFormats, OutputPlan
+from gantline_runtime.server.prefix_directory import PrefixDirectory
 from gantline_runtime.server.protocol import Message, SamplingFields
 from gantline_runtime.server.protocol_formats import Tool
 from gantline_runtime.server.sampling import build_sampling, seeded, spell_bad_words
@@ -58,11 +60,13 @@ class Service:
         self.config = config
         self.lifecycle = lifecycle
         self.metrics = metrics
+        self.prefixes = PrefixDirectory()
         self.engine: EngineClient | None = None
         self.model: Model | None = None
         self.session_len = 0
         self.eos_token_ids: frozenset[int] = frozenset()
         self._capacity = engine_config.max_batch_size + engine_config.max_waiting
+        self._caches_prefixes = engine_config.enable_prefix_caching
         self._num_admitted = 0
         self.idle = asyncio.Event()
         """Set while no request is admitted."""
@@ -194,10 +198,11 @@ class Service:
         plan: OutputPlan = PLAIN,
         num_prompt_logprobs: int | None = None,
         pooling: Pooling | None = None,
+        prefixes: Sequence[PromptPrefixes] = (),
     ) -> Generation:
         """Send `fields.n` requests for each prompt, each with its prompt's `sampling`. Choice i of prompt p has the index p * n + i.
-        What is read of a prompt beside sampling is read by its first choice. The generation releases `ticket` when it is closed.
-        Raises ApiError for a priority that the caller may not have."""
+        What is read of a prompt beside sampling is read by its first choice. `prefixes` are those of the prompts, where they are known.
+        The generation releases `ticket` when it is closed. Raises ApiError for a priority that the caller may not have."""
         assert self.model is not None and self.engine is not None
         caller = ticket.caller
         if fields.priority < caller.best_priority:
@@ -209,6 +214,7 @@ class Service:
         generation = Generation(self.engine.open_group(), self.metrics, ticket, timeout_s=timeout_s, grammar_param=param)
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+                marks = prefixes[i].marks(len(prompt)) if self._caches_prefixes and i < len(prefixes) else []
                 for choice in range(fields.n):
                     engine_id = f"{request_id}-{i * fields.n + choice}"
                     reads = not choice or not params.max_new_tokens
@@ -222,6 +228,7 @@ class Service:
                         tenant=caller.name,
                         weight=caller.weight,
                         priority=fields.priority,
+                        prefix_marks=[] if choice else marks,
                     )
                     generation.submit(i, request, self._build_output(request, fields, plan))
         except BaseException:
