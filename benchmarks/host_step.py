@@ -33,6 +33,8 @@ LIMITS_MS = {16: 1.0, 256: 3.0, 512: 5.0}
 _VOCAB = 128_256
 _SESSION = 8192
 _BLOCK = 64
+_REPORT_STEPS = 50
+"""Between two reports, which come twice a second."""
 
 
 class FreeExecutor:
@@ -84,7 +86,8 @@ def _engine(running: int) -> EngineLoop:
 def _request(name: int, rng: random.Random, prompt_len: int, count: int, sampling: dict[str, Any]) -> EngineRequest:
     prompt = [rng.randrange(_VOCAB) for _ in range(prompt_len)]
     params = SamplingParams(max_new_tokens=count, ignore_eos=True, **sampling)
-    return EngineRequest(request_id=f"request-{name}", prompt_ids=prompt, sampling=params)
+    marks = [(place, rng.getrandbits(53)) for place in range(_BLOCK, prompt_len, _BLOCK)]  # as the server gives them with every request
+    return EngineRequest(request_id=f"request-{name}", prompt_ids=prompt, sampling=params, prefix_marks=marks)
 
 
 def measure(running: int, *, chat: bool, sampling: dict[str, Any], steps: int = 400) -> dict[str, float]:
@@ -101,9 +104,11 @@ def measure(running: int, *, chat: bool, sampling: dict[str, Any], steps: int = 
     gc.freeze()
     times = []
     before = engine.stats().step_times
-    for _ in range(steps):
+    for step in range(steps):
         started = time.thread_time()
         encoder.encode(engine.step())
+        if step % _REPORT_STEPS == 0:
+            encoder.encode(engine.take_prefix_changes())
         times.append((time.thread_time() - started) * 1e3)
     after = engine.stats().step_times
     gc.unfreeze()

@@ -1,8 +1,9 @@
 """Clients as they are: `python -m benchmarks.mixed_load [--minutes 3] [--model DIR] [--clients 24]`.
 
-Streams, whole answers, several choices, deadlines, nonsense, and clients that leave at any moment: before the answer, in its middle, in the
-middle of their own request. Ends with every request accounted for, every block of the cache free and nothing unexpected answered; prints
-how the memory of the API process and of the engine grew after the warm-up (the first third). Exit code 1 if something is wrong.
+Streams, whole answers, several choices, deadlines, nonsense, gateways that ask what is cached, and clients that leave at any moment: before
+the answer, in its middle, in the middle of their own request. Ends with every request accounted for, every block of the cache free and
+nothing unexpected answered; prints how the memory of the API process and of the engine grew after the warm-up (the first third). Exit code
+1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ class Load:
     url: str
     seed: int = 0
     most_tokens: int = 120
+    most_words: int = 60
+    """Of a prompt."""
     outcomes: Counter[str] = field(default_factory=Counter)
     surprises: list[str] = field(default_factory=list)
+    _cursor: str = ""
 
     async def run(self, clients: int, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -48,7 +52,7 @@ class Load:
 
     async def _one(self, client: httpx.AsyncClient, rng: random.Random, until: float) -> None:
         behaviours = (self._stream, self._stream, self._whole, self._leave_stream, self._leave_stream, self._leave_whole)
-        behaviours += (self._leave_request, self._nonsense, self._hurry, self._tokenize)
+        behaviours += (self._leave_request, self._nonsense, self._hurry, self._tokenize, self._ask_prefixes)
         while time.monotonic() < until:
             behaviour = rng.choice(behaviours)
             name = behaviour.__name__.strip("_")
@@ -60,7 +64,7 @@ class Load:
             self.outcomes[f"{name} {result}"] += 1
 
     def _body(self, rng: random.Random, **fields: Any) -> dict[str, Any]:
-        text = " ".join(rng.choice(("one", "two", "three", "four")) for _ in range(rng.randint(1, 60)))
+        text = " ".join(rng.choice(("one", "two", "three", "four")) for _ in range(rng.randint(1, self.most_words)))
         sampling = rng.choice(({}, {"temperature": 0.0}, {"top_p": 0.9, "seed": rng.randrange(1000)}, {"presence_penalty": 0.5}))
         return {"prompt": text, "max_tokens": rng.randint(1, self.most_tokens), "ignore_eos": rng.random() < 0.5, **sampling, **fields}
 
@@ -122,6 +126,13 @@ class Load:
 
     async def _tokenize(self, client: httpx.AsyncClient, rng: random.Random) -> str:
         response = await client.post("/tokenize", json={"prompt": "x" * rng.randint(0, 5000)})
+        return self._check(response.status_code, response.text)
+
+    async def _ask_prefixes(self, client: httpx.AsyncClient, rng: random.Random) -> str:
+        """As a gateway that has asked before, or one that has just come."""
+        since = rng.choice((self._cursor, ""))
+        response = await client.get("/internal/prefixes", params={"since": since})
+        self._cursor = response.json()["cursor"]
         return self._check(response.status_code, response.text)
 
 
@@ -195,7 +206,7 @@ def main() -> int:
     threading.Thread(target=lambda: log.update(json.loads(x)["level"] for x in stderr if x.startswith("{")), daemon=True).start()
     memory = _Memory(_children(server.pid))
     memory.start()
-    load = Load(url)
+    load = Load(url, most_words=150)
     asyncio.run(load.run(options.clients, 60 * options.minutes))
     gauges = wait_until_free(url)
     drifts = {name: memory.drift(name) for name in memory.samples}
