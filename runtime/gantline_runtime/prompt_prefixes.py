@@ -58,26 +58,41 @@ class PromptPrefixes:
 NO_PREFIXES = PromptPrefixes()
 
 
-def first_prefixes(body: Any) -> PromptPrefixes:
-    """Those of the first prompt of a body, as decoded from JSON; none where it has no prompt."""
+class _Body(msgspec.Struct):
+    """What prompts are made of; the rest of a body is passed over."""
+
+    messages: Any = None
+    tools: Any = None
+    prompt: Any = None
+    input_ids: Any = None
+    input: Any = None
+    instructions: Any = None
+
+
+_decoder = msgspec.json.Decoder(_Body)
+
+
+def first_prefixes(body: bytes) -> PromptPrefixes:
+    """Those of the first prompt of a request's body; none where it has no prompt."""
     return next(read_prefixes(body), NO_PREFIXES)
 
 
-def read_prefixes(body: Any) -> Iterator[PromptPrefixes]:
-    """Those of each prompt of a body, as decoded from JSON: of chat, text completions, responses or generate. A body that no endpoint
-    would take has none, or some that mean nothing."""
-    if not isinstance(body, Mapping):
+def read_prefixes(body: bytes) -> Iterator[PromptPrefixes]:
+    """Those of each prompt of a request's body: of chat, text completions, responses or generate. A body that no endpoint would take has
+    none, or some that mean nothing."""
+    try:
+        fields = _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return
-    if isinstance(body.get("messages"), list):
-        yield _hashed(_conversation(body.get("tools"), body["messages"]))
-        return
-    prompts = next((body[name] for name in ("prompt", "input_ids", "input") if body.get(name) is not None), None)
-    if isinstance(prompts, list) and prompts and isinstance(prompts[0], Mapping):
-        yield _hashed(_conversation(body.get("tools"), [body.get("instructions"), *prompts]))
+    prompts = next((given for given in (fields.prompt, fields.input_ids, fields.input) if given is not None), None)
+    if isinstance(fields.messages, list):
+        yield _hashed(_conversation(fields.tools, fields.messages))
+    elif isinstance(prompts, list) and prompts and isinstance(prompts[0], Mapping):
+        yield _hashed(_conversation(fields.tools, [fields.instructions, *prompts]))
     elif isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list)):
         yield from (_hashed(_plain(prompt)) for prompt in prompts)
     elif isinstance(prompts, (str, list)):
-        yield _hashed([*_texts(body.get("instructions")), *_plain(prompts)])
+        yield _hashed([*_texts(fields.instructions), *_plain(prompts)])
 
 
 def _conversation(tools: Any, messages: Iterable[Any]) -> Iterator[bytes]:

@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from gantline_runtime.prompt_prefixes import CUTS, NO_PREFIXES, PromptPrefixes, first_prefixes, read_prefixes
+from gantline_runtime import prompt_prefixes
+from gantline_runtime.prompt_prefixes import CUTS, NO_PREFIXES, PromptPrefixes, read_prefixes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,14 @@ SYSTEM = "You are a patient teacher of mathematics. " * 100
 TOOLS = [
     {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {"type": "string"}}}}}
 ]
+
+
+def _all_prefixes(body: Any) -> list[PromptPrefixes]:
+    return list(read_prefixes(json.dumps(body).encode()))
+
+
+def first_prefixes(body: Any) -> PromptPrefixes:
+    return prompt_prefixes.first_prefixes(body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
 def _chat(system: Any, user: str, **more: Any) -> dict[str, Any]:
@@ -47,10 +56,7 @@ def test_what_prompts_share_is_found_up_to_an_eighth(shared: str, one: str, othe
         (_chat(SYSTEM, "a"), _chat([{"type": "text", "text": SYSTEM}], "a")),
         (_chat(SYSTEM, "a", tools=TOOLS), _chat(SYSTEM, "a", tools=[{"function": TOOLS[0]["function"], "type": "function"}])),
         (_chat(SYSTEM, "a", model="m", temperature=1, stream=True), _chat(SYSTEM, "a")),
-        (
-            json.loads(json.dumps(_chat("é" * 300, "a"), ensure_ascii=True)),
-            json.loads(json.dumps(_chat("é" * 300, "a"), ensure_ascii=False)),
-        ),
+        (json.dumps(_chat("é" * 300, "a")).encode(), json.dumps(_chat("é" * 300, "a"), ensure_ascii=False, indent=2).encode()),
         ({"prompt": SYSTEM}, {"prompt": [SYSTEM, "another"]}),
         ({"prompt": list(range(200))}, {"input_ids": list(range(200))}),
         ({"input": SYSTEM}, {"input": SYSTEM, "instructions": None}),
@@ -72,7 +78,7 @@ def test_prompts_that_differ_early_share_nothing_and_that_differ_late_share_thei
 
 
 def test_several_prompts_have_theirs_and_a_hash_fits_a_json_number() -> None:
-    several = list(read_prefixes({"prompt": [SYSTEM, "short", [7] * 64, []]}))
+    several = list(_all_prefixes({"prompt": [SYSTEM, "short", [7] * 64, []]}))
     assert [len(prefixes.hashes) for prefixes in several] == [len(first_prefixes({"prompt": SYSTEM}).hashes), 0, 1, 0]
     assert all(0 <= name < 1 << 53 for name in several[0].hashes)
     assert len(first_prefixes({"prompt": "x" * 3_000_000}).hashes) == len(CUTS)
@@ -83,8 +89,8 @@ def test_several_prompts_have_theirs_and_a_hash_fits_a_json_number() -> None:
     st.lists(part, max_size=4) | st.dictionaries(st.sampled_from(["messages", "prompt", "input", "instructions", "tools", "role", "content",
                                                                   "text", "input_ids"]), part, max_size=5)), max_leaves=12))  # fmt: skip
 def test_a_body_that_no_endpoint_takes_raises_nothing(body: Any) -> None:
-    assert all(isinstance(prefixes, PromptPrefixes) for prefixes in read_prefixes(body))
-    assert first_prefixes([]) == NO_PREFIXES == first_prefixes({})
+    assert all(isinstance(prefixes, PromptPrefixes) for prefixes in _all_prefixes(body))
+    assert first_prefixes([]) == NO_PREFIXES == first_prefixes({}) == first_prefixes(b"{") == first_prefixes(b"[" * 9999)
 
 
 def test_tokens_before_each_cut_are_in_proportion() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,7 @@ class Follower:
     def holds(self, body: dict[str, Any]) -> float:
         """Share of a body's cuts that are told of."""
         self.poll()
-        hashes = first_prefixes(body).hashes
+        hashes = first_prefixes(json.dumps(body).encode()).hashes
         return sum(name in self.present for name in hashes) / len(hashes)
 
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Mapping
 from typing import TypeVar
 
-import msgspec
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
@@ -32,11 +31,7 @@ async def parse_prompt_body(request: Request, model: type[M], limit: int) -> tup
     """As `parse_body`, and what each of the body's prompts begins with, as a gateway reads it from the same bytes."""
     check_content_type(request.headers)
     data = await read_body(request, limit)
-    fields = model.model_validate_json(data)
-    try:
-        return fields, list(read_prefixes(msgspec.json.decode(data)))
-    except msgspec.DecodeError:  # a number in a tool's schema, say, that JSON does not have
-        return fields, []
+    return model.model_validate_json(data), list(read_prefixes(data))
 
 
 def check_content_type(headers: Mapping[str, str]) -> None:

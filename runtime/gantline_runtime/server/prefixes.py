@@ -6,8 +6,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gantline_runtime.server.callers import current_caller
 from gantline_runtime.server.api_error import ApiError
+from gantline_runtime.server.callers import current_caller
 from gantline_runtime.server.service import Service
 
 __all__ = ["list_prefixes"]

@@ -27,9 +27,7 @@ def _read_timeout_s() -> float:
     return value if 0 < value < 1e6 else _READ_TIMEOUT_S
 
 
-def open_client(
-    timeout_s: float | None = None, headers: Mapping[str, str] | None = None, *, follow_redirects: bool = True
-) -> httpx.Client:
+def open_client(timeout_s: float | None = None, headers: Mapping[str, str] | None = None, *, follow_redirects: bool = True) -> httpx.Client:
     """httpx drops `Authorization` when a redirect leads to another host, as those of hubs and registries to their storage do."""
     import httpx
 
