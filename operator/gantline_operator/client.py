@@ -22,15 +22,17 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 from urllib.request import getproxies
 
 import aiohttp
-import kopf
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
+
+if TYPE_CHECKING:
+    import kopf
 
 __all__ = [
     "FIELD_MANAGER",
@@ -166,6 +168,8 @@ class Client:
 
     async def connection_info(self) -> kopf.ConnectionInfo:
         """The same credentials for kopf, which asks again when they are refused."""
+        import kopf  # here: programs that only ask need not wait for it
+
         configuration = self._configuration
         scheme, _, token = (await self._authorization()).get("Authorization", "").rpartition(" ")
         return kopf.ConnectionInfo(
@@ -289,11 +293,11 @@ async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
                 yield line
 
 
-async def connect(kubeconfig: str | None = None) -> Client:
-    """A client with the pod's ServiceAccount, or with `kubeconfig` (else $KUBECONFIG, else ~/.kube/config)."""
+async def connect(kubeconfig: str | None = None, context: str | None = None) -> Client:
+    """A client with the pod's ServiceAccount, or with `kubeconfig` (else $KUBECONFIG, else ~/.kube/config) and its `context`."""
     configuration = Configuration()
-    if kubeconfig is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
+    if kubeconfig is None and context is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
         await asyncio.to_thread(kubernetes_config.load_incluster_config, client_configuration=configuration)
     else:
-        await kubernetes_config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
+        await kubernetes_config.load_kube_config(config_file=kubeconfig, context=context, client_configuration=configuration)
     return Client(configuration)

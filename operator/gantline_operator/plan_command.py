@@ -39,13 +39,16 @@ _MAX_BYTES = 256 << 20
 Object = dict[str, Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, from_cluster: bool = False) -> None:
+    """`from_cluster`: the cluster is read unless --nodes is given, and the namespace is left for the caller to find."""
     parser.add_argument("-f", "--filename", required=True, metavar="FILE", help="manifest with one or more InferenceServices; - for stdin")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group(required=not from_cluster)
     source.add_argument("--nodes", metavar="FILE", help="Node objects in YAML or JSON (Pods among them count as used); - for stdin")
     source.add_argument("--cluster", action="store_true", help="read nodes, pods and what is known of the model from the cluster")
     parser.add_argument("--kubeconfig", metavar="FILE", help="with --cluster: another than $KUBECONFIG or ~/.kube/config")
-    parser.add_argument("--namespace", "-n", default="default", help="namespace of services whose manifest names none (default: default)")
+    default = None if from_cluster else "default"
+    shown = default or "the context's"
+    parser.add_argument("--namespace", "-n", default=default, help=f"namespace of services whose manifest names none (default: {shown})")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--facts", metavar="FILE", help="model facts in JSON, as `gantline inspect` prints them")
     model.add_argument("--model", metavar="DIR|URI", help="inspect this folder or hub repository instead of spec.model.uri")
@@ -184,8 +187,8 @@ class _Observed:
 
 
 def _observe(args: argparse.Namespace) -> _Observed:
-    if args.cluster:
-        return asyncio.run(_read_cluster(args.kubeconfig))
+    if not args.nodes:
+        return asyncio.run(_read_cluster(args.kubeconfig, getattr(args, "context", None)))
     documents = _documents(args.nodes)
     nodes = [document for document in documents if document.get("kind") == "Node"]
     if not nodes:
@@ -193,11 +196,11 @@ def _observe(args: argparse.Namespace) -> _Observed:
     return _Observed(nodes, [document for document in documents if document.get("kind") == "Pod"], {})
 
 
-async def _read_cluster(kubeconfig: str | None) -> _Observed:
+async def _read_cluster(kubeconfig: str | None, context: str | None) -> _Observed:
     from gantline_operator.client import ApiError, KindMissing, Resource, connect
 
     try:
-        client = await connect(kubeconfig)
+        client = await connect(kubeconfig, context)
     except Exception as error:  # the client's loader raises its own kinds, and plain OSError and YAML errors
         raise ConfigurationError(f"no cluster: {str(error)[:300]}", cure="Give --kubeconfig FILE, or --nodes FILE instead.") from error
     try:

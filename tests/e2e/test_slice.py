@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,12 @@ def test_scaling_follows_kubectl_and_back(site: Site) -> None:
     site.kubectl("scale", "gisvc/chat", "--replicas=1")
     site.until("one replica is left", lambda: site.get("gisvc", "chat")["status"].get("replicas") == 1)
     assert site.kubectl("get", "gisvc/chat", "-o", "jsonpath={.status.selector}")
+
+
+def test_top_reads_the_load_of_real_replicas_through_the_api_server(site: Site) -> None:
+    table = site.run(sys.executable, "-m", "gantline_operator.kubectl.command", "top", "chat").stdout.splitlines()
+    assert table[0].split()[:5] == ["SERVICE", "REPLICAS", "RUNNING", "WAITING", "TOKENS/S"]
+    assert re.fullmatch(r"chat +1/1 +0 +0 +0\.0 +\d+% +Ready", table[1]) and len(table) == 2, table
 
 
 def test_logs_of_operator_job_and_runtime_can_be_read(site: Site) -> None:
