@@ -39,6 +39,7 @@ LEASE_S = 200
 # Simulated and hand-made nodes stay as they are: tests set a node's condition themselves, no clock does.
 NO_ENDPOINT = "--endpoint-reconciler-type=none"  # a loopback address may be no Service's endpoint
 NODE_GRACE = "--node-monitor-grace-period=24h"
+HPA_SYNC = "--horizontal-pod-autoscaler-sync-period=1s"  # nothing where there is none; 15 s by default, which is long for a test
 
 
 class ApiCluster:
@@ -84,7 +85,7 @@ class ApiCluster:
         self.client = Client(self.kubeconfig)
         self.client.wait_ready(START_TIMEOUT_S, self._check_components)
         if self._controllers:
-            self._run(self.plane.controller_manager(NODE_GRACE))
+            self._run(self.plane.controller_manager(NODE_GRACE, HPA_SYNC))
         if self._scheduler:
             self._run(self.plane.scheduler())
         if self._kwok:

@@ -23,6 +23,7 @@ from gantline_devcluster.stages import kwok_config
 SERVICE_CIDR = "10.96.0.0/16"
 KUBERNETES_SERVICE = "10.96.0.1"
 NODE = "node-0"
+_AGGREGATOR = "front-proxy"
 IDENTITIES = {
     "admin": ("admin", "system:masters"),
     "controller-manager": ("system:kube-controller-manager", ""),
@@ -64,7 +65,8 @@ class ControlPlane:
             (self.folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
         names = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]
         hosts = dict.fromkeys([*names, "127.0.0.1", KUBERNETES_SERVICE, self.address])
-        command = [str(find("keys")), str(self.folder / "keys"), f"apiserver={','.join(hosts)}", *extra_certificates]
+        certificates = [f"apiserver={','.join(hosts)}", f"{_AGGREGATOR}={_AGGREGATOR}", *extra_certificates]
+        command = [str(find("keys")), str(self.folder / "keys"), *certificates]
         answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode:
             raise DevclusterError(f"no keys could be made: {answer.stderr.strip()}", f"See that {self.folder} is writable and not full")
@@ -96,9 +98,19 @@ class ControlPlane:
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local", f"--service-account-key-file={keys / 'sa.pub'}",
             f"--service-account-signing-key-file={keys / 'sa.key'}", f"--token-auth-file={self.folder / 'tokens.csv'}",
             "--authorization-mode=Node,RBAC", f"--service-cluster-ip-range={SERVICE_CIDR}", "--profiling=false",
-            "--enable-admission-plugins=NodeRestriction", *more,
+            "--enable-admission-plugins=NodeRestriction", *self._aggregation(), *more,
         ]  # fmt: skip
         return self._component("kube-apiserver", argv)
+
+    def _aggregation(self) -> list[str]:
+        """How other API servers, such as that of custom metrics, know that it is this one that asks, and for whom."""
+        keys = self.folder / "keys"
+        return [
+            f"--requestheader-client-ca-file={keys / 'ca.crt'}", f"--requestheader-allowed-names={_AGGREGATOR}",
+            "--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
+            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            f"--proxy-client-cert-file={keys / f'{_AGGREGATOR}.crt'}", f"--proxy-client-key-file={keys / f'{_AGGREGATOR}.key'}",
+        ]  # fmt: skip
 
     def controller_manager(self, *more: str) -> Component:
         keys = self.folder / "keys"

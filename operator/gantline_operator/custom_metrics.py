@@ -4,17 +4,18 @@
     GET /apis/custom.metrics.k8s.io/v1beta2/namespaces/NS/pods/NAME-or-*/METRIC            one value for each pod whose sample is fresh
 
 A pod without a fresh sample has no value: the autoscaler's controller counts it so that nothing shrinks for it, and holds where no pod has
-any. Only the aggregator may ask: a connection has to present a client certificate of the authority that the API server names for it in the
-ConfigMap kube-system/extension-apiserver-authentication, and the aggregator has authorized the user before it asks.
+any. Only the aggregator may ask: a connection has to present a client certificate of the authority, and with the name, that the API server
+tells in the ConfigMap kube-system/extension-apiserver-authentication. The aggregator has authorized the user before it asks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ class CustomMetrics:
         self._values = values
         self._window_s = max(1, int(interval_s))
 
-    def application(self) -> web.Application:
-        application = web.Application(client_max_size=1 << 10)
+    def application(self, names: Collection[str]) -> web.Application:
+        """For callers whose certificate has one of these common names; any where there are none."""
+        application = web.Application(client_max_size=1 << 10, middlewares=[_admitting(names)])
         application.router.add_get(_ROOT, self._list)
         application.router.add_get(_ROOT + "/namespaces/{namespace}/pods/{name}/{metric}", self._pods)
         return application
@@ -84,6 +86,17 @@ class CustomMetrics:
         }
 
 
+def _admitting(names: Collection[str]) -> Any:
+    @web.middleware
+    async def admit(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        subject = (request.get_extra_info("peercert") or {}).get("subject", ())
+        if names and not any(key == "commonName" and value in names for part in subject for key, value in part):
+            return _failure(403, "Forbidden", "only the API server's aggregator may ask")
+        return await handler(request)
+
+    return admit
+
+
 def _terms(selector: str) -> dict[str, str]:
     """Equality terms of a label selector, as a scale subresource's selector has them. Raises ValueError for any other."""
     if not selector.strip():
@@ -108,12 +121,13 @@ async def serve_custom_metrics(client: Client, metrics: CustomMetrics, *, addres
     """Serves until cancelled. While the authority or the certificate is not there, it is tried again, and the log says so."""
     while True:
         try:
-            context = build_context(certificate, await read_authority(client))
+            authority, names = await read_authority(client)
+            context = build_context(certificate, authority)
             break
         except (ApiError, OSError, ValueError) as error:
             _log.warning("custom.metrics.k8s.io is not served yet, trying again in %.0f s: %s", _RETRY_S, error)
             await asyncio.sleep(_RETRY_S)
-    runner = web.AppRunner(metrics.application(), access_log=None)
+    runner = web.AppRunner(metrics.application(names), access_log=None)
     await runner.setup()
     try:
         await web.TCPSite(runner, address, port, ssl_context=context).start()
@@ -122,13 +136,17 @@ async def serve_custom_metrics(client: Client, metrics: CustomMetrics, *, addres
         await runner.cleanup()
 
 
-async def read_authority(client: Client) -> str:
-    """The authority of the aggregator's client certificates, PEM. Raises ApiError, and ValueError where the API server names none."""
+async def read_authority(client: Client) -> tuple[str, list[str]]:
+    """The authority of the aggregator's client certificates, PEM, and the names that they may have (none: any).
+
+    Raises ApiError, and ValueError where the API server names no authority.
+    """
     found = await client.get(CONFIG_MAPS, "kube-system", "extension-apiserver-authentication")
-    authority = (found.get("data") or {}).get("requestheader-client-ca-file", "")
+    data = found.get("data") or {}
+    authority = data.get("requestheader-client-ca-file", "")
     if not authority.strip():
         raise ValueError("the API server names no authority for its aggregator: start it with --requestheader-client-ca-file")
-    return str(authority)
+    return str(authority), [str(name) for name in json.loads(data.get("requestheader-allowed-names") or "[]")]
 
 
 def build_context(certificate: Path, authority: str) -> ssl.SSLContext:

@@ -17,10 +17,12 @@ from typing import Any
 from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
 
-from tests.operator.harness import items, server_pods, wait
+from tests.operator.harness import TINY, Operator, fates, inspected, install_crd, items, server_pods, serving, wait
 
 Object = dict[str, Any]
 SERVER_PORT = 8000
+NAME = "elastic"
+QUICK = {"downAfter": "1s", "zeroAfter": "1s"}
 
 
 @contextmanager
@@ -150,3 +152,30 @@ def set_address(cluster: ApiCluster, namespace: str, pod: str, address: str) -> 
     except ApiError as error:
         if error.status != 404:  # it was scaled away meanwhile
             raise
+
+
+@contextmanager
+def world(cluster: ApiCluster, namespace: str) -> Iterator[World]:
+    install_crd(cluster)
+    fates(cluster, inspected(**{NAME: TINY}))
+    if not cluster.client.get("/api/v1/nodes").get("items"):
+        cluster.simulate("cpu", 1)
+    made = World(cluster, namespace, NAME)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def scaling(made: World, **changes: Any) -> Iterator[Operator]:
+    """An operator that looks four times a second."""
+    settings = {"gateway_namespace": made.namespace, "gateway_port": made.gateway_port or 1, "scaling_interval_seconds": 0.25, **changes}
+    with serving(made.cluster, made.namespace, **settings) as operator:
+        yield operator
+
+
+def owners_of_replicas(cluster: ApiCluster, namespace: str) -> list[str]:
+    found = json.loads(cluster.kubectl("get", "gisvc", NAME, "-n", namespace, "-o", "json", "--show-managed-fields").stdout)
+    entries = found["metadata"]["managedFields"]
+    return [entry["manager"] for entry in entries if "f:replicas" in entry["fieldsV1"].get("f:spec", {})]

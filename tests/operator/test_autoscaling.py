@@ -2,57 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 from gantline_devcluster.api_only import ApiCluster
 
-from tests.operator.harness import (
-    TINY,
-    Operator,
-    apply,
-    event_reasons,
-    fates,
-    get,
-    inspected,
-    install_crd,
-    patch,
-    reason,
-    server_pods,
-    service,
-    serving,
-    status,
-    versions,
-    wait,
-    wait_reason,
-)
-from tests.operator.scaling_world import World
-
-NAME = "elastic"
-QUICK = {"downAfter": "1s", "zeroAfter": "1s"}
-
-
-@contextmanager
-def world(cluster: ApiCluster, namespace: str) -> Iterator[World]:
-    install_crd(cluster)
-    fates(cluster, inspected(**{NAME: TINY}))
-    if not cluster.client.get("/api/v1/nodes").get("items"):
-        cluster.simulate("cpu", 1)
-    made = World(cluster, namespace, NAME)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@contextmanager
-def scaling(made: World, **changes: Any) -> Iterator[Operator]:
-    """An operator that looks four times a second."""
-    settings = {"gateway_namespace": made.namespace, "gateway_port": made.gateway_port or 1, "scaling_interval_seconds": 0.25, **changes}
-    with serving(made.cluster, made.namespace, **settings) as operator:
-        yield operator
+from tests.operator.harness import apply, event_reasons, get, patch, reason, server_pods, service, status, versions, wait, wait_reason
+from tests.operator.scaling_world import NAME, QUICK, owners_of_replicas, scaling, world
 
 
 def test_a_service_sleeps_wakes_grows_and_loses_its_least_busy_replicas(api_cluster: ApiCluster, namespace: str) -> None:
@@ -79,12 +32,6 @@ def test_a_service_sleeps_wakes_grows_and_loses_its_least_busy_replicas(api_clus
             wait(lambda: "ScaledDown" in event_reasons(api_cluster, NAME, namespace))
             happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
             assert happened == ["ScaledToZero", "WokeUp", "ScaledUp", "ScaledDown"]
-
-
-def owners_of_replicas(cluster: ApiCluster, namespace: str) -> list[str]:
-    found = json.loads(cluster.kubectl("get", "gisvc", NAME, "-n", namespace, "-o", "json", "--show-managed-fields").stdout)
-    entries = found["metadata"]["managedFields"]
-    return [entry["manager"] for entry in entries if "f:replicas" in entry["fieldsV1"].get("f:spec", {})]
 
 
 def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namespace: str) -> None:
