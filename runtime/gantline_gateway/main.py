@@ -153,6 +153,7 @@ async def _serving(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks whose address it is
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(_FLUSH_S),
     )

@@ -93,7 +93,10 @@ class Traffic:
         self._services: dict[str, ServiceTraffic] = {}
 
     def of(self, key: str) -> ServiceTraffic:
-        return self._services.setdefault(key, ServiceTraffic())
+        found = self._services.get(key)
+        if found is None:
+            found = self._services[key] = ServiceTraffic()
+        return found
 
     def known(self) -> list[tuple[str, ServiceTraffic]]:
         return sorted(self._services.items())
