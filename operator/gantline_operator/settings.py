@@ -24,8 +24,8 @@ __all__ = ["PREFIX", "OperatorSettings", "documented_settings", "from_environmen
 
 PREFIX = "GANTLINE_"
 
-_NOT_OURS = ("GANTLINE_CACHE", "GANTLINE_TERMINATION_LOG", "GANTLINE_GATEWAY_/")
-"""Of the development cluster, of every container, and of the gateway, which has the same image."""
+_NOT_OURS = ("GANTLINE_CACHE", "GANTLINE_TERMINATION_LOG")
+"""Of the development cluster, and of every container."""
 _LEVELS = ("debug", "info", "warning", "error")
 
 

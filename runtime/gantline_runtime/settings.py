@@ -84,15 +84,12 @@ def setting(parse: Callable[[str], Any], default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """Where settings come from. `not_ours`: variables of the prefix that mean something else; those that end with `/` are prefixes."""
+    """Where settings come from. `not_ours`: variables of the prefix that mean something else."""
 
     program: str
     about: str
     prefix: str
     not_ours: Collection[str] = ()
-
-    def knows(self, name: str) -> bool:
-        return any(name.startswith(other[:-1]) if other.endswith("/") else name == other for other in self.not_ours)
 
 
 def document(settings: type[Any], prefix: str) -> list[tuple[str, str, str, str]]:
@@ -104,7 +101,7 @@ def read(settings: type[T], source: Source, environment: Mapping[str, str], argu
     """Settings from variables, then flags. Raises ConfigurationError naming the variable or flag and what it takes."""
     items = fields(settings)  # type: ignore[arg-type]
     known = {source.prefix + item.name.upper(): item for item in items}
-    unknown = sorted(name for name in environment if name.startswith(source.prefix) and name not in known and not source.knows(name))
+    unknown = sorted(name for name in environment if name.startswith(source.prefix) and name not in known and name not in source.not_ours)
     if unknown:
         raise _refused(f"unknown setting {unknown[0]}", f"Known are {', '.join(known)}.")
     given = {item.name: (name, environment[name]) for name, item in known.items() if name in environment}
@@ -138,6 +135,8 @@ def _flag(name: str) -> str:
 
 
 def _show(value: object) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
