@@ -1,4 +1,4 @@
-# Gantline's images. Targets: operator (no torch), runtime (NVIDIA GPUs; CUDA comes with torch's wheels), runtime-cpu.
+# Gantline's images. Targets: operator (the gateway too; no torch), runtime (NVIDIA GPUs; CUDA comes with torch's wheels), runtime-cpu.
 #
 #   docker build --target operator    --tag REPOSITORY/operator:VERSION .
 #   docker build --target runtime     --tag REPOSITORY/runtime:VERSION .

@@ -28,6 +28,7 @@ STATE = ROOT / ".quickstart"
 NAMESPACE = "gantline-system"
 EXAMPLE = ROOT / "examples/quickstart.yaml"
 SERVICE = "chat"
+GATEWAY = "gantline-gateway"
 QUESTION = "What does os.path.join do?"
 READY_TIMEOUT_S = 600
 WORKS = {"Fetching": "fetch", "Quantizing": "quantize", "Starting": "server"}
@@ -205,6 +206,7 @@ def install_chart(tools: Tools, ticker: Ticker) -> None:
     values = {
         "image": dict(zip(("repository", "tag"), tools.images["operator"].rsplit(":", 1), strict=True)),
         "runtime": {"images": {"cpu": tools.images["cpu"]}},
+        "gateway": {"replicas": 1 if tools.embedded else 2},
     }
     file = STATE / "values.json"
     file.write_text(json.dumps(values))
@@ -276,6 +278,7 @@ def save_state(tools: Tools) -> Path:
             ["get", "pods,jobs,pvc", "-A", "-o", "wide"],
             ["get", "events", "--sort-by=.lastTimestamp"],
             ["logs", "-n", NAMESPACE, "deployment/gantline", "--tail=200"],
+            ["logs", "-n", NAMESPACE, f"deployment/{GATEWAY}", "--tail=200"],
         ):
             subprocess.run([tools.kubectl, *command], env=tools.environment(), stdout=file, stderr=subprocess.STDOUT, timeout=60)
     return path
@@ -283,13 +286,13 @@ def save_state(tools: Tools) -> Path:
 
 @contextlib.contextmanager
 def address(tools: Tools) -> Iterator[str]:
-    """A loopback address of the service: relayed by the embedded cluster, or a port-forward for as long as it is used."""
+    """A loopback address of the gateway: relayed by the embedded cluster, or a port-forward for as long as it is used."""
     if tools.embedded:
         module = [sys.executable, "-m", "gantline_devcluster"]
-        port = run([*module, "expose", f"default/{SERVICE}:80"], log="expose").strip().splitlines()[-1].rsplit(":", 1)[-1]
+        port = run([*module, "expose", f"{NAMESPACE}/{GATEWAY}:80"], log="expose").strip().splitlines()[-1].rsplit(":", 1)[-1]
         yield f"http://127.0.0.1:{port}"
         return
-    command = [tools.kubectl, "port-forward", f"service/{SERVICE}", ":80"]
+    command = [tools.kubectl, "port-forward", "--namespace", NAMESPACE, f"service/{GATEWAY}", ":80"]
     with subprocess.Popen(command, env=tools.environment(), stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -330,7 +333,7 @@ def write_environment(tools: Tools) -> Path:
 
 def print_next(tools: Tools, base: str) -> None:
     where = write_environment(tools).relative_to(ROOT)
-    forwarded = "" if tools.embedded else f"  kubectl port-forward service/{SERVICE} {base.rsplit(':', 1)[-1]}:80 &\n"
+    forwarded = "" if tools.embedded else f"  kubectl port-forward -n {NAMESPACE} service/{GATEWAY} {base.rsplit(':', 1)[-1]}:80 &\n"
     print(
         f"Try next (the first line once in each shell):\n"
         f"  source {where}\n"
@@ -342,6 +345,7 @@ def print_next(tools: Tools, base: str) -> None:
         f"  kubectl logs -n {NAMESPACE} deployment/gantline\n{forwarded}"
         f"  curl -s {base}/v1/completions -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{SERVICE}", "prompt": "The licence", "max_tokens": 24}}\'\n'
+        f"  curl -s {base}/v1/models\n"
         + ("  make down\n" if tools.embedded else f"  kubectl delete -f {EXAMPLE.relative_to(ROOT)}\n")
     )
 

@@ -28,13 +28,15 @@ _BUILD_DATE = "2026-01-01T00:00:00Z"
 
 @dataclass(frozen=True)
 class Module:
-    """A Go module under devcluster/go: `binaries` maps a binary's name to its package."""
+    """A Go module under devcluster/go: `binaries` maps a binary's name to its package, or a file's name to its path in the module that is
+    `versioned`, where files are `copied` from there and nothing is compiled."""
 
     name: str
     binaries: dict[str, str]
     tags: tuple[str, ...] = ()
     stamps: tuple[str, ...] = ()  # variables set at link time; {version} is the version that go.mod requires of `versioned`
     versioned: str = ""
+    copied: bool = False
 
     @property
     def source(self) -> Path:
@@ -125,18 +127,31 @@ MODULES = (
         versioned="github.com/distribution/distribution/v3",
     ),
     Module("devices", {"devices": "."}, versioned="k8s.io/kubelet"),
+    Module(
+        "gateway-api",
+        {"httproutes.yaml": "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"},
+        versioned="sigs.k8s.io/gateway-api",
+        copied=True,
+    ),
+    Module(
+        "inference-pools",
+        {"inferencepools.yaml": "config/crd/bases/inference.networking.k8s.io_inferencepools.yaml"},
+        versioned="sigs.k8s.io/gateway-api-inference-extension",
+        copied=True,
+    ),
 )  # fmt: skip
 
 _API = frozenset({"keys", "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler"})
 _EVERYTHING = frozenset(name for module in MODULES for name in module.binaries)
 _REHEARSAL = frozenset({"registry", "devices"})
-_NODE = _EVERYTHING - _REHEARSAL - {"kwok"}
+_DEFINITIONS = frozenset(name for module in MODULES for name in module.binaries if module.copied)
+_NODE = _EVERYTHING - _REHEARSAL - _DEFINITIONS - {"kwok"}
 SETS: dict[str, frozenset[str]] = {
     "client": frozenset({"kubectl", "helm"}),
     "api": _API,
-    "test": _API | {"kwok"},
+    "test": _API | {"kwok"} | _DEFINITIONS,
     "node": _NODE,
-    "suite": _NODE | {"kwok"},
+    "suite": _NODE | {"kwok"} | _DEFINITIONS,
     "rehearsal": _NODE | _REHEARSAL,
     "all": _EVERYTHING,
 }
@@ -161,7 +176,7 @@ def collected() -> Path:
     key = hashlib.sha256("".join(module.key for module in MODULES).encode()).hexdigest()[:16]
     folder = cache_root() / key / "bin"
     folder.mkdir(parents=True, exist_ok=True)
-    for module in MODULES:
+    for module in (module for module in MODULES if not module.copied):
         for name in module.binaries:
             target = module.folder / name
             if target.exists() and not (folder / name).exists():

@@ -185,6 +185,15 @@ class Client:
     async def get(self, resource: Resource, namespace: str | None, name: str, *, subresource: str = "") -> Object:
         return await self._json("GET", resource.path(namespace, name, subresource))
 
+    async def serves(self, resource: Resource) -> bool:
+        """Whether the cluster knows the kind."""
+        group = resource.path().rpartition("/")[0]
+        try:
+            found = await self._json("GET", group)
+        except (KindMissing, NotFound):
+            return False
+        return any(item.get("name") == resource.plural for item in found.get("resources") or [])
+
     async def text(self, resource: Resource, namespace: str, name: str, subresource: str, **query: str) -> str:
         """The body of a subresource that is no object, such as a pod's log."""
         return (await self._send("GET", resource.path(namespace, name, subresource), query=query)).decode(errors="replace")

@@ -27,7 +27,7 @@ from gantline_operator.observe import ClusterView
 from gantline_operator.plan import Plan, reservation
 from gantline_operator.plan_status import from_status
 from gantline_operator.reconcile import Reconcile
-from gantline_operator.reconcile_pass import SERVICES, Cluster, Memory
+from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES, Cluster, Memory
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service
@@ -47,6 +47,7 @@ _CALM_S = 0.25
 _GRACE_S = 30.0
 """How long a cancelled reconcile may take to end before its worker counts as stuck."""
 _LISTING_RETRY_S = 5.0
+_INFERENCE_POOLS = next(kind for kind in CHILD_KINDS if kind.kind == "InferencePool")
 
 
 class DefinitionAppeared(Exception):
@@ -101,6 +102,7 @@ class Controller:
         """Until cancelled. `view.run` goes on beside it, maybe for longer."""
         async with asyncio.TaskGroup() as tasks:
             await self._list_until_done()
+            await self._learn_kinds()
             await self.view.known()
             for number in range(self._settings.workers):
                 tasks.create_task(self._work(number))
@@ -219,6 +221,19 @@ class Controller:
                 wait_s = max(error.retry_after_s, _LISTING_RETRY_S) * random.uniform(0.8, 1.2)
                 _log.warning("InferenceServices cannot be listed, trying again in %.0f s: %s", wait_s, error)
                 await asyncio.sleep(wait_s)
+
+    async def _learn_kinds(self) -> None:
+        """Whether there shall be InferencePools. Decided once: a definition that comes later is seen at the next start."""
+        while True:
+            try:
+                pooled = self._settings.inference_pools == "true" or (
+                    self._settings.inference_pools == "auto" and await self._client.serves(_INFERENCE_POOLS)
+                )
+                self._cluster = replace(self._cluster, pooled=pooled)
+                return
+            except ApiError as error:
+                _log.warning("The cluster's kinds cannot be listed, trying again: %s", error)
+                await asyncio.sleep(_LISTING_RETRY_S)
 
     async def _resync(self) -> None:
         while True:

@@ -110,7 +110,7 @@ class Reconcile(Preparation):
             template = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]
             parts = {"template": template, "objects": objects, "plan": to_status(planned), "strategy": strategy.to_stored()}
             await self.children.ensure(self._build_revision(mark, parts))
-        objects = [*self._surroundings(), *objects, *resources.ingress(self.owner, self.cluster.rendering)]
+        objects = [*self._surroundings(), *objects, *self._doors()]
         self._found |= {"revision": mark, "rollout_record": {"strategy": strategy.name, "why": strategy.why}}
         applied = await self.children.apply(objects)
         self._found["current"] = applied
@@ -148,7 +148,7 @@ class Reconcile(Preparation):
         for item in objects:
             if item["kind"] == "Deployment":
                 item["spec"] = {**item["spec"], "replicas": resources.replicas(self.owner)}
-        await self.children.apply([*self._surroundings(), *objects, *resources.ingress(self.owner, self.cluster.rendering)])
+        await self.children.apply([*self._surroundings(), *objects, *self._doors()])
         # Pruning waits for the revision that the spec asks for; who closes the door does not want to.
         if self.spec.ingress is None and await self.children.look("Ingress", self.name) is not None:
             await self.children.delete(("Ingress", self.name))

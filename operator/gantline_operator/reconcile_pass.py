@@ -72,6 +72,8 @@ class Cluster:
     """(service, uid) -> what is remembered of it."""
     scaling: Targets = field(default_factory=Targets)
     """What the autoscaling loop is told of services, and what it tells."""
+    pooled: bool = False
+    """Whether each service gets an InferencePool."""
     time_plan: Callable[[], AbstractContextManager[Any]] = nullcontext
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
@@ -143,6 +145,11 @@ class Pass:
     def _surroundings(self) -> list[Object]:
         """What has to be there before any pod, whatever its revision."""
         return resources.network_policies(self.owner, self.cluster.rendering)
+
+    def _doors(self) -> list[Object]:
+        """How clients reach what serves, whatever its revision."""
+        pools = [resources.inference_pool(self.owner, self.cluster.rendering)] if self.cluster.pooled else []
+        return [*resources.ingress(self.owner, self.cluster.rendering), *pools]
 
     async def _look(self) -> None:
         """What decisions need. A service without a status is new: what a killed operator may have made for it is found by name."""

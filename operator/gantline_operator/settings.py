@@ -5,6 +5,7 @@ An unknown GANTLINE_* variable is an error: a misspelt one would otherwise be ig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,18 @@ PREFIX = "GANTLINE_"
 _NOT_OURS = ("GANTLINE_CACHE", "GANTLINE_TERMINATION_LOG")
 """Of the development cluster, and of every container."""
 _LEVELS = ("debug", "info", "warning", "error")
+
+_PEER = re.compile(
+    r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(/[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?=[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?"
+)
+
+
+def _peers(value: str) -> tuple[str, ...]:
+    found = _names(value)
+    for name in found:
+        if not _PEER.fullmatch(name):
+            raise ValueError(f"{name!r} is neither a namespace nor NAMESPACE/LABEL=VALUE")
+    return found
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,14 @@ class OperatorSettings:
     )
     network_policies: bool = _setting(
         _switch, False, "true makes NetworkPolicies for each service's pods, which do nothing unless the cluster's network enforces them."
+    )
+    server_clients: tuple[str, ...] = _setting(
+        _peers, (), "With network policies, who reaches servers: NAMESPACE, or NAMESPACE/LABEL=VALUE for some of its pods; empty: everyone."
+    )
+    inference_pools: str = _setting(
+        _one_of("auto", "true", "false"),
+        "auto",
+        "Whether each service gets an InferencePool of the Gateway API; auto: where the cluster knows the kind when the operator starts.",
     )
     inventory_configmap: str = _setting(
         _object_name, "", "namespace/name of a ConfigMap that describes node pools which labels do not, or which are now at zero."

@@ -11,6 +11,7 @@ from typing import Any
 from gantline_runtime import logs
 from gantline_runtime.server.api_error import ApiError, json_response, respond
 from gantline_runtime.server.body import check_content_type, read_body
+from gantline_runtime.server.callers import HEADER as CALLER
 from gantline_runtime.server.events import ClientLeft
 from gantline_runtime.server.request_ids import read_request_id
 from gantline_runtime.server.usage_reports import HEADER
@@ -46,10 +47,10 @@ _MAX_SESSION_BYTES = 256
 _NOT_PASSED_ON = frozenset(
     {
         "host", "content-length", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-        "transfer-encoding", "upgrade", "expect", "x-request-id", HEADER,
+        "transfer-encoding", "upgrade", "expect", "x-request-id", HEADER, CALLER, "authorization",
     }
 )  # fmt: skip
-"""Of the connection to the client, or set anew."""
+"""Of the connection to the client, or set anew, or meant for the gateway alone."""
 
 Visible = Callable[[Scope, Service], bool]
 """Whether who sent a request may know and use a service."""
@@ -240,10 +241,10 @@ def _known(error: Exception, request_id: str) -> ApiError:
 def _record(scope: Scope, request_id: str, status: int, seconds: float) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"api_key": scope["state"]["api_key"]} if scope["state"].get("api_key") else {}
     exchange: Exchange | None = scope["state"].get("exchange")
     if exchange is not None:
-        extra = {
+        extra |= {
             "service": exchange.service.key, "replica": exchange.replica, "outcome": exchange.outcome, "attempts": exchange.attempts,
             "held_seconds": round(exchange.held_s, 3), "prompt_tokens": exchange.usage.prompt,
             "completion_tokens": exchange.usage.completion,

@@ -97,9 +97,12 @@ class Catalog:
         return next((service for service in self._by_name.get(key, ()) if service.key == key), None)
 
     def resolve(self, model: str, visible: Callable[[Service], bool] = everyone) -> Service:
-        """The service that a request means by `model`, of those that are `visible` to it. Raises ApiError 404, or 400 for a name that
-        several have; both name the choices."""
-        found = [service for service in self._by_name.get(model, ()) if visible(service)]
+        """The service that a request means by `model`, of those that are `visible` to it. Raises ApiError: 403 where there are
+        only others, 404 where there is none, 400 for a name that several have; the latter two name the choices."""
+        named = self._by_name.get(model, ())
+        found = [service for service in named if visible(service)]
+        if named and not found:
+            raise ApiError(403, f"This API key may not use the model {model[:200]!r}.", code="model_not_allowed", param="model")
         exact = [service for service in found if service.key == model]
         if len(found) == 1 or exact:
             return (exact or found)[0]

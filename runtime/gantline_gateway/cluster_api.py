@@ -55,8 +55,9 @@ class Kind:
     """Label selector of those that are wanted."""
 
     def path(self, namespace: str | None) -> str:
+        root = "apis" if "/" in self.api_version else "api"
         scope = f"/namespaces/{quote(namespace)}" if namespace else ""
-        return f"/apis/{self.api_version}{scope}/{self.plural}"
+        return f"/{root}/{self.api_version}{scope}/{self.plural}"
 
 
 class ClusterApi:

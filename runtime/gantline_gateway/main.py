@@ -23,8 +23,10 @@ from gantline_runtime import logs, termination
 from gantline_runtime.errors import GantlineError
 from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, bind_socket, url_of
 from gantline_runtime.server.reloading import Reloader
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
+from gantline_gateway.access import Access, KeyCheck
 from gantline_gateway.app import Gateway, build_app
 from gantline_gateway.cluster_api import ClusterApi, connect
 from gantline_gateway.connection import Connection
@@ -32,7 +34,9 @@ from gantline_gateway.demand import build_internal_app
 from gantline_gateway.directory import Directory
 from gantline_gateway.discovery import Discovery
 from gantline_gateway.holding import HoldLimits, WaitingRoom
+from gantline_gateway.key_sources import find_keys
 from gantline_gateway.metrics import Metrics
+from gantline_gateway.own_replicas import OwnReplicas
 from gantline_gateway.proxy import Proxy
 from gantline_gateway.settings import GatewaySettings, from_environment
 from gantline_gateway.static_services import read_services
@@ -60,10 +64,15 @@ class Process:
         limits = HoldLimits(settings.hold_silence, settings.hold_timeout, settings.hold_requests, settings.hold_bytes)
         self.upstream = Upstream(connect_timeout_s=settings.connect_timeout)
         proxy = Proxy(self.traffic, WaitingRoom(self.directory, self.traffic, limits), self.upstream, max_resets=settings.max_resets)
-        self.gateway = Gateway(self.directory, self.traffic, proxy, settings.max_body_bytes)
-        self.metrics = Metrics(self.traffic, self.directory, importlib.metadata.version("gantline"))
-        self.directory.listen(lambda catalog: self.traffic.forget_all_but(service.key for service in catalog.services))
         self._reloader = Reloader(_RELOAD_S)
+        self._keys = find_keys(settings, api, self._reloader)
+        self.access = Access(self._keys)
+        self.gateway = Gateway(
+            self.directory, self.traffic, proxy, settings.max_body_bytes, middleware=[self.access.limit], visible=self.access.visible
+        )
+        self.metrics = Metrics(self.traffic, self.directory, importlib.metadata.version("gantline"))
+        self.metrics.register(self.access.counters)
+        self.directory.listen(lambda catalog: self.traffic.forget_all_but(service.key for service in catalog.services))
         if settings.services is not None:
             self._offer(settings.services)
         self._socket = bind_socket(settings.host, settings.port)
@@ -74,7 +83,8 @@ class Process:
         """Until SIGTERM or SIGINT, and a drain."""
         internal = build_internal_app(self.directory, self.traffic, self.metrics, is_ready=lambda: self._is_ready)
         with self._signals():
-            async with _serving(build_app(self.gateway), self._socket), _serving(internal, self._internal_socket):
+            public = build_app(self.gateway, [Middleware(KeyCheck, access=self.access)])
+            async with _serving(public, self._socket), _serving(internal, self._internal_socket):
                 log.info("listening", extra=logs.fields(url=url_of(self._socket), internal_url=url_of(self._internal_socket)))
                 finding = asyncio.create_task(self._find_services())
                 stopping = asyncio.create_task(self._stop.wait())
@@ -90,14 +100,20 @@ class Process:
                     await self.upstream.close()
 
     async def _find_services(self) -> None:
-        if self._api is None:
-            await self._reloader.run()
-        else:
-            await Discovery(self._api, self.directory, self._settings.watch_namespaces).run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._reloader.run())
+            if self._keys is not None:
+                group.create_task(self._keys.run())
+            if self._api is not None:
+                group.create_task(Discovery(self._api, self.directory, self._settings.watch_namespaces).run())
+                if self._settings.own_service:
+                    namespace, _, name = self._settings.own_service.partition("/")
+                    group.create_task(OwnReplicas(self._api, namespace, name, self.access.share_with).run())
 
     @property
     def _is_ready(self) -> bool:
-        return self.directory.known and not self._stop.is_set()
+        known = self.directory.known and (self._keys is None or self._keys.known)
+        return known and not self._stop.is_set()
 
     def _offer(self, path: Path) -> None:
         """Raises ConfigurationError."""

@@ -17,6 +17,17 @@ def _path(value: str) -> Path | None:
     return Path(value) if value.strip() else None
 
 
+def _namespace(value: str) -> str:
+    return next(iter(namespaces(value)), "")
+
+
+def _service(value: str) -> str:
+    namespace, slash, name = value.strip().partition("/")
+    if value.strip() and not (slash and name and namespaces(namespace) == (namespace,)):
+        raise ValueError("expected namespace/name")
+    return value.strip()
+
+
 @dataclass(frozen=True)
 class GatewaySettings:
     """The environment's name is the field's in capitals after `GANTLINE_GATEWAY_`."""
@@ -29,6 +40,13 @@ class GatewaySettings:
     )
     services: Path | None = setting(
         _path, None, "File (YAML or JSON) that lists services and their replicas; given, no Kubernetes is asked."
+    )
+    api_keys: Path | None = setting(
+        _path, None, "File of API keys, or a folder with one in each file; empty, as with the next one: anyone may ask."
+    )
+    api_key_secrets: str = setting(_namespace, "", 'Namespace whose Secrets with the label gantline.io/api-keys: "true" hold API keys.')
+    own_service: str = setting(
+        _service, "", "namespace/name of the Service before this gateway, over whose endpoints limits are split."
     )
     hold_silence: float = setting(
         seconds(0, 3600), 15.0, "Seconds for which nothing is said to a stream that waits for a replica; then comments keep it alive."

@@ -83,6 +83,9 @@ class ServerConfig:
     api_workers: int = _option(1, "Processes that answer on the port, in front of one engine: more where many stream at once.")
     served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
     api_keys: str | None = _option(None, "File of API keys, or a folder with one in each file (a mounted Secret). auto: anyone may ask.")
+    trust_gateway: bool = _option(
+        False, "Believe the header X-Gantline-Caller, by which a gateway says whose request it passes on. Only where nobody else gets in."
+    )
     tls_cert: str | None = _option(None, "Certificate and its chain, a PEM file; read again when it changes. auto: no TLS.")
     tls_key: str | None = _option(None, "Private key of --tls-cert, a PEM file without a passphrase.")
     cors_origins: str | None = _option(None, "Web origins, separated by commas, whose pages may ask; * for all. auto: none.")

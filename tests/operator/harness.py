@@ -184,6 +184,7 @@ def _path(plural: str, namespace: str) -> str:
         "ingresses": "/apis/networking.k8s.io/v1",
         "networkpolicies": "/apis/networking.k8s.io/v1",
         "inferenceservices": "/apis/gantline.io/v1alpha1",
+        "inferencepools": "/apis/inference.networking.k8s.io/v1",
         "events": "/apis/events.k8s.io/v1",
     }.get(plural, "/api/v1")
     return f"{group}/namespaces/{namespace}/{plural}"

@@ -35,7 +35,8 @@ INSTALLATIONS: dict[str, Object] = {
             "hfEndpoint": "https://hub.example",
             "s3Endpoint": "https://minio.example:9000",
             "insecureRegistries": ["registry.example:5000", "other.example"],
-            "networkPolicy": {"enabled": True},
+            "networkPolicy": {"enabled": True, "clients": "gateway", "alsoFrom": ["monitoring"]},
+            "inferencePools": True,
         },
         "serviceAccount": {"annotations": {"example.com/role": "x"}},
         "inventory": {"pools": [{"name": "h100", "labels": {"pool": "h100"}}]},
@@ -49,8 +50,21 @@ INSTALLATIONS: dict[str, Object] = {
         "test": {"namespace": "team-a", "timeoutSeconds": 60},
         "customMetrics": {"enabled": True},
         "dashboard": {"enabled": True, "annotations": {"folder": "Inference"}},
+        "gateway": {
+            "replicas": 3,
+            "apiKeys": {"enabled": True},
+            "drainSeconds": 300,
+            "logLevel": "debug",
+            "service": {"type": "LoadBalancer", "port": 8443, "annotations": {"example.com/lb": "internal"}},
+            "ingress": {"host": "llm.example.com", "className": "nginx", "tlsSecret": "llm-tls", "annotations": {"example.com/x": "y"}},
+        },
     },
-    "nothing-extra": {"crds": {"install": False}, "metrics": {"service": False}, "rbac": {"create": False, "readLogs": False}},
+    "nothing-extra": {
+        "crds": {"install": False},
+        "metrics": {"service": False},
+        "rbac": {"create": False, "readLogs": False},
+        "gateway": {"enabled": False},
+    },
 }
 
 
@@ -101,7 +115,9 @@ def test_every_pod_is_restricted_and_bounded(name: str) -> None:
 
 @pytest.mark.parametrize("name", INSTALLATIONS)
 def test_rights_have_no_wildcard_no_secret_and_no_exec(name: str) -> None:
-    for rule in rules(render(INSTALLATIONS[name])):
+    objects = render(INSTALLATIONS[name])
+    keys = of_kind(objects, "Role", "gantline-gateway-own") if name == "everything" else []
+    for rule in rules([item for item in objects if item not in keys]):
         if rule["resources"] == ["secrets"]:
             assert rule["resourceNames"] == ["gantline-webhook"] and rule["verbs"] == ["get", "patch"] and name == "everything"
             continue
@@ -112,7 +128,8 @@ def test_rights_have_no_wildcard_no_secret_and_no_exec(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["default", "namespaced"])
 def test_the_operator_may_do_to_each_kind_of_child_what_it_does(name: str) -> None:
-    scope = of_kind(render(INSTALLATIONS[name]), "ClusterRole" if name == "default" else "Role")[0]
+    where = ("ClusterRole", "gantline-gantline-system") if name == "default" else ("Role", "gantline")
+    scope = of_kind(render(INSTALLATIONS[name]), *where)[0]
     granted = {(group, kind): set(rule["verbs"]) for rule in scope["rules"] for group in rule["apiGroups"] for kind in rule["resources"]}
     for kind in MANAGED_KINDS:
         made_once = kind.kind in ("ControllerRevision", "PersistentVolumeClaim")
@@ -156,6 +173,11 @@ def test_the_operator_understands_every_setting_that_the_chart_gives(name: str) 
             image_cuda="registry.example/runtime:1", image_cpu="registry.example/runtime-cpu@sha256:" + "0" * 64,
             image_pull_policy="Always", image_pull_secrets=("first", "second"), hf_endpoint="https://hub.example", network_policies=True,
             s3_endpoint="https://minio.example:9000", insecure_registries=("registry.example:5000", "other.example"),
+            inference_pools="true",
+            server_clients=(
+                "gantline-system/app.kubernetes.io/name=gantline-gateway", "gantline-system/app.kubernetes.io/name=gantline-operator",
+                "gantline-system/app.kubernetes.io/name=gantline-test", "monitoring",
+            ),
             inventory_configmap="gantline-system/gantline-inventory", workers=2, resync_seconds=60, job_retention_seconds=600,
             log_level="debug", scaling_interval_seconds=10, custom_metrics_port=8443, webhook_port=9443,
             webhook_hosts=("gantline-webhook.gantline-system.svc",), webhook_secret="gantline-system/gantline-webhook",
@@ -225,7 +247,7 @@ def test_two_operators_share_a_lease_and_are_never_both_away() -> None:
 
 
 def test_one_operator_runs_and_is_replaced_not_doubled() -> None:
-    assert not of_kind(render(), "PodDisruptionBudget")
+    assert not of_kind(render(), "PodDisruptionBudget", "gantline")
     spec = of_kind(render(), "Deployment")[0]["spec"]
     assert spec["replicas"] == 1 and spec["strategy"] == {"type": "Recreate"}
     assert spec["template"]["spec"]["enableServiceLinks"] is False, "a Service named gantline would set GANTLINE_* variables"
@@ -292,6 +314,12 @@ def test_the_longest_release_name_still_makes_legal_names() -> None:
         ({"test": {"modelUri": "s3://bucket/x"}}, "modelUri"),
         ({"crds": {"keep": True}}, "keep"),
         ({"replicaCount": 3}, "replicaCount"),
+        ({"gateway": {"replicas": 0}}, "replicas"),
+        ({"gateway": {"apiKeys": {"secret": "x"}}}, "secret"),
+        ({"gateway": {"ingress": {"host": "no host"}}}, "host"),
+        ({"gateway": {"httpRoute": {"enabled": True}}}, "parentRefs is needed"),
+        ({"gateway": {"enabled": False}, "runtime": {"networkPolicy": {"enabled": True, "clients": "gateway"}}}, "needs gateway.enabled"),
+        ({"runtime": {"networkPolicy": {"enabled": True, "alsoFrom": ["monitoring"]}}}, "goes with clients: gateway"),
     ],
 )
 def test_unknown_and_illegal_values_are_refused_by_name(values: Object, named: str) -> None:
@@ -308,7 +336,7 @@ def test_every_value_is_known_to_the_schema_and_documented() -> None:
     text = (CHART / "values.yaml").read_text()
     schema = yaml.safe_load((CHART / "values.schema.json").read_text())
     assert set(yaml.safe_load(text)) == set(schema["properties"]) - {"global"}
-    for part in ("image", "runtime", "rbac", "webhook", "crds", "inventory", "operator", "metrics", "test", "serviceAccount"):
+    for part in ("image", "runtime", "rbac", "webhook", "crds", "inventory", "operator", "metrics", "test", "serviceAccount", "gateway"):
         assert set(yaml.safe_load(text)[part]) == set(schema["properties"][part]["properties"])
         assert schema["properties"][part]["additionalProperties"] is False
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster
+from gantline_gateway.directory import Directory
+from gantline_gateway.metrics import Metrics as GatewayMetrics
+from gantline_gateway.traffic import Traffic
 from gantline_operator.conditions import ConditionType, Reason
 from gantline_operator.metrics import Metrics
 from prometheus_client import generate_latest
@@ -19,6 +22,7 @@ Object = dict[str, Any]
 
 OPERATIONS = (Path(__file__).parents[2] / "docs/operations.md").read_text()
 MONITOR, RULE = "monitoring.coreos.com/v1/PodMonitor", "monitoring.coreos.com/v1/PrometheusRule"
+MONITORS = ["PodMonitor/gantline-gateway", "PodMonitor/gantline-operator", "PodMonitor/gantline-servers"]
 
 
 def monitoring(values: Object | None = None, *kinds: str) -> dict[str, Object]:
@@ -30,10 +34,10 @@ def monitoring(values: Object | None = None, *kinds: str) -> dict[str, Object]:
     ("values", "kinds", "expected"),
     [
         ({}, (), []),
-        ({}, (MONITOR, RULE), ["PodMonitor/gantline-operator", "PodMonitor/gantline-servers", "PrometheusRule/gantline"]),
-        ({}, (MONITOR,), ["PodMonitor/gantline-operator", "PodMonitor/gantline-servers"]),
+        ({}, (MONITOR, RULE), [*MONITORS, "PrometheusRule/gantline"]),
+        ({}, (MONITOR,), MONITORS),
         ({"prometheusOperator": False}, (MONITOR, RULE), []),
-        ({"prometheusOperator": True}, (), ["PodMonitor/gantline-operator", "PodMonitor/gantline-servers", "PrometheusRule/gantline"]),
+        ({"prometheusOperator": True}, (), [*MONITORS, "PrometheusRule/gantline"]),
     ],
 )
 def test_each_kind_is_used_where_it_is_known_unless_told_otherwise(values: Object, kinds: tuple[str, ...], expected: list[str]) -> None:
@@ -72,12 +76,15 @@ def alerts() -> list[Object]:
 
 
 def exported() -> set[str]:
-    """Names of the operator's series, counted ones with `_total`."""
+    """Names of the operator's and the gateway's series, counted ones with `_total`."""
     metrics = Metrics()
     metrics.errors.labels("Forbidden").inc()
     metrics.observe_leader(lambda: True)
     metrics.observe(lambda: (0, 0.0), lambda: {("n", "s"): [{"type": "Ready", "status": "True", "reason": "Ready"}]})
-    return set(re.findall(r"^(gantline_\w+)", generate_latest(metrics.registry).decode(), re.M))
+    traffic = Traffic()
+    traffic.of("n/s").outcomes["failed"] += 1
+    gateway = GatewayMetrics(traffic, Directory(), "1")
+    return set(re.findall(r"^(gantline_\w+)", (generate_latest(metrics.registry) + gateway.render()).decode(), re.M))
 
 
 def test_alerts_ask_for_series_conditions_and_reasons_that_exist() -> None:
@@ -87,7 +94,8 @@ def test_alerts_ask_for_series_conditions_and_reasons_that_exist() -> None:
         assert set(re.findall(r'type="(\w+)"', expression)) <= set(ConditionType)
         reasons = {reason for text in re.findall(r'reason[!=]~"([\w|]+)"', expression) for reason in text.split("|")}
         assert reasons <= set(Reason)
-        assert set(re.findall(r'job="([^"]+)"', expression)) == {"gantline-system/gantline-operator"}, "a PodMonitor's job is its name"
+        job = "gantline-system/" + ("gantline-gateway" if "Gateway" in alert["alert"] else "gantline-operator")
+        assert set(re.findall(r'job="([^"]+)"', expression)) == {job}, "a PodMonitor's job is its name"
 
 
 def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:

@@ -92,6 +92,18 @@ def test_a_registry_or_an_endpoint_at_a_port_of_its_own_is_reached(uri: str, end
     assert allowed(made, "fetch", "egress") == {53, 80, 443} | ({port} if port else set())
 
 
+def test_servers_answer_to_everyone_unless_the_installation_names_their_clients() -> None:
+    assert "from" not in policies(LOCAL)["chat-server"]["ingress"][0]
+    clients = ("system/app.kubernetes.io/name=gantline-gateway", "monitoring")
+    rule = policies(LOCAL, server_clients=clients)["chat-server"]["ingress"][0]
+    gateway = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "system"}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "gantline-gateway"}},
+    }
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert rule == {"ports": [{"protocol": "TCP", "port": 8000}], "from": [gateway, monitoring]}
+
+
 def test_policies_stand_before_the_first_pod_and_go_with_the_setting(api_cluster: ApiCluster, namespace: str) -> None:
     install_crd(api_cluster)
     fates(api_cluster, inspected(walled=TINY))

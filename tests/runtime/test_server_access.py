@@ -20,6 +20,7 @@ from gantline_runtime.config import ServerConfig
 from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.server.access import OPEN_PATHS
 from gantline_runtime.server.api_keys import ApiKeys
+from gantline_runtime.server.callers import Caller, read_caller
 from gantline_runtime.server.routes import ROUTES
 from gantline_runtime.server.tls import Certificate
 
@@ -266,3 +267,33 @@ def test_the_openapi_document_says_where_a_key_is_wanted(server: ServerProcess) 
     for endpoint in ROUTES:
         operation = document["paths"][endpoint.name][endpoint.method.lower()]
         assert (operation.get("security") == [{"key": []}, {}]) == (endpoint.path not in OPEN_PATHS) == ("401" in operation["responses"])
+
+
+# ---- a gateway's word
+
+
+@pytest.mark.parametrize(
+    "caller", [Caller("team-a/alice", 2.5, -3), Caller("x" * 320, 9999.9999, 10), Caller("a", 0.0001), Caller(), Caller("a.b_c-d", 1.0, 0)]
+)
+def test_what_a_gateway_says_of_a_caller_is_read_as_it_was_meant(caller: Caller) -> None:
+    assert read_caller(caller.to_header()) == caller
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "alice", "a;weight=0;priority=0", "a;weight=1;priority=-11", "a b;weight=1;priority=0", "x" * 321 + ";weight=1;priority=0", "é"],
+)
+def test_anything_else_says_nothing(header: str) -> None:
+    assert read_caller(header) is None
+
+
+def test_only_a_server_that_trusts_its_gateway_believes_who_asks(tmp_path: Path, server: ServerProcess) -> None:
+    told = {"X-Gantline-Caller": "team-a/alice;weight=1.0;priority=0"}
+    body = {"prompt": "x", "max_tokens": 1, "priority": -1}
+    with running(write_model(tmp_path / "m"), *FAST, "--trust-gateway") as trusting:
+        refused = trusting.post("/v1/completions", body, headers=told)
+        assert refused.status_code == 400 and "this API key allows 0 and more" in refused.json()["error"]["message"]
+        assert trusting.post("/v1/completions", body).status_code == 200
+        wait_until(lambda: [line["api_key"] for line in trusting.logs if "api_key" in line] == ["team-a/alice"], what="the log line")
+    answer = server.post("/v1/completions", body, headers={**told, "Authorization": f"Bearer {ALICE}"})
+    assert answer.status_code == 200, "what alice's own key allows"

@@ -35,6 +35,10 @@
 - apiGroups: [networking.k8s.io]
   resources: [ingresses, networkpolicies]
   verbs: [get, list, watch, create, patch, delete]
+# Of the Gateway API; no use where the cluster lacks the kind.
+- apiGroups: [inference.networking.k8s.io]
+  resources: [inferencepools]
+  verbs: [get, list, create, patch, delete]
 # `patch` is for one annotation, by which the least loaded pods go first when there are to be fewer. Whoever may make Deployments may run
 # any pod already, so it adds no power.
 - apiGroups: [""]

@@ -12,6 +12,8 @@
 - {name: GANTLINE_S3_ENDPOINT, value: {{ .Values.runtime.s3Endpoint | quote }}}
 - {name: GANTLINE_INSECURE_REGISTRIES, value: {{ .Values.runtime.insecureRegistries | join "," | quote }}}
 - {name: GANTLINE_NETWORK_POLICIES, value: {{ .Values.runtime.networkPolicy.enabled | quote }}}
+- {name: GANTLINE_SERVER_CLIENTS, value: {{ include "gantline.serverClients" . | quote }}}
+- {name: GANTLINE_INFERENCE_POOLS, value: {{ .Values.runtime.inferencePools | quote }}}
 - {name: GANTLINE_INVENTORY_CONFIGMAP, value: {{ with include "gantline.inventory" . }}{{ printf "%s/%s" $.Release.Namespace . | quote }}{{ else }}""{{ end }}}
 - {name: GANTLINE_GATEWAY_NAMESPACE, value: {{ .Release.Namespace }}}
 - {name: GANTLINE_SCALING_INTERVAL_SECONDS, value: {{ .Values.operator.scalingIntervalSeconds | int | quote }}}

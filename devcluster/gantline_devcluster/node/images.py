@@ -27,7 +27,11 @@ PAUSE_IMAGE = "localhost/gantline-pause:dev"
 HOME = "/opt/gantline"
 SOURCE_ROOTS = ("operator", "runtime", "kernels", "quant", "devcluster")
 USER = "1000:1000"
-ENTRY_POINTS = {"gantline": "gantline_runtime.cli", "gantline-operator": "gantline_operator.main"}
+ENTRY_POINTS = {
+    "gantline": "gantline_runtime.cli",
+    "gantline-operator": "gantline_operator.main",
+    "gantline-gateway": "gantline_gateway.main",
+}
 # Folders that pods mount over: what lies below them would be hidden.
 MOUNTED_OVER = ("/tmp", "/mnt", "/dev", "/proc", "/sys", "/run", "/var/run")
 

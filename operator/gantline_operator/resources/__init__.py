@@ -8,6 +8,7 @@ jobs         inspect, fetch, quantize
 serving      ServiceAccount, Service, Deployment, PodDisruptionBudget
 autoscalers  the HorizontalPodAutoscaler or ScaledObject, where the spec names another controller than Gantline
 ingress      the Ingress, where a host is named
+inference_pool  the InferencePool, where the cluster has that kind
 network      NetworkPolicies, where the installation asks for them
 cache        the claim for artefacts
 """
@@ -15,6 +16,7 @@ cache        the claim for artefacts
 from gantline_operator.resources.autoscalers import LOAD_METRIC, autoscalers, load_path
 from gantline_operator.resources.cache import cache_claim
 from gantline_operator.resources.context import MissingImage, ModelLocation, Parent, Settings, cache_location, source_location
+from gantline_operator.resources.inference_pool import inference_pool
 from gantline_operator.resources.ingress import ingress
 from gantline_operator.resources.jobs import (
     ALGORITHM_VERSIONS,
@@ -75,6 +77,7 @@ __all__ = [
     "child_selector",
     "fetch_hash",
     "fetch_job",
+    "inference_pool",
     "ingress",
     "inspect_hash",
     "inspect_job",

@@ -61,6 +61,7 @@ class Settings:
     network_policies: bool = False
     load_url: str = ""
     """Address at which KEDA reaches the operator."""
+    server_clients: tuple[str, ...] = ()
 
     @staticmethod
     def of(operator: OperatorSettings, version: str) -> Settings:
@@ -74,6 +75,7 @@ class Settings:
             insecure_registries=operator.insecure_registries,
             network_policies=operator.network_policies,
             load_url=operator.load_url,
+            server_clients=operator.server_clients,
         )
 
     def image(self, accelerator: str) -> str:

@@ -83,6 +83,7 @@ MANAGED_KINDS: tuple[ManagedKind, ...] = (
     ManagedKind("apps/v1", "ControllerRevision", "controllerrevisions"),
     ManagedKind("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers", optional=True),
     ManagedKind("keda.sh/v1alpha1", "ScaledObject", "scaledobjects", optional=True),
+    ManagedKind("inference.networking.k8s.io/v1", "InferencePool", "inferencepools", optional=True),
 )
 
 

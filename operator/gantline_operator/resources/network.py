@@ -1,7 +1,7 @@
 """Who may talk to a service's pods, and to whom they may: NetworkPolicies, where the installation asks for them.
 
     NAME-isolated   every pod of the service: nothing in, nothing out
-    NAME-server     but servers answer at their port, and may look names up
+    NAME-server     but servers answer at their port, to everyone or to the clients that the installation names, and may look names up
     NAME-fetch      but what reads a remote source may look names up and reach its server, or the proxy before it
 
 Policies add up, so each of the last two only allows. Ranks of a server share its pod, where no policy applies.
@@ -35,7 +35,7 @@ def network_policies(parent: Parent, settings: Settings) -> list[Object]:
         _policy(parent, settings, "isolated", of_service, policyTypes=["Ingress", "Egress"]),
         _policy(
             parent, settings, "server", of_server,
-            policyTypes=["Ingress", "Egress"], ingress=[{"ports": [_tcp(SERVER_PORT)]}], egress=[_DNS],
+            policyTypes=["Ingress", "Egress"], ingress=[{"ports": [_tcp(SERVER_PORT)], **_clients(settings)}], egress=[_DNS],
         ),
     ]  # fmt: skip
     if source_location(parent.spec.model.uri) is None:
@@ -53,6 +53,19 @@ def _policy(parent: Parent, settings: Settings, name: str, selector: Object, **s
         "metadata": metadata(f"{parent.name}-{name}", parent.namespace, marks, parent.owner),
         "spec": {"podSelector": selector, **spec},
     }
+
+
+def _clients(settings: Settings) -> Object:
+    """The rule's part that says from whom; none of it is everyone."""
+    return {"from": [_peer(client) for client in settings.server_clients]} if settings.server_clients else {}
+
+
+def _peer(client: str) -> Object:
+    """Of `NAMESPACE` or `NAMESPACE/LABEL=VALUE`. Every namespace has the label with its name (since Kubernetes 1.22)."""
+    namespace, _, label = client.partition("/")
+    key, _, value = label.partition("=")
+    pods = {"podSelector": {"matchLabels": {key: value}}} if label else {}
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}, **pods}
 
 
 def _tcp(port: int) -> Object:

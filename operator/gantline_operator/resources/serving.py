@@ -103,7 +103,8 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
     """The pod template of the Deployment. Raises MissingImage."""
     base = build_base(parent, plan.placement, settings, wished=parent.spec.pod.resources)
     server, tp = _server_config(parent), plan.engine.tp
-    arguments = ["serve", model.path, *to_arguments(plan.engine), *to_arguments(server)]
+    # Trust is the installation's matter and in no revision's hash: pods that run are not replaced for it.
+    arguments = ["serve", model.path, *to_arguments(plan.engine), *to_arguments(dataclasses.replace(server, trust_gateway=True))]
     container = build_container("server", base, arguments, env=_environment(plan, base), mounts=model.mounts, tp=tp)
     container["ports"] = [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}]
     container.update(_probes(plan))

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from gantline_runtime.errors import ConfigurationError
-from gantline_runtime.server.api_keys import describe_key, make_key
+from gantline_runtime.server.api_keys import make_key
+from gantline_runtime.server.key_lines import describe_key
 
 __all__ = ["add_arguments", "run"]
 

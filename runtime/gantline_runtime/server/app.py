@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gantline_runtime import logs
-from gantline_runtime.server.access import Access
+from gantline_runtime.server.access import Access, ToldCaller
 from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.errors import ApiError, not_found, respond, translate
 from gantline_runtime.server.request_ids import read_request_id
@@ -45,12 +45,21 @@ log = logging.getLogger("gantline.access")
 
 
 def create_app(
-    service: Service, version: str, *, keys: ApiKeys | None = None, cors_origins: Sequence[str] = (), tracing: Tracing | None = None
+    service: Service,
+    version: str,
+    *,
+    keys: ApiKeys | None = None,
+    trust_gateway: bool = False,
+    cors_origins: Sequence[str] = (),
+    tracing: Tracing | None = None,
 ) -> Starlette:
-    """`keys` None: anyone may ask. `cors_origins`: whose web pages may, `*` for all. `tracing` None: no traces."""
+    """`keys` None: anyone may ask. `trust_gateway`: who asks is whom a gateway names. `cors_origins`: whose web pages may, `*` for all.
+    `tracing` None: no traces."""
     middleware = [Middleware(_Observer, service=service, tracing=tracing)]
     if keys is not None:
         middleware.append(Middleware(Access, keys=keys))
+    if trust_gateway:
+        middleware.append(Middleware(ToldCaller))
     middleware.append(Middleware(UsageReports))
     if cors_origins:  # outermost, so that pages can read errors too, and preflights need no key
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), **_CORS))

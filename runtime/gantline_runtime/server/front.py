@@ -38,7 +38,14 @@ class Front:
         self._uses_tls = config.tls_cert is not None
         self.socket = bind_socket(config.host, config.port, shared=config.api_workers > 1)
         self._tracing = Tracing(config.otlp_endpoint, version=version) if config.otlp_endpoint is not None else None
-        app = create_app(service, version, keys=keys, cors_origins=config.cors_origin_list, tracing=self._tracing)
+        app = create_app(
+            service,
+            version,
+            keys=keys,
+            trust_gateway=config.trust_gateway,
+            cors_origins=config.cors_origin_list,
+            tracing=self._tracing,
+        )
         self._http = HttpServer(_uvicorn_config(app))
         if config.tls_cert is not None and config.tls_key is not None:
             certificate = Certificate(Path(config.tls_cert), Path(config.tls_key))

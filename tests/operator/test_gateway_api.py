@@ -1,0 +1,102 @@
+"""Objects of the Gateway API: only where the cluster has their kinds, and as the real definitions want them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from gantline_devcluster.api_only import ApiCluster
+from gantline_devcluster.binaries import find
+from gantline_devcluster.client import ApiError
+from gantline_devcluster.errors import DevclusterError
+
+from tests.operator.applying import apply as apply_object
+from tests.operator.harness import TINY, apply, fates, inspected, install_crd, items, service, serving, wait, wait_reason
+from tests.operator.helm import render
+
+Object = dict[str, Any]
+ROUTE = "gateway.networking.k8s.io/v1/HTTPRoute"
+PARENTS = [{"name": "public", "namespace": "gateways"}]
+
+
+def routes(values: Object, *kinds: str) -> list[Object]:
+    objects = render({"gateway": {"httpRoute": values}}, kinds=kinds)
+    return [item for item in objects if item["kind"] == "HTTPRoute"]
+
+
+@pytest.mark.parametrize(
+    ("values", "kinds", "made"),
+    [
+        ({}, (ROUTE,), 0),
+        ({"parentRefs": PARENTS}, (), 0),
+        ({"parentRefs": PARENTS}, (ROUTE,), 1),
+        ({"parentRefs": PARENTS, "enabled": False}, (ROUTE,), 0),
+        ({"parentRefs": PARENTS, "enabled": True}, (), 1),
+    ],
+)
+def test_a_route_is_made_where_gateways_are_named_and_the_kind_is_known(values: Object, kinds: tuple[str, ...], made: int) -> None:
+    assert len(routes(values, *kinds)) == made
+
+
+def definition(name: str) -> Object:
+    try:
+        found: Object = yaml.load(find(name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except DevclusterError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    return found
+
+
+@pytest.fixture
+def gateway_api(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
+    """The cluster with both definitions, which go at the end: other tests are of clusters without."""
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    definitions = [definition(name) for name in ("httproutes.yaml", "inferencepools.yaml")]
+    for item in definitions:
+        api_cluster.client.post(path, item)
+    names = [item["metadata"]["name"] for item in definitions]
+    try:
+        api_cluster.kubectl("wait", "--for=condition=Established", *[f"crd/{name}" for name in names], "--timeout=30s")
+        yield api_cluster
+    finally:
+        for name in names:
+            api_cluster.client.call("DELETE", f"{path}/{name}")
+
+
+def test_both_kinds_are_as_their_definitions_want_them_and_pools_go_with_the_setting(gateway_api: ApiCluster, namespace: str) -> None:
+    cluster = gateway_api
+    (route,) = routes({"parentRefs": PARENTS, "hostnames": ["llm.example.com"]}, ROUTE)
+    wait(lambda: _accepted(cluster, {**route, "metadata": {"name": "gateway", "namespace": namespace}}))
+
+    install_crd(cluster)
+    fates(cluster, inspected(pooled=TINY))
+    if not cluster.client.get("/api/v1/nodes").get("items"):
+        cluster.simulate("cpu", 1)
+    pools = lambda: items(cluster, "inferencepools", namespace)
+    with serving(cluster, namespace):
+        apply(cluster, service("pooled", namespace))
+        wait_reason(cluster, "pooled", namespace, "Ready")
+        (pool,) = pools()
+    spec = pool["spec"]
+    template = items(cluster, "deployments", namespace)[0]["spec"]["template"]
+    assert spec["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert spec["targetPorts"] == [{"number": template["spec"]["containers"][0]["ports"][0]["containerPort"]}]
+    assert (spec["endpointPickerRef"]["name"], spec["endpointPickerRef"]["failureMode"]) == ("pooled-epp", "FailOpen")
+    with serving(cluster, namespace, inference_pools="false"):
+        wait(lambda: not pools())
+        wait_reason(cluster, "pooled", namespace, "Ready")
+
+
+def _accepted(cluster: ApiCluster, item: Object) -> bool:
+    """Whether the API server takes it, strictly; a definition that is established is served a moment later."""
+    try:
+        apply_object(cluster.client, item, dry_run=True)
+    except ApiError as error:
+        if error.status == 404:
+            return False
+        raise
+    return True
