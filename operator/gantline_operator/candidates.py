@@ -106,7 +106,10 @@ def assess(spec: InferenceServiceSpec, variant: Variant, shape: Shape, tp: int) 
         return Turned(option, Reason.MODEL_TOO_LARGE, message)
     memory = _estimate(spec, variant, tp, dtype, shape.device.memory_bytes or 0)
     if not memory.fits:
-        return Turned(option, Reason.MODEL_TOO_LARGE, _too_large(spec, variant, memory, tp, shape.device.title))
+        message = _too_large(spec, variant, memory, tp, shape.device.title)
+        if _takes_whole_node(spec, variant, shape, tp):
+            return Turned(option, Reason.NEEDS_SEVERAL_NODES, f"{message}; these are all of a node, {_nodes_needed(memory)}")
+        return Turned(option, Reason.MODEL_TOO_LARGE, message)
     fixed = memory.capacity_tokens // BLOCK_SIZE if shape.device.replicas > 1 else None
     engine = _engine(spec, variant, tp, dtype, memory, fixed)
     return Candidate(
@@ -136,6 +139,20 @@ def _illegal(variant: Variant, shape: Shape, tp: int) -> Turned | None:
         return Turned("", Reason.ILLEGAL_TENSOR_PARALLEL, "time-sliced GPUs may be one and the same: tensor parallelism never spans them")
     reason = sizing.legal_tensor_parallel(variant.facts, tp)
     return None if reason is None else Turned("", Reason.ILLEGAL_TENSOR_PARALLEL, reason)
+
+
+def _nodes_needed(memory: MemoryEstimate) -> str:
+    """Workspace is needed on each device; weights and cache are shared out."""
+    room = memory.usable - memory.workspace
+    if room <= 0:
+        return "and more of them would not help"
+    return f"and it would take {max(2, math.ceil((memory.weights + memory.cache) / room))} such nodes"
+
+
+def _takes_whole_node(spec: InferenceServiceSpec, variant: Variant, shape: Shape, tp: int) -> bool:
+    """Whether `tp` devices are as many as the model can be split over on one node of the shape, and more than one."""
+    more = [wider for wider in sizing.TENSOR_PARALLEL if tp < wider <= shape.largest and _illegal(variant, shape, wider) is None]
+    return tp > 1 and not more and 2 * tp > shape.largest and spec.engine.tensor_parallel is None
 
 
 def _has_room(node: NodeFacts, memory_bytes: float) -> bool:

@@ -82,6 +82,7 @@ class Reason(StrEnum):
     NOT_PREFERRED = "NotPreferred"
     INSUFFICIENT_FREE_GPU = "InsufficientFreeGPU"
     MODEL_TOO_LARGE = "ModelTooLarge"
+    NEEDS_SEVERAL_NODES = "NeedsSeveralNodes"
     ILLEGAL_TENSOR_PARALLEL = "IllegalTensorParallel"
     UNSUPPORTED_GPU = "UnsupportedGPU"
     GPU_LABELS_MISSING = "GPULabelsMissing"

@@ -58,6 +58,7 @@ _CURES: Mapping[Reason, str] = {
     Reason.INVALID_QUANTIZATION: "Use another groupSize, quantization.method: none, or a checkpoint that is not quantized yet.",
     Reason.ILLEGAL_TENSOR_PARALLEL: "Leave engine.tensorParallel at auto, or choose a number that divides the model's heads and groups.",
     Reason.MODEL_TOO_LARGE: "Lower engine.sessionLen or engine.maxBatchSize, allow quantization (method: awq), or use larger or more GPUs.",
+    Reason.NEEDS_SEVERAL_NODES: "Use nodes with more GPU memory, allow quantization (method: awq), or lower engine.sessionLen.",
     Reason.UNSUPPORTED_ARCHITECTURE: "Use a decoder-only language model with standard attention.",
     Reason.INVALID_CONFIGURATION: "Lower engine.sessionLen, or leave it at auto.",
 }
@@ -72,6 +73,7 @@ _PROGRESS = (
     Reason.INVALID_QUANTIZATION,
     Reason.ILLEGAL_TENSOR_PARALLEL,
     Reason.MODEL_TOO_LARGE,
+    Reason.NEEDS_SEVERAL_NODES,
 )
 """How far an option came before it was turned down; a rejection speaks of those that came furthest."""
 

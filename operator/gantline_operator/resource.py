@@ -25,7 +25,7 @@ from gantline_operator.fields import (
     Whole,
     declare,
 )
-from gantline_operator.quantities import Amount, DecimalText, Duration, Quantity
+from gantline_operator.quantities import Amount, DecimalText, Duration, Quantity, parse_quantity
 
 __all__ = [
     "GROUP",
@@ -402,9 +402,23 @@ class EnvVar:
     value: str = declare(Text(4096), "Value of the variable.", default="")
 
 
+def _request_within_limit(name: str) -> Rule:
+    request, limit = (f"self.{part}.{name.replace('-', '__dash__')}" for part in ("requests", "limits"))
+    known = f"has(self.requests) && has(self.limits) && has({request}) && has({limit})"
+
+    def holds(resources: ResourcesSpec) -> bool:
+        requests, limits = resources.requests or {}, resources.limits or {}
+        return name not in requests or name not in limits or parse_quantity(requests[name]) <= parse_quantity(limits[name])
+
+    within = f"quantity(string({request})).compareTo(quantity(string({limit}))) <= 0"
+    return Rule(f"!({known}) || {within}", holds, f"more {name} is requested than the limit allows", ".requests")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResourcesSpec:
     """Requests and limits of the runtime's container, beside the GPUs, which the plan sets."""
+
+    RULES: ClassVar = tuple(_request_within_limit(name) for name in ("cpu", "memory", "ephemeral-storage"))
 
     requests: Mapping[str, str] | None = declare(MapOf(Amount(), keys=("cpu", "memory", "ephemeral-storage")), "What is set aside.")
     limits: Mapping[str, str] | None = declare(MapOf(Amount(), keys=("cpu", "memory", "ephemeral-storage")), "What is allowed.")
@@ -436,6 +450,25 @@ class InferenceServiceSpec:
             lambda s: s.accelerator.resource != "cpu" or s.engine.backend in ("auto", "torch"),
             "a CPU runs the torch backend only",
             ".engine.backend",
+        ),
+        Rule(
+            "!self.accelerator.resource.startsWith('amd.com/') || self.engine.backend != 'cuda'",
+            lambda s: not s.accelerator.resource.startswith("amd.com/") or s.engine.backend != "cuda",
+            "the cuda backend needs an NVIDIA GPU",
+            ".engine.backend",
+        ),
+        Rule(
+            "!self.accelerator.resource.startsWith('huawei.com/') || self.engine.backend in ['auto', 'torch']",
+            lambda s: not s.accelerator.resource.startswith("huawei.com/") or s.engine.backend in ("auto", "torch"),
+            "Ascend runs the torch backend only",
+            ".engine.backend",
+        ),
+        Rule(
+            "!self.accelerator.resource.startsWith('nvidia.com/mig-') || type(self.engine.tensorParallel) == string "
+            "|| self.engine.tensorParallel == 1",
+            lambda s: not s.accelerator.resource.startswith("nvidia.com/mig-") or s.engine.tensor_parallel in (None, 1),
+            "tensor parallelism never spans MIG slices",
+            ".engine.tensorParallel",
         ),
     )
 

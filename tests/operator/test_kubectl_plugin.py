@@ -84,7 +84,7 @@ def site(api_cluster: ApiCluster, tmp_path_factory: pytest.TempPathFactory) -> I
         apply(api_cluster, service("asked", namespace), service("asked-too", namespace), service("enormous", namespace, **place))
         wait_reason(api_cluster, "asked", namespace, "Ready")
         wait_reason(api_cluster, "asked-too", namespace, "Ready")
-        wait_reason(api_cluster, "enormous", namespace, "ModelTooLarge")
+        wait_reason(api_cluster, "enormous", namespace, "NeedsSeveralNodes")
     yield Site(api_cluster, namespace, folder)
     remove_gpu_nodes(api_cluster, namespace)
     api_cluster.client.call("DELETE", f"/api/v1/namespaces/{namespace}")
@@ -92,10 +92,10 @@ def site(api_cluster: ApiCluster, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def test_explain_says_why_in_sentences_and_what_to_do_next(site: Site) -> None:
     lines = site.kubectl("gantline", "explain", "enormous", "-n", site.namespace).stdout.splitlines()
-    assert lines[0] == "asked/enormous is not ready (ModelTooLarge): the model fits no known shape of node."
+    assert lines[0] == "asked/enormous is not ready (NeedsSeveralNodes): the model does not fit on all GPUs of the largest node; a replica runs on one."
     assert any(line.startswith("Ready: ") and "would need" in line for line in lines)
-    assert any(re.match(r"  8 x NVIDIA-H100-80GB-HBM3, bfloat16 +ModelTooLarge +each of 8", line) for line in lines), lines
-    assert lines[-1].startswith("Next: quantize it, lower `engine.sessionLen`")
+    assert any(re.match(r"  8 x NVIDIA-H100-80GB-HBM3, bfloat16 +NeedsSeveralNodes +each of 8", line) for line in lines), lines
+    assert lines[-1].startswith("Next: nodes with more GPU memory, a quantized copy")
     assert len(lines) == len(set(lines)), "nothing is said twice"
 
     good = site.ask("explain", "asked")
@@ -133,7 +133,7 @@ def test_top_without_the_right_to_reach_pods_says_so_and_shows_the_rest(site: Si
     table = site.ask("top", kubeconfig=person)
     rows = {line.split()[0]: line.split() for line in table.splitlines()}
     assert rows["SERVICE"] == ["SERVICE", "REPLICAS", "RUNNING", "WAITING", "TOKENS/S", "KV", "CACHE", "REASON"]
-    assert rows["asked"] == ["asked", "1/1", "-", "-", "-", "-", "Ready"] and rows["enormous"][-1] == "ModelTooLarge"
+    assert rows["asked"] == ["asked", "1/1", "-", "-", "-", "-", "Ready"] and rows["enormous"][-1] == "NeedsSeveralNodes"
     assert "You may not reach pods through the API server (`get` of `pods/proxy`)" in table
     assert "You may not list events here" in site.ask("events", "asked", kubeconfig=person)
     code, _, error = site.run("top", "-A", kubeconfig=person)

@@ -52,8 +52,8 @@ def test_the_smallest_legal_split_that_fits_is_planned(model: str, profile: str,
 @pytest.mark.parametrize(
     ("model", "profile", "reason", "clause"),
     [
-        ("70b", "a10", Reason.MODEL_TOO_LARGE, "would need"),
-        ("32b", "a10", Reason.MODEL_TOO_LARGE, "would need"),
+        ("70b", "a10", Reason.NEEDS_SEVERAL_NODES, "these are all of a node, and it would take 3 such nodes"),
+        ("32b", "a10", Reason.NEEDS_SEVERAL_NODES, "would need"),
         ("70b", "mig-single", Reason.MODEL_TOO_LARGE, "would need"),
         ("72b-awq", "a10", Reason.MODEL_TOO_LARGE, "would need"),
         ("8b", "cpu", Reason.NO_MATCHING_GPU, "no node of the cluster has one"),
@@ -76,6 +76,14 @@ def test_a_split_that_the_model_forbids_is_refused_when_asked_for(model: str, tp
     assert answer.reason is Reason.ILLEGAL_TENSOR_PARALLEL
 
 
+def test_a_model_that_needs_more_than_the_whole_largest_node_says_so_unless_a_smaller_split_was_asked_for() -> None:
+    for profile in ("h100", "mi300x", "ascend-910"):
+        answer = rejected(replace(MODELS["70b"], weight_bytes=2_000_000_000_000), cluster_of(profile, "l4"))
+        assert answer.reason is Reason.NEEDS_SEVERAL_NODES and "such nodes" in answer.message, profile
+    few = rejected("70b", cluster_of("h100"), engine={"tensorParallel": 1})
+    assert few.reason is Reason.MODEL_TOO_LARGE
+
+
 def test_a_split_that_is_asked_for_is_taken_although_less_would_do() -> None:
     assert accepted("8b", cluster_of("h100"), engine={"tensorParallel": 4}).engine.tp == 4
 
@@ -94,7 +102,8 @@ def test_if_needed_quantizes_only_what_does_not_fit_as_it_is() -> None:
     needs = accepted("70b", cluster_of("a10"), quantization=AWQ_IF_NEEDED)
     assert (needs.quantize, needs.precision, needs.engine.tp) == (True, "awq4", 4)
     whole = [row.reason for row in needs.rejected if "bfloat16" in row.option]
-    assert whole == [Reason.MODEL_TOO_LARGE] * 3 + [Reason.NO_MATCHING_GPU], "one, two and four are too few, and no node has eight"
+    expected = [Reason.MODEL_TOO_LARGE] * 2 + [Reason.NEEDS_SEVERAL_NODES, Reason.NO_MATCHING_GPU]
+    assert whole == expected, "one, two and four are too few, and no node has eight"
 
 
 def test_if_needed_asks_whether_it_fits_and_not_whether_it_is_free() -> None:

@@ -159,9 +159,9 @@ def test_of_a_known_model_the_whole_plan_is_told_where_it_is_no_plain_yes(site: 
 
 def test_a_model_that_fits_nowhere_is_told_before_it_is_stored_again(site: Site) -> None:
     site.apply("enormous")
-    wait_reason(site.cluster, "enormous", site.namespace, "ModelTooLarge", "PlanResolved")
+    wait_reason(site.cluster, "enormous", site.namespace, "NeedsSeveralNodes", "PlanResolved")
     again = site.apply("enormous", replicas=2)
-    assert "configured" in again.stdout and "Warning: ModelTooLarge: no pod would be started" in again.stderr
+    assert "configured" in again.stdout and "Warning: NeedsSeveralNodes: no pod would be started" in again.stderr
 
 
 def test_the_certificate_is_renewed_while_it_serves(site: Site) -> None:
@@ -205,7 +205,7 @@ def test_a_certificate_is_renewed_in_time_and_for_other_names(certificate: str, 
         ("8b", "h100", {}, []),
         ("8b", "h100", {"engine": {"sessionLen": 8192}}, []),
         ("70b", "h100", {"engine": {"sessionLen": 8192}}, ["tensor parallelism 4: each replica takes 4 x NVIDIA-H100-80GB-HBM3"]),
-        ("70b", "l4", {}, ["ModelTooLarge: no pod would be started", "Lower engine.sessionLen"]),
+        ("70b", "l4", {}, ["NeedsSeveralNodes: no pod would be started", "or lower engine.sessionLen"]),
         ("70b", "h100", {"suspend": True}, []),
         ("70b", "h100", {"replicas": 0}, []),
         (None, "h100", {}, []),
