@@ -71,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     devices = add("devices", run_devices, "have the kubelet offer devices that do not exist, such as nvidia.com/gpu")
     devices.add_argument("resource")
     devices.add_argument("count", type=int)
+    outside = add("outside", run_outside, "addresses and names outside that the cluster asked for; exit code 1 if it did")
+    outside.add_argument("--json", action="store_true")
     add("unexpose", run_unexpose, "end such a relay").add_argument("local", type=int, metavar="PORT")
     return top
 
@@ -151,6 +153,15 @@ def run_kubeconfig(options: argparse.Namespace) -> None:
     if not cluster.supervisor():
         raise DevclusterError(f"the cluster {options.name!r} is not running", "Start it: python -m gantline_devcluster up")
     print(cluster.kubeconfig)
+
+
+def run_outside(options: argparse.Namespace) -> int:
+    found = NodeCluster(options.name).outside()
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print("\n".join([*found["addresses"], *found["names"]]) or "nothing")
+    return 1 if found["addresses"] or found["names"] else 0
 
 
 def run_registry(options: argparse.Namespace) -> None:

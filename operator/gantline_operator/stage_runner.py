@@ -27,9 +27,8 @@ __all__ = ["StageRunner", "read_progress"]
 
 _log = logging.getLogger(__name__)
 
-_PROGRESS_POLL_S = 10.0
-_FIRST_PROGRESS_S = 2.0
-"""Until a Job's log tells how far it is: what begins is looked at more often than what is known to run."""
+_PROGRESS_POLL_S = (2.0, 10.0)
+"""Between two looks at a Job's log: the first while it is young, the second once it is known to run."""
 
 
 class StageRunner(Pass):
@@ -92,7 +91,9 @@ class StageRunner(Pass):
 
     async def _with_progress(self, record: Record, pod: str) -> Record:
         """How far the Job's log says it is, where we may read it: a download of an hour should not look like one that hangs."""
-        self._look_again(_PROGRESS_POLL_S if record.progress else _FIRST_PROGRESS_S)
+        often, seldom = _PROGRESS_POLL_S
+        age_s = next(((self.cluster.now() - state.created).total_seconds() for state in self.pods if state.name == pod), 0.0)
+        self._look_again(min(seldom, max(often, age_s / 5)))
         try:
             log = await self.cluster.client.text(PODS, self.namespace, pod, "log", tailLines="20", limitBytes="16384")
         except ApiError:

@@ -24,7 +24,7 @@ from gantline_devcluster.binaries import MODULES, SETS, Module
 from gantline_devcluster.cache import locked
 from gantline_devcluster.control_plane import kubeconfig
 from gantline_devcluster.errors import DevclusterError
-from gantline_devcluster.node import cgroups, config, dns, images, provisioner, requirements
+from gantline_devcluster.node import cgroups, config, dns, images, outside, provisioner, requirements
 from gantline_devcluster.node.layout import Run
 from gantline_devcluster.processes import Component, Keeper
 
@@ -469,3 +469,12 @@ def test_the_module_runs_as_a_program_with_help() -> None:
         with contextlib.suppress(SystemExit):
             cli.main([name, "--help"])
         assert name in answer.stdout
+
+
+def test_what_asked_for_the_outside_is_read_from_the_filter_and_the_dns_log() -> None:
+    elements = [{"elem": {"val": {"concat": ["192.0.2.1", 443]}, "expires": 3}}, {"concat": ["8.8.8.8", 53]}]
+    listing = {"nftables": [{"metainfo": {}}, {"set": {"name": "outside", "elem": elements}}]}
+    assert outside.parse_addresses(listing) == ["192.0.2.1:443", "8.8.8.8:53"]
+    assert outside.parse_addresses({"nftables": [{"set": {"name": "outside"}}]}) == []
+    log = "[INFO] asked for hub.example.\n[INFO] asked for hub.example.svc.cluster.local.\n[ERROR] plugin/errors: 2 hub.example. A: x\n"
+    assert outside.parse_names(log) == ["hub.example"]

@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from openai import OpenAI
 
 from tests.e2e.conftest import ROOT, Site, make
 from tests.runtime.hub_server import COMMIT
+from tests.runtime.registry_server import USER
+from tests.runtime.s3_server import ACCESS_KEY
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
 TINY = "file:///opt/gantline/tiny-model"
@@ -176,40 +179,90 @@ def test_an_unknown_field_is_refused_with_its_name(site: Site) -> None:
 def test_an_upgrade_of_the_chart_restarts_no_serving_pod(site: Site) -> None:
     before = server_pods(site)
     changed = ("--reuse-values", "--set", f"operator.logLevel=debug,runtime.hfEndpoint=http://{HUB}.default.svc")
+    changed += ("--set", "runtime.insecureRegistries={registry.default.svc}")
     site.run("helm", "upgrade", "gantline", "charts/gantline", "-n", "gantline-system", *changed, "--wait")
     site.until("the service is ready", lambda: ready(site, "chat"))
     assert server_pods(site) == before
 
 
-def hub() -> dict[str, Any]:
-    """A pod that speaks the hub's HTTP and wants a token, its Service, and the Secret with that token."""
-    program = ["python", "-m", "tests.runtime.hub_server", "examples/tiny-model", "--port=8080", "--token=open-sesame"]
+def model_server(name: str, program: str, secret: dict[str, str], kind: str = "Opaque") -> dict[str, Any]:
+    """A pod that offers the tiny model by one of the tests' servers, its Service, and the Secret that opens it."""
+    command = ["python", "-m", *program.split(), "--port=8080"]
     security = {"runAsNonRoot": True, "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    container = {"name": "hub", "image": RUNTIME_IMAGE, "command": program, "workingDir": f"{HOME}/source", "securityContext": security}
+    container = {"name": name, "image": RUNTIME_IMAGE, "command": command, "workingDir": f"{HOME}/source", "securityContext": security}
     container["readinessProbe"] = {"tcpSocket": {"port": 8080}, "periodSeconds": 1}
     pod = {"containers": [container], "terminationGracePeriodSeconds": 1, "automountServiceAccountToken": False}
     items = [
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": HUB, "labels": {"app": HUB}}, "spec": pod},
-        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": HUB},
-         "spec": {"selector": {"app": HUB}, "ports": [{"port": 80, "targetPort": 8080}]}},
-        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": HUB}, "stringData": {"HF_TOKEN": "open-sesame"}},
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}}, "spec": pod},
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
+         "spec": {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": 8080}]}},
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": secret, "type": kind},
     ]  # fmt: skip
     return {"apiVersion": "v1", "kind": "List", "items": items}
 
 
+@contextmanager
+def watched(site: Site, name: str, path: str) -> Iterator[list[str]]:
+    """What `kubectl get -w` shows of a service meanwhile, whole after the block."""
+    lines: list[str] = []
+    command = ["kubectl", "get", f"gisvc/{name}", "--watch", "-o", f"jsonpath={path}{{'\\n'}}"]
+    process = subprocess.Popen(command, env=site.environment, stdout=subprocess.PIPE, text=True)
+    try:
+        yield lines
+    finally:
+        process.terminate()
+        lines += process.communicate()[0].splitlines()
+
+
 def test_a_model_of_a_hub_is_fetched_with_its_token_into_the_cache_and_served(site: Site) -> None:
-    site.apply(hub())
+    slow = "--bytes-per-s=1500000"  # enough to be watched
+    program = f"tests.runtime.hub_server examples/tiny-model --token=open-sesame {slow}"
+    site.apply(model_server(HUB, program, {"HF_TOKEN": "open-sesame"}))
     site.kubectl("wait", f"pod/{HUB}", "--for=condition=Ready", "--timeout=60s")
     remote = service("remote", "hf://org/name", cache={"size": "1Gi"})
     remote["spec"]["model"]["secretRef"] = {"name": HUB}
     site.apply(remote)
-    site.until("the service is ready", lambda: ready(site, "remote"))
+    with watched(site, "remote", "{.status.stages[*].progress}") as progress:
+        site.until("the service is ready", lambda: ready(site, "remote"))
+    shares = [int(share) for line in progress for share in re.findall(r"^fetching (\d+)%", line)]
+    assert any(0 < share < 100 for share in shares) and shares == sorted(shares), progress
     status = site.get("gisvc", "remote")["status"]
     assert status["model"]["revision"] == COMMIT, "the branch was pinned to its commit"
     assert [a["kind"] for a in status["artefacts"]] == ["fetch"]
     arguments = site.get("deployment", "remote")["spec"]["template"]["spec"]["containers"][0]["args"]
     assert arguments[:2] == ["serve", f"/mnt/cache/fetch-{status['artefacts'][0]['hash']}"]
     site.kubectl("delete", "gisvc/remote", f"pod/{HUB}", f"service/{HUB}", f"secret/{HUB}", "--wait=false")
+
+
+@pytest.mark.skipif(not FULL, reason="two more services: GANTLINE_FULL_MATRIX=1")
+def test_models_of_a_bucket_and_of_a_registry_are_fetched_with_their_secrets(site: Site) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": "open/sesame", "AWS_ENDPOINT_URL": "http://store.default.svc"}
+    login = {"auths": {"registry.default.svc": {"username": USER, "password": "open-sesame"}}}
+    servers = {
+        "store": ("tests.runtime.s3_server examples/tiny-model --secret=open/sesame", keys, "Opaque"),
+        "registry": (
+            "tests.runtime.registry_server examples/tiny-model --password=open-sesame",
+            {".dockerconfigjson": json.dumps(login)}, "kubernetes.io/dockerconfigjson",
+        ),
+    }  # fmt: skip
+    for name, (program, secret, kind) in servers.items():
+        site.apply(model_server(name, program, secret, kind))
+    site.kubectl("wait", "pod/store", "pod/registry", "--for=condition=Ready", "--timeout=60s")
+    for name, uri in (("store", "s3://models/tiny"), ("registry", "oci://registry.default.svc/team/tiny:v1")):
+        remote = service(f"of-{name}", uri, cache={"size": "1Gi"}, replicas=0)
+        remote["spec"]["model"]["secretRef"] = {"name": name}
+        site.apply(remote)
+    for name in ("of-store", "of-registry"):
+        site.until(f"the model of {name} is there", lambda name=name: site.condition(name, "ModelReady").get("reason") == "Fetched")
+        assert site.get("gisvc", name)["status"]["model"]["revision"]
+    site.kubectl("patch", "secret", "store", "--type=merge", "-p", '{"stringData": {"AWS_SECRET_ACCESS_KEY": "wrong"}}')
+    again = service("refused", "s3://models/tiny", replicas=0)
+    again["spec"]["model"]["secretRef"] = {"name": "store"}
+    site.apply(again)
+    refused = lambda: (c := site.condition("refused", "ModelReady")).get("reason") == "DownloadUnauthorized" and c
+    assert "SignatureDoesNotMatch" in site.until("wrong keys are refused", refused)["message"]
+    objects = [f"{kind}/{name}" for kind in ("pod", "service", "secret") for name in servers]
+    site.kubectl("delete", "gisvc/of-store", "gisvc/of-registry", "gisvc/refused", *objects, "--wait=false")
 
 
 def test_helm_test_creates_asks_and_deletes_a_service(site: Site) -> None:
@@ -238,6 +291,15 @@ def test_streams_finish_while_a_pod_is_drained(site: Site) -> None:
     [thread.join(120) for thread in threads]
     assert finished == ["length"] * 4
     site.until("the service is ready again", lambda: ready(site, "chat"))
+
+
+def test_nothing_outside_the_cluster_was_asked_for(site: Site) -> None:
+    """Of all that came before: installing, inspecting, fetching, quantizing, serving. One pod asks now, so that silence is not deafness."""
+    ask = "import socket; socket.socket().connect_ex(('192.0.2.1', 443)); socket.getaddrinfo('outside.example', 443)"
+    site.kubectl("exec", "deployment/chat", "--", "python", "-c", ask, check=False)
+    outside = [sys.executable, "-m", "gantline_devcluster", "outside", "--json"]
+    found = json.loads(site.run(*outside, check=False).stdout)
+    assert found == {"addresses": ["192.0.2.1:443"], "names": ["outside.example"]}
 
 
 def test_delete_leaves_nothing(site: Site) -> None:

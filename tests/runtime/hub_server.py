@@ -33,11 +33,13 @@ class Hub(Faults):
     files: Mapping[str, bytes] = field(default_factory=dict)
     token: str = ""
     """If set, requests without it get 401."""
+    storage_rate_limited: int = 0
+    """So many downloads of large files get 429."""
 
 
 @contextmanager
-def serve_hub(hub: Hub) -> Iterator[Hub]:
-    with serve(hub, _Handler):
+def serve_hub(hub: Hub, *, context: Any = None) -> Iterator[Hub]:
+    with serve(hub, _Handler, context=context):
         yield hub
 
 
@@ -47,7 +49,10 @@ class _Handler(FaultyHandler):
     def route(self) -> None:
         hub, path = self.state, unquote(urlsplit(self.path).path)
         self.note(path)
-        if path.startswith("/storage/"):
+        if path.startswith("/storage/") and hub.storage_rate_limited > 0 and not self.headers.get("Range"):
+            hub.storage_rate_limited -= 1
+            self.send(429, {"Retry-After": hub.retry_after})
+        elif path.startswith("/storage/"):
             self.send_file(next(data for data in hub.files.values() if hashlib.sha256(data).hexdigest() == path[9:]), large=True)
         elif self.refused():
             return
@@ -77,7 +82,7 @@ class _Handler(FaultyHandler):
         digest = hashlib.sha256(data).hexdigest()
         host = self.headers["Host"].replace("127.0.0.1", "localhost")
         headers = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data)), "ETag": '"pointer"'}
-        self.send(302, {**headers, "Location": f"http://{host}/storage/{digest}?{SIGNATURE}"})
+        self.send(302, {**headers, "Location": f"{self.state.url.partition('://')[0] or 'http'}://{host}/storage/{digest}?{SIGNATURE}"})
 
 
 def _blob(data: bytes) -> str:

@@ -94,6 +94,17 @@ def test_a_connection_that_breaks_is_resumed_where_it_broke(tmp_path: Path, monk
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
+def test_a_storage_that_asks_to_wait_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(patience.time, "sleep", waits.append)
+    with hub_with(monkeypatch, storage_rate_limited=2, retry_after="7"):
+        assert fetch(tmp_path / "model") == 0
+    assert waits == [8.0, 8.0], "huggingface_hub adds a second"
+    with hub_with(monkeypatch, storage_rate_limited=99):
+        assert fetch(tmp_path / "other") == 75
+    assert last_word(tmp_path).reason == Reason.DOWNLOAD_RATE_LIMITED
+
+
 def test_a_killed_download_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model"
     with hub_with(monkeypatch, stall_after=150_000) as hub:

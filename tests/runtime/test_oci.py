@@ -5,13 +5,19 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import random
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from gantline_devcluster.binaries import SETS, find
+from gantline_devcluster.build import build
 from gantline_runtime import cli
 from gantline_runtime.artefact import MANIFEST
 from gantline_runtime.checkpoint import open_checkpoint, read_checkpoint
@@ -249,3 +255,42 @@ def test_plain_http_is_for_this_machine_and_for_registries_that_were_named(monke
     assert base("registry.example").startswith("https://") and base("plain.example").startswith("https://")
     assert all(base(name).startswith("http://") for name in ("plain.example:5000", "other.example:80", "localhost:5000", "127.0.0.1:1"))
     assert base("docker.io") == "https://registry-1.docker.io/v2/x"
+
+
+@contextmanager
+def real_registry(folder: Path) -> Iterator[str]:
+    """`host:port` of the distribution project's registry, which keeps its images in `folder`."""
+    storage = {"filesystem": {"rootdirectory": str(folder / "images")}}
+    config = {"version": 0.1, "storage": storage, "http": {"addr": "127.0.0.1:0", "secret": "x"}, "log": {"level": "info"}}
+    (folder / "config.yml").write_text(json.dumps(config))
+    process = subprocess.Popen([find("registry"), "serve", folder / "config.yml"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = next(line for line in process.stderr if "listening on" in line)
+        yield re.findall(r"listening on (127\.0\.0\.1:\d+)", line)[0]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def push(registry: str, images: Images) -> None:
+    with httpx.Client(base_url=f"http://{registry}/v2/{REPOSITORY}/") as client:
+        for digest, data in images.blobs.items():
+            upload = client.post("blobs/uploads/").raise_for_status().headers["Location"]
+            client.put(httpx.URL(upload).copy_add_param("digest", digest), content=data).raise_for_status()
+        for name, body in images.manifests.items():
+            client.put(f"manifests/{name}", content=body, headers={"Content-Type": json.loads(body)["mediaType"]}).raise_for_status()
+
+
+@pytest.mark.skipif(os.environ.get("GANTLINE_FULL_MATRIX") != "1", reason="needs a registry's build: GANTLINE_FULL_MATRIX=1")
+@pytest.mark.parametrize("fill", [_oras, _oras_folder, _kitops, _modelpack])
+def test_a_real_registry_is_read(fill: Callable[[Images], str], tmp_path: Path) -> None:
+    build(SETS["rehearsal"], print)
+    images = Images()
+    digest = fill(images)
+    with real_registry(tmp_path) as registry:
+        push(registry, images)
+        assert cli.main(["fetch", f"oci://{registry}/{REPOSITORY}:v1", str(tmp_path / "model")]) == 0
+        assert cli.main(["inspect", f"oci://{registry}/{REPOSITORY}@{digest}"]) == 0
+        assert cli.main(["inspect", f"oci://{registry}/{REPOSITORY}:v2"]) == 66
+    assert {name: (tmp_path / "model" / name).read_bytes() for name in FILES} == FILES

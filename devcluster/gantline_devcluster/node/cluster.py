@@ -127,6 +127,10 @@ class NodeCluster:
         """Relay a loopback port to `namespace/service:port`; returns the port. Kept until `down`, or `unexpose`."""
         return int(self.order(do="expose", service=service, local=local)["port"])
 
+    def outside(self) -> dict[str, list[str]]:
+        """Addresses and names outside the cluster that something in it has asked for since `up`; in vain, each of them."""
+        return self.order(do="outside")
+
     def offer_devices(self, resource: str, count: int, tell: Tell = print) -> None:
         """Have the kubelet offer `count` devices that do not exist: pods that ask for them are scheduled and started as with real ones."""
         self._require_running()

@@ -9,6 +9,7 @@ from typing import Any
 from gantline_devcluster.control_plane import NODE
 from gantline_devcluster.node.images import PAUSE_IMAGE
 from gantline_devcluster.node.layout import DNS_DOMAIN, DNS_SERVICE, NODE_ADDRESS, POD_CIDR, REGISTRY_PORT, Run
+from gantline_devcluster.node.outside import DNS_LOG
 
 PROVISIONER = "gantline.io/directory"
 
@@ -118,6 +119,7 @@ def corefile(run: Run) -> str:
     """The cluster's own names and those of the run's `hosts` file; no question ever leaves the node, and any other name does not exist."""
     return f""".:53 {{
     errors
+    {DNS_LOG}
     ready 127.0.0.1:8181
     hosts {run.folder / "hosts"} {{
         fallthrough

@@ -23,6 +23,7 @@ from gantline_devcluster.control_plane import NODE
 from gantline_devcluster.node import cgroups, linux
 from gantline_devcluster.node.images import source_tree
 from gantline_devcluster.node.layout import NODE_ADDRESS, NODE_NETWORK, Run
+from gantline_devcluster.node.outside import NO_WAY_OUT
 from gantline_devcluster.node.requirements import SYSTEM_PATH
 
 # Folders in which components write at fixed paths: covered, so that nothing of the host's is read or changed.
@@ -33,14 +34,6 @@ KERNEL_SETTINGS = {
     "vm/overcommit_memory": "1", "vm/panic_on_oom": "0", "kernel/panic": "10", "kernel/panic_on_oops": "1",
     "kernel/keys/root_maxkeys": "1000000", "kernel/keys/root_maxbytes": "25000000",
 }  # fmt: skip
-NO_WAY_OUT = """
-table ip gantline {
-    chain forward {
-        type filter hook forward priority filter;
-        oifname "node0" reject with icmp net-unreachable
-    }
-}
-"""
 
 
 def main() -> int:

@@ -11,11 +11,13 @@ import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from gantline_devcluster.node import linux
 
 CHUNK_BYTES = 256 * 1024
 CONNECT_TIMEOUT_S = 10.0
+T = TypeVar("T")
 Target = Callable[[], Awaitable[tuple[str, int]]]
 
 
@@ -51,6 +53,10 @@ class Relays:
             await loop.sock_connect(inside, address)
             await loop.sock_sendall(inside, question)
             return await asyncio.wait_for(loop.sock_recv(inside, 4096), timeout_s)
+
+    async def inside(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done in the node's network namespace."""
+        return await asyncio.get_running_loop().run_in_executor(self._inside, work)
 
     async def _socket(self, kind: socket.SocketKind) -> socket.socket:
         made = await asyncio.get_running_loop().run_in_executor(self._inside, socket.socket, socket.AF_INET, kind)

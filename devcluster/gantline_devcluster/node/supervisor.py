@@ -28,7 +28,7 @@ from gantline_devcluster.binaries import collected, find
 from gantline_devcluster.client import ApiError, Client
 from gantline_devcluster.control_plane import KUBERNETES_SERVICE, NODE, ControlPlane, write_private
 from gantline_devcluster.errors import DevclusterError
-from gantline_devcluster.node import config, dns
+from gantline_devcluster.node import config, dns, outside
 from gantline_devcluster.node.images import development_images, environment_mounts, pause_image, write_archive
 from gantline_devcluster.node.layout import API_PORT, BUILT_IMAGES, DNS_DOMAIN, DNS_SERVICE, NODE_ADDRESS, POD_CIDR, REGISTRY_PORT, Run
 from gantline_devcluster.node.relay import Relays
@@ -272,6 +272,8 @@ class Supervisor:
     async def _obey(self, order: dict[str, Any]) -> dict[str, Any]:
         if order["do"] == "status":
             return self.state()
+        if order["do"] == "outside":
+            return {"addresses": await self.relays.inside(outside.read_addresses), "names": outside.read_names(self.run.logs)}
         if order["do"] == "kwok":
             if "kwok" not in self.keeper.states:
                 self._run(self.plane.kwok(SIMULATED_LEASE_S))

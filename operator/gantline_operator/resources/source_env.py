@@ -40,13 +40,15 @@ _KEYS: Mapping[str, tuple[_Key, ...]] = {
 
 
 def source_env(parent: Parent, settings: Settings) -> list[Object]:
-    """Nothing for a source that is a folder of the pod."""
+    """Whatever is no hub's is read without one: no library may look for a part of a model there."""
+    offline = {"name": "HF_HUB_OFFLINE", "value": "1"}
     if source_location(parent.spec.model.uri) is not None:
-        return []
+        return [offline]
     scheme = parent.spec.model.uri.partition("://")[0]
     secret = parent.spec.model.secret_ref
     keys = (*_KEYS[scheme], _AUTHORITY) if secret else ()
-    return _addresses(scheme, settings) + [_from_secret(key, secret.name) for key in keys if secret]
+    given = _addresses(scheme, settings) + [_from_secret(key, secret.name) for key in keys if secret]
+    return given if scheme == "hf" else [offline, *given]
 
 
 def _addresses(scheme: str, settings: Settings) -> list[Object]:

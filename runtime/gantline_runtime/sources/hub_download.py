@@ -20,6 +20,10 @@ from gantline_runtime.sources.transfer import Downloaded
 
 __all__ = ["download_file"]
 
+_PIECE_BYTES = 1 << 20
+"""What is written at once, hence what a killed process loses and how often progress is told; huggingface_hub's own 10 MiB are seconds of a
+slow line."""
+
 
 def _bar_class(downloaded: Downloaded) -> type[tqdm[Any]]:
     """A bar that draws nothing and tells `downloaded` what huggingface_hub tells it."""
@@ -48,7 +52,7 @@ def download_file(model: HubModel, file: RemoteFile, folder: Path, downloaded: D
 
 
 def _download(model: HubModel, file: RemoteFile, target: Path, downloaded: Downloaded) -> None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -60,6 +64,7 @@ def _download(model: HubModel, file: RemoteFile, target: Path, downloaded: Downl
     headers = build_hf_headers(token=token if same_host else False)
     partial = target.parent / DOWNLOADS / f"{file.name}.{re.sub(r'[^A-Za-z0-9]', '', metadata.etag or 'none')[:64]}"
     partial.parent.mkdir(exist_ok=True)
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _PIECE_BYTES)
     with partial.open("ab") as stream:
         if stream.tell() > file.size:
             stream.truncate(0)

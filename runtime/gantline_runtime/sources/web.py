@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from gantline_runtime.sources.patience import Interrupted, Refused
@@ -33,7 +35,18 @@ def open_client(timeout_s: float | None = None, headers: Mapping[str, str] | Non
 
     timeout = httpx.Timeout(timeout_s or _read_timeout_s(), connect=_CONNECT_TIMEOUT_S)
     fixed = {"User-Agent": "gantline", "Accept-Encoding": "identity"}
-    return httpx.Client(headers={**fixed, **(headers or {})}, timeout=timeout, follow_redirects=follow_redirects, max_redirects=5)
+    trusted = _trusted(os.environ.get("SSL_CERT_FILE", ""), os.environ.get("SSL_CERT_DIR", ""))
+    return httpx.Client(
+        headers={**fixed, **(headers or {})}, timeout=timeout, verify=trusted, follow_redirects=follow_redirects, max_redirects=5
+    )
+
+
+@cache
+def _trusted(file: str, folder: str) -> ssl.SSLContext:
+    """The authorities that are trusted where the variables name these; reading them takes longer than many an answer."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def refusal_of(response: httpx.Response) -> Refused:
