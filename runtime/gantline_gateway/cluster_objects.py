@@ -1,16 +1,18 @@
-"""From InferenceServices and EndpointSlices, as the API server gives them, to a catalog. Pure; what is odd is left out."""
+"""From InferenceServices and EndpointSlices, as the API server gives them, to a catalog. What is odd is left out."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from gantline_gateway.catalog import DEFAULT_STARTUP_S, Catalog, Replica, Service
 from gantline_gateway.cluster_api import Kind
 
-__all__ = ["ENDPOINTS", "SERVICES", "build_catalog", "parse_duration"]
+__all__ = ["ENDPOINTS", "SERVICES", "CatalogBuilder", "parse_duration"]
 
 SERVICES = Kind("gantline.io/v1alpha1", "inferenceservices")
 ENDPOINTS = Kind("discovery.k8s.io/v1", "endpointslices", selector="gantline.io/role=server")
@@ -24,30 +26,65 @@ _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 Object = Mapping[str, Any]
 
 
-def build_catalog(services: Iterable[Object], slices: Iterable[Object]) -> Catalog:
-    """A service's children have its name: so its slices are those of the Service of that name."""
-    by_service: dict[tuple[str, str], dict[str, Replica]] = {}
-    for item in slices:
-        meta = item.get("metadata") or {}
-        owner = (str(meta.get("namespace", "")), str((meta.get("labels") or {}).get(_SERVICE_NAME, "")))
-        found = by_service.setdefault(owner, {})
-        for replica in _replicas(item):
-            known = found.get(replica.identity)
-            # While a pod moves from one slice to another it is in both; the slice that says more good of it is the newer one.
-            if known is None or (replica.ready, replica.serving) > (known.ready, known.serving):
-                found[replica.identity] = replica
-    return Catalog.of(_service(item, by_service) for item in services)
+class CatalogBuilder:
+    """Builds catalogs one after the other. Each version of an object is read once: with hundreds of services, most change rarely."""
+
+    def __init__(self) -> None:
+        self._services: dict[str, tuple[str, Service]] = {}
+        self._slices: dict[str, tuple[str, _Slice]] = {}
+
+    def build(self, services: Iterable[Object], slices: Iterable[Object]) -> Catalog:
+        """A service's children have its name: so its slices are those of the Service of that name."""
+        self._services = dict(_read(services, self._services, _service))
+        self._slices = dict(_read(slices, self._slices, _slice))
+        by_owner: dict[str, list[tuple[Replica, ...]]] = {}
+        for _, item in self._slices.values():
+            by_owner.setdefault(item.owner, []).append(item.replicas)
+        found = (service for _, service in self._services.values())
+        return Catalog.of(_with_replicas(service, by_owner.get(service.key)) for service in found)
 
 
-def _service(item: Object, replicas: Mapping[tuple[str, str], Mapping[str, Replica]]) -> Service:
+@dataclass(frozen=True)
+class _Slice:
+    owner: str
+    """`namespace/name` of the service."""
+    replicas: tuple[Replica, ...]
+
+
+T = TypeVar("T")
+
+
+def _read(items: Iterable[Object], known: Mapping[str, tuple[str, T]], read: Callable[[Object], T]) -> Iterable[tuple[str, tuple[str, T]]]:
+    """For each object's uid its version and what was read of it: now, or of the same version before."""
+    for item in items:
+        uid, version = item["metadata"]["uid"], item["metadata"]["resourceVersion"]
+        before = known.get(uid)
+        yield uid, before if before is not None and before[0] == version else (version, read(item))
+
+
+def _with_replicas(service: Service, slices: list[tuple[Replica, ...]] | None) -> Service:
+    if not slices:
+        return service
+    found: dict[str, Replica] = {}
+    for replica in itertools.chain.from_iterable(slices):
+        known = found.get(replica.identity)
+        # While a pod moves from one slice to another it is in both; the slice that says more good of it is the newer one.
+        if known is None or (replica.ready, replica.serving) > (known.ready, known.serving):
+            found[replica.identity] = replica
+    return replace(service, replicas=tuple(found[identity] for identity in sorted(found)))
+
+
+def _slice(item: Object) -> _Slice:
+    meta = item["metadata"]
+    return _Slice(f"{meta.get('namespace', '')}/{(meta.get('labels') or {}).get(_SERVICE_NAME, '')}", tuple(_replicas(item)))
+
+
+def _service(item: Object) -> Service:
     meta, spec, status = item["metadata"], item.get("spec") or {}, item.get("status") or {}
-    namespace, name = str(meta["namespace"]), str(meta["name"])
-    found = replicas.get((namespace, name), {})
     return Service(
-        namespace=namespace,
-        name=name,
+        namespace=str(meta["namespace"]),
+        name=str(meta["name"]),
         served_name=str((spec.get("model") or {}).get("servedName") or ""),
-        replicas=tuple(found[identity] for identity in sorted(found)),
         wanted=_whole(spec.get("replicas"), 1),
         suspended=spec.get("suspend") is True,
         wakes=_wakes(spec),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from gantline_gateway.cluster_api import ClusterApi
-from gantline_gateway.cluster_objects import ENDPOINTS, SERVICES, build_catalog
+from gantline_gateway.cluster_objects import ENDPOINTS, SERVICES, CatalogBuilder
 from gantline_gateway.directory import Directory
 from gantline_gateway.mirror import Mirror
 
@@ -21,7 +21,7 @@ class Discovery:
 
     def __init__(self, api: ClusterApi, directory: Directory, namespaces: Sequence[str] = ()) -> None:
         self._directory = directory
-        self._changed = asyncio.Event()
+        self._changed, self._builder = asyncio.Event(), CatalogBuilder()
         scopes: Sequence[str | None] = namespaces or (None,)
         self._services = [Mirror(api, SERVICES, scope, self._changed.set) for scope in scopes]
         self._slices = [Mirror(api, ENDPOINTS, scope, self._changed.set) for scope in scopes]
@@ -44,7 +44,7 @@ class Discovery:
             await asyncio.sleep(_COLLECT_S)
             self._changed.clear()
             if all(mirror.known for mirror in self._mirrors):
-                self._directory.publish(build_catalog(_all(self._services), _all(self._slices)))
+                self._directory.publish(self._builder.build(_all(self._services), _all(self._slices)))
 
 
 def _all(mirrors: Sequence[Mirror]) -> list[Mapping[str, object]]:

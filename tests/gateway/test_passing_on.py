@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 from typing import Any
 
 import httpx
@@ -96,6 +98,18 @@ def test_what_is_no_request_is_refused_in_the_one_shape(shared: GatewayProcess) 
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert "'echo'" in cases[3][2].json()["error"]["message"]
+
+
+def test_a_request_whose_head_never_ends_is_given_up(shared: GatewayProcess) -> None:
+    host, port = shared.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\n")
+        said = b""
+        with contextlib.suppress(OSError):  # it may be closed while we still write
+            for _ in range(64):
+                connection.sendall(b"X-Long: " + b"x" * 16384 + b"\r\n")
+            said = connection.recv(1000)
+    assert said.startswith(b"HTTP/1.1 400 ") or not said
 
 
 def test_a_name_that_two_services_have_is_refused_and_the_choices_are_named(shared: GatewayProcess) -> None:

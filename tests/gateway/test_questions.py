@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gantline_gateway.answer import Answer
 from gantline_gateway.catalog import Catalog, Replica, Service
-from gantline_gateway.cluster_objects import build_catalog, parse_duration
+from gantline_gateway.cluster_objects import CatalogBuilder, parse_duration
 from gantline_gateway.directory import Directory
 from gantline_gateway.holding import WaitingRoom, retry_after_s
 from gantline_gateway.metering import Meter
@@ -94,15 +94,22 @@ def test_a_retry_after_is_what_a_start_still_takes_and_never_at_once() -> None:
     assert [retry_after_s(40.0, waited) for waited in (0.0, 10.5, 38.0, 300.0)] == [40, 30, 5, 5]
 
 
+def metadata(name: str) -> dict[str, Any]:
+    labels = {"kubernetes.io/service-name": "s"}
+    return {"namespace": "n", "name": name, "uid": name, "resourceVersion": "1", "labels": labels}
+
+
 def test_a_pod_in_two_slices_counts_once_and_one_that_goes_is_asked_only_if_there_is_no_other() -> None:
     def endpoint(pod: str, **conditions: bool) -> dict[str, Any]:
         return {"addresses": ["10.0.0.1"], "conditions": conditions, "targetRef": {"name": pod}}
 
     def names(*slices: list[dict[str, Any]]) -> list[str]:
-        meta = {"namespace": "n", "labels": {"kubernetes.io/service-name": "s"}}
         ports = [{"name": "http", "port": 8000}]
-        found = [{"metadata": meta, "addressType": "IPv4", "ports": ports, "endpoints": endpoints} for endpoints in slices]
-        catalog = build_catalog([{"metadata": {"namespace": "n", "name": "s"}}], found)
+        found = [
+            {"metadata": metadata(str(number)), "addressType": "IPv4", "ports": ports, "endpoints": endpoints}
+            for number, endpoints in enumerate(slices)
+        ]
+        catalog = CatalogBuilder().build([{"metadata": metadata("s")}], found)
         return [replica.identity for replica in catalog.services[0].usable]
 
     going = endpoint("going", ready=False, serving=True, terminating=True)
@@ -116,8 +123,16 @@ def test_a_pod_in_two_slices_counts_once_and_one_that_goes_is_asked_only_if_ther
     ("spec", "wakes"), [({}, False), ({"scaling": {"min": 1}}, False), ({"scaling": {"min": 0}}, True), ({"scaling": None}, False)]
 )
 def test_only_what_an_autoscaler_may_have_at_zero_is_waited_for_there(spec: dict[str, Any], wakes: bool) -> None:
-    item = {"metadata": {"namespace": "n", "name": "s"}, "spec": {**spec, "replicas": 0}}
-    assert build_catalog([item], []).services[0].wakes is wakes
+    item = {"metadata": metadata("s"), "spec": {**spec, "replicas": 0}}
+    assert CatalogBuilder().build([item], []).services[0].wakes is wakes
+
+
+def test_an_object_is_read_again_when_its_version_changes() -> None:
+    builder, item = CatalogBuilder(), {"metadata": metadata("s"), "spec": {"replicas": 1}}
+    assert builder.build([item], []).services[0].wanted == 1
+    changed = {"metadata": {**metadata("s"), "resourceVersion": "2"}, "spec": {"replicas": 2}}
+    assert builder.build([changed], []).services[0].wanted == 2
+    assert builder.build([], []).services == ()
 
 
 async def test_those_who_wait_are_let_go_in_the_order_in_which_they_came_also_if_they_had_to_wait_again() -> None:
