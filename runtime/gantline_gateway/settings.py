@@ -45,9 +45,7 @@ class GatewaySettings:
         _path, None, "File of API keys, or a folder with one in each file; empty, as with the next one: anyone may ask."
     )
     api_key_secrets: str = setting(_namespace, "", 'Namespace whose Secrets with the label gantline.io/api-keys: "true" hold API keys.')
-    own_service: str = setting(
-        _service, "", "namespace/name of the Service before this gateway, over whose endpoints limits are split."
-    )
+    own_service: str = setting(_service, "", "namespace/name of the Service before this gateway, over whose endpoints limits are split.")
     hold_silence: float = setting(
         seconds(0, 3600), 15.0, "Seconds for which nothing is said to a stream that waits for a replica; then comments keep it alive."
     )

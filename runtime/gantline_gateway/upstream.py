@@ -71,12 +71,28 @@ class UpstreamAnswer:
 
 
 class Upstream:
-    """Connections to all replicas. Make it on the event loop."""
+    """Connections to all replicas."""
 
     def __init__(self, *, connect_timeout_s: float) -> None:
+        self._connect_timeout_s = connect_timeout_s
+        self._session: aiohttp.ClientSession | None = None  # made with the first request, on its event loop
+
+    async def send(self, replica: Replica, method: str, path: str, headers: Mapping[str, str], body: bytes) -> UpstreamAnswer:
+        """The head of the answer. Raises Unreachable or Broken."""
+        with _translated():
+            session = self._session or self._open()
+            response = await session.request(method, replica.url + path, headers=headers, data=body, allow_redirects=False)
+        kept = [(name.lower(), value) for name, value in response.raw_headers if name.decode("latin-1").lower() not in _HOP_BY_HOP]
+        return UpstreamAnswer(response.status, kept, response)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S, socket_factory=_make_socket, use_dns_cache=False)
         # Answers take as long as they take: a dead peer is noticed by the kernel, a stuck engine by its own probe.
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s)
         self._session = aiohttp.ClientSession(
             connector=connector,
             timeout=limits,
@@ -86,16 +102,7 @@ class Upstream:
             read_bufsize=_READ_BYTES,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
         )
-
-    async def send(self, replica: Replica, method: str, path: str, headers: Mapping[str, str], body: bytes) -> UpstreamAnswer:
-        """The head of the answer. Raises Unreachable or Broken."""
-        with _translated():
-            response = await self._session.request(method, replica.url + path, headers=headers, data=body, allow_redirects=False)
-        kept = [(name.lower(), value) for name, value in response.raw_headers if name.decode("latin-1").lower() not in _HOP_BY_HOP]
-        return UpstreamAnswer(response.status, kept, response)
-
-    async def close(self) -> None:
-        await self._session.close()
+        return self._session
 
 
 @contextlib.contextmanager

@@ -25,9 +25,7 @@ class UsageCounters(Collector):
         self._cached = counter("cached_tokens", "Tokens of those prompts that an engine had computed before.")
         self._completion = counter("completion_tokens", "Tokens of the answers to an API key.")
         self._limited = counter("limited", "Requests that a limit of their API key refused.", "limit")
-        self.sharing = Gauge(
-            "gantline_gateway_sharing", "Gateways over which limits of API keys are split.", registry=None
-        )
+        self.sharing = Gauge("gantline_gateway_sharing", "Gateways over which limits of API keys are split.", registry=None)
         self.sharing.set(1)
 
     def collect(self) -> Iterable[Metric]:

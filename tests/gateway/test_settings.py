@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from gantline_gateway.main import main
 from gantline_gateway.settings import GatewaySettings, documented_settings, from_environment
+from gantline_gateway.static_services import read_services
 from gantline_runtime import termination
 from gantline_runtime.errors import ConfigurationError
 
@@ -45,15 +46,23 @@ def test_what_is_wrong_is_refused_by_name(environment: dict[str, str], words: st
         ("services: [", "services.yaml"),
     ],
 )
-def test_a_file_of_services_that_cannot_be_used_ends_the_process_with_a_message(
-    content: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_of_services_that_cannot_be_used_is_refused_with_the_place(content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "services.yaml").write_text(content)
-    (tmp_path / "termination-log").touch()
-    monkeypatch.setenv("GANTLINE_TERMINATION_LOG", str(tmp_path / "termination-log"))
-    assert main([f"--services={tmp_path / 'services.yaml'}", "--port=0", "--internal-port=0", "--host=127.0.0.1"]) == 64
-    assert words in capsys.readouterr().err
-    message = termination.parse((tmp_path / "termination-log").read_text())
+    with pytest.raises(ConfigurationError, match=re.escape(words)) as caught:
+        read_services(tmp_path / "services.yaml")
+    assert caught.value.cure
+
+
+def test_a_wrong_setting_ends_the_process_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setenv("GANTLINE_TERMINATION_LOG", str(log))
+    monkeypatch.setenv("GANTLINE_GATEWAY_HOLD_TIMEOT", "3")
+    assert main([]) == 64
+    assert "GANTLINE_GATEWAY_HOLD_TIMEOT" in capsys.readouterr().err
+    message = termination.parse(log.read_text())
     assert message is not None
     assert message.reason is termination.Reason.INVALID_CONFIGURATION
 
