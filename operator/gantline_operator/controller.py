@@ -18,6 +18,7 @@ from typing import Any
 from gantline_operator import resources
 from gantline_operator.autoscaling.loop import Autoscaler
 from gantline_operator.autoscaling.targets import Targets
+from gantline_operator.cache_ledger import Ledger
 from gantline_operator.client import ApiError, Client, Conflict, KindMissing, NotFound, Object
 from gantline_operator.custom_metrics import CustomMetrics, serve_custom_metrics
 from gantline_operator.events import send, transitions
@@ -58,7 +59,7 @@ class Controller:
     def __init__(self, client: Client, settings: OperatorSettings, version: str) -> None:
         self.queue: WorkQueue[Key] = WorkQueue()
         self.metrics = Metrics()
-        self.metrics.observe(lambda: (self.queue.depth, self.queue.oldest_age_s), lambda: self._conditions)
+        self.metrics.observe(lambda: (self.queue.depth, self.queue.oldest_age_s), lambda: self._conditions, lambda: self._caches)
         self.view = ClusterView(client, settings, self._facts_changed)
         self.targets = Targets()
         scaled = lambda direction: self.metrics.scalings.labels(direction).inc()
@@ -74,11 +75,16 @@ class Controller:
             count=lambda kind, verb: self.metrics.writes.labels(kind, verb).inc(),
             memory=self._remember,
             scaling=self.targets,
+            cache_seen=self._note_cache,
+            cache_awaited=self._await_cache,
+            evicted=self._count_eviction,
             time_plan=self.metrics.plan_duration.time,
         )
         self._reservations: dict[str, Reservation] = {}
         self._memories: dict[str, Memory] = {}
         self._conditions: dict[Key, list[Any]] = {}
+        self._caches: dict[tuple[str, str], tuple[Ledger, int | None]] = {}
+        self._awaiting: dict[tuple[str, str], set[Key]] = {}
         self._unsettled: set[Key] = set()
         self._looked_at: dict[Key, float] = {}
         self._busy_since: dict[int, float] = {}
@@ -190,6 +196,24 @@ class Controller:
         settled = states.get("PlanResolved") == "True" and states.get("Scheduled") != "False"
         (self._unsettled.discard if settled else self._unsettled.add)(key)
 
+    def _note_cache(self, claim: tuple[str, str], ledger: Ledger, limit_bytes: int | None) -> None:
+        """A claim that nobody uses any more is nobody's to report."""
+        if self._caches.get(claim, (None,))[0] != ledger:
+            for key in self._awaiting.pop(claim, ()):
+                self.queue.add(key)
+        if ledger.users():
+            self._caches[claim] = ledger, limit_bytes
+        else:
+            self._caches.pop(claim, None)
+
+    def _await_cache(self, service: str, claim: str) -> None:
+        namespace, _, name = service.partition("/")
+        self._awaiting.setdefault((namespace, claim), set()).add((namespace, name))
+
+    def _count_eviction(self, artefacts: int, freed_bytes: int) -> None:
+        self.metrics.evictions.inc(artefacts)
+        self.metrics.evicted_bytes.inc(freed_bytes)
+
     def _remember(self, service: str, uid: str) -> Memory:
         memory = self._memories.get(service)
         if memory is None or memory.uid != uid:
@@ -203,6 +227,10 @@ class Controller:
         self._conditions.pop(key, None)
         self._unsettled.discard(key)
         self._reservations.pop(_text(key), None)
+        for claim, (ledger, limit_bytes) in list(self._caches.items()):
+            if claim[0] == key[0]:
+                theirs = [user for user in ledger.users() if user.rpartition(".")[0] == key[1]]
+                self._note_cache(claim, ledger.without(theirs, ""), limit_bytes)
         self.queue.forget(key)
 
     # ---- all services ----------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _QUIET = {
     # What is under way, or waits for what is: no news, and no warning.
-    Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.WAITING_FOR_MODEL, Reason.ROLLING_OUT,
+    Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.EVICTING, Reason.WAITING_FOR_MODEL, Reason.ROLLING_OUT,
     Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.PAUSED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
 }  # fmt: skip
 _TELLING = ("ModelReady", "PlanResolved", "QuantizationReady", "Scheduled", "ScalingReady", "Degraded")
@@ -83,6 +83,9 @@ def _started(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Ev
         again = f", attempt {stage['attempt'] + 1}" if stage.get("attempt") else ""
         if stage["name"] == "fetch":
             yield Event("Normal", EventReason.FETCH_STARTED, f"Job {stage['job']}{again}.", "Fetch")
+        if stage["name"] == "evict":
+            what = f": {stage['message']}" if stage.get("message") else "."
+            yield Event("Normal", EventReason.EVICTION_STARTED, f"Job {stage['job']}{again}{what}", "Evict")
         if stage["name"] == "quantize":
             yield Event("Normal", EventReason.QUANTIZATION_STARTED, f"Job {stage['job']}{again}.", "Quantize")
     if after.get("revision") and after.get("revision") != before.get("revision"):

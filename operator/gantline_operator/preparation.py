@@ -10,23 +10,23 @@ from gantline_runtime.model_facts import ModelFacts
 from gantline_runtime.termination import TerminationMessage
 
 from gantline_operator import resources
+from gantline_operator.cache_keeping import CLAIMS, CacheKeeping
 from gantline_operator.client import NotFound, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.plan import Plan, Rejected, cache_size, plan, plan_inputs
 from gantline_operator.plan_status import from_status, rejected_status, to_status
 from gantline_operator.pod_state import Trouble
-from gantline_operator.reconcile_pass import CHILD_KINDS, sentence
+from gantline_operator.reconcile_pass import sentence
 from gantline_operator.resources import ModelLocation
-from gantline_operator.stage_runner import StageRunner
+from gantline_operator.stage_plan import disk_bytes
 from gantline_operator.stages import Running, StageName
 
 __all__ = ["Preparation", "judge", "summarize"]
 
-_CLAIMS = next(kind for kind in CHILD_KINDS if kind.kind == "PersistentVolumeClaim")
 _MISSING_POLL_S = 30.0
 
 
-class Preparation(StageRunner):
+class Preparation(CacheKeeping):
     """The part of a reconcile that gets a model ready."""
 
     async def _inspect(self) -> ModelFacts | None:
@@ -56,7 +56,7 @@ class Preparation(StageRunner):
         """Whether a pvc:// source names a claim that is not there: its Job would hang, and say so only to the scheduler."""
         location = resources.source_location(self.spec.model.uri)
         for mount in location.mounts if location else ():
-            if not await self._claim_exists(mount.claim):
+            if await self._find_claim(mount.claim) is None:
                 cure = "Create it, or correct spec.model.uri."
                 trouble = Trouble(Reason.MODEL_NOT_FOUND, f"PersistentVolumeClaim {mount.claim} does not exist.", cure)
                 self._found["stage"] = ("inspect", Running("", 0, trouble))
@@ -64,12 +64,11 @@ class Preparation(StageRunner):
                 return True
         return False
 
-    async def _claim_exists(self, name: str) -> bool:
+    async def _find_claim(self, name: str) -> Object | None:
         try:
-            await self.cluster.client.get(_CLAIMS, self.namespace, name)
+            return await self.cluster.client.get(CLAIMS, self.namespace, name)
         except NotFound:
-            return False
-        return True
+            return None
 
     def _plan(self, model: ModelFacts) -> Plan | None:
         """No await between looking at what others reserved and reserving: two services never count on the same device.
@@ -114,6 +113,8 @@ class Preparation(StageRunner):
             return location
         if not await self._cache_ready(model, planned):
             return None
+        if planned.quantize and await self._find_artefact(self.spec.quantization.method, self._copy_digest(model)) is not None:
+            return self._judged_copy(model)  # what it was made of is needed no more
         if location is None:
             location = await self._fetch(model, planned)
         if location is None or not planned.quantize:
@@ -121,71 +122,72 @@ class Preparation(StageRunner):
         return await self._quantize(model, planned, location)
 
     async def _cache_ready(self, model: ModelFacts, planned: Plan) -> bool:
+        """Whether the claim is there, and no eviction of ours is under way in it."""
+        self._serving_plan = planned
         stage: StageName = "quantize" if resources.source_location(self.spec.model.uri) else "fetch"
         claim = self.spec.cache.claim_name
         if claim is None:
             size = cache_size(self.spec, model, planned.quantize)
-            return await self._ensure(resources.cache_claim(self.owner, self.cluster.rendering, size), stage)
-        if await self._claim_exists(claim):
-            return True
+            found = await self.children.ensure(resources.cache_claim(self.owner, self.cluster.rendering, size))
+            if found is None:
+                self._found["stage"] = (stage, None)
+                return False
+        else:
+            found = await self._find_claim(claim)
+        if found is not None:
+            self._open_cache(found)
+            return await self._finish_eviction()
         cure = "Create it, or leave spec.cache.claimName out to have one made."
         trouble = Trouble(Reason.CACHE_MISSING, f"PersistentVolumeClaim {claim} does not exist.", cure)
         self._found["stage"] = (stage, Running("", 0, trouble))
         self._look_again(_MISSING_POLL_S)
         return False
 
-    async def _ensure(self, desired: Object, stage: StageName) -> bool:
-        if await self.children.ensure(desired) is not None:
-            return True
-        self._found["stage"] = (stage, None)
-        return False
-
     async def _fetch(self, model: ModelFacts, planned: Plan) -> ModelLocation | None:
         revision = model.revision or None
         digest = resources.fetch_hash(self.spec, revision)
         location = resources.cache_location(self.owner, "fetch", digest)
-        if self._has_artefact("fetch", digest):
+        if await self._find_artefact("fetch", digest) is not None:
             return location
 
         def build(attempt: int) -> Object:
             placement = self._plan_stage("fetch", model, planned)
             return resources.fetch_job(self.owner, placement, self.cluster.rendering, revision=revision, attempt=attempt)
 
-        answer = await self._stage("fetch", digest, build)
-        if answer is None:
-            return None
-        self._record_artefact("fetch", digest, answer)
-        await self._checkpoint()
-        return location
+        needed = disk_bytes("fetch", model, self.spec)
+        answer = await self._make_artefact("fetch", "fetch", digest, needed, digest, build)
+        return location if answer is not None and await self._record_artefact("fetch", digest, answer) else None
 
     async def _quantize(self, model: ModelFacts, planned: Plan, source: ModelLocation) -> ModelLocation | None:
+        method, digest = self.spec.quantization.method, self._copy_digest(model)
+
+        def build(attempt: int) -> Object:
+            placement = self._plan_stage("quantize", model, planned)
+            return resources.quantize_job(
+                self.owner, placement, self.cluster.rendering, source=source, fingerprint=model.fingerprint, attempt=attempt
+            )
+
+        needed = disk_bytes("quantize", model, self.spec)
+        job_digest = resources.quantize_job_hash(self.spec, model.fingerprint)
+        answer = await self._make_artefact("quantize", method, digest, needed, job_digest, build)
+        if answer is None or not await self._record_artefact(method, digest, answer):
+            return None
+        return self._judged_copy(model)
+
+    def _copy_digest(self, model: ModelFacts) -> str:
+        return resources.quantize_hash(self.spec, model.fingerprint)
+
+    def _judged_copy(self, model: ModelFacts) -> ModelLocation | None:
+        """Where the copy lies, if it is good enough."""
         method = self.spec.quantization.method
-        digest = resources.quantize_hash(self.spec, model.fingerprint)
-        location = resources.cache_location(self.owner, method, digest)
-        if not self._has_artefact(method, digest):
-
-            def build(attempt: int) -> Object:
-                placement = self._plan_stage("quantize", model, planned)
-                return resources.quantize_job(
-                    self.owner, placement, self.cluster.rendering, source=source, fingerprint=model.fingerprint, attempt=attempt
-                )
-
-            answer = await self._stage("quantize", resources.quantize_job_hash(self.spec, model.fingerprint), build)
-            if answer is None:
-                return None
-            self._record_artefact(method, digest, answer)
-            await self._checkpoint()
         trouble, self._found["quality_summary"] = judge(self.artefacts[method], self.spec.quantization.max_perplexity_increase)
         if trouble is not None:
             self._found["quality_trouble"] = trouble
             return None
-        return location
+        return resources.cache_location(self.owner, method, self._copy_digest(model))
 
-    def _has_artefact(self, kind: str, digest: str) -> bool:
-        item = self.artefacts.get(kind, {})
-        return bool(item.get("hash") == digest and item.get("claim", self.owner.cache_claim) == self.owner.cache_claim)
-
-    def _record_artefact(self, kind: str, digest: str, answer: TerminationMessage) -> None:
+    async def _record_artefact(self, kind: str, digest: str, answer: TerminationMessage) -> bool:
+        """In the claim's note, then in the status. False: the note cannot be written."""
         facts = answer.artefact.get("facts")
         perplexity = answer.artefact.get("perplexity")
         location = resources.cache_location(self.owner, kind, digest)
@@ -197,7 +199,11 @@ class Preparation(StageRunner):
             item["perplexity"] = {key: f"{perplexity[key]:.6g}" for key in ("before", "after") if _is_number(perplexity.get(key))}
         if isinstance(facts, dict):
             item["facts"] = facts
+        if not await self._note_made(kind, item):
+            return False
         self.artefacts[kind] = item
+        await self._checkpoint()
+        return True
 
     def _revision(self, mark: str) -> Object | None:
         return self.children.live.get(("ControllerRevision", f"{self.name}-{mark}")) if mark else None

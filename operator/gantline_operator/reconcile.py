@@ -80,6 +80,7 @@ class Reconcile(Preparation):
             self._found["plan_trouble"] = Trouble(Reason.NO_RUNTIME_IMAGE, sentence(str(error)))
             await self._keep_serving()
         await self._autoscale()
+        await self._let_go()
         await self._retire_jobs()
 
     async def _roll_out(self, planned: Plan, location: ModelLocation) -> None:
@@ -145,9 +146,10 @@ class Reconcile(Preparation):
             return
         self._found["revision"] = mark
         objects = [dict(item) for item in stored["data"].get("objects") or []]
+        count = resources.replicas(self.owner) if await self._hold_served(stored) else 0  # pods would find no model
         for item in objects:
             if item["kind"] == "Deployment":
-                item["spec"] = {**item["spec"], "replicas": resources.replicas(self.owner)}
+                item["spec"] = {**item["spec"], "replicas": count}
         await self.children.apply([*self._surroundings(), *objects, *self._doors()])
         # Pruning waits for the revision that the spec asks for; who closes the door does not want to.
         if self.spec.ingress is None and await self.children.look("Ingress", self.name) is not None:

@@ -14,6 +14,7 @@ from gantline_operator.apply import Children, Problem
 from gantline_operator.apply import Parent as ApplyParent
 from gantline_operator.autoscaling.policy import Policy, build_policy
 from gantline_operator.autoscaling.targets import Target, Targets
+from gantline_operator.cache_ledger import Ledger
 from gantline_operator.client import Client, Object, Resource
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.observe import PODS
@@ -74,6 +75,12 @@ class Cluster:
     """What the autoscaling loop is told of services, and what it tells."""
     pooled: bool = False
     """Whether each service gets an InferencePool."""
+    cache_seen: Callable[[tuple[str, str], Ledger, int | None], None] = lambda claim, ledger, limit_bytes: None
+    """Told of what a claim (namespace, name) holds, for /metrics and for those that wait for another one's write."""
+    cache_awaited: Callable[[str, str], None] = lambda service, claim: None
+    """Told of a service that is to look again once its claim's note has changed."""
+    evicted: Callable[[int, int], None] = lambda artefacts, freed_bytes: None
+    """Told of each eviction."""
     time_plan: Callable[[], AbstractContextManager[Any]] = nullcontext
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 

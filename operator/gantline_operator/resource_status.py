@@ -190,7 +190,7 @@ class LastScaleStatus:
 class StageStatus:
     """The stage that is not done yet: its Job is under way, or failed."""
 
-    name: str = declare(_WORD, "inspect, fetch or quantize.", default=REQUIRED)
+    name: str = declare(_WORD, "inspect, fetch, quantize or evict.", default=REQUIRED)
     hash: str = declare(Text(64), "Hash of what the stage does; other inputs start it anew.", default=REQUIRED)
     state: str = declare(Choice(("Running", "Failed")), "Whether its last Job is under way or failed.", default=REQUIRED)
     attempt: int | None = declare(_COUNT, "How often it was tried anew.")

@@ -21,7 +21,7 @@ from gantline_operator.resource import InferenceServiceSpec
 
 __all__ = ["MIN_CACHE_BYTES", "cache_size", "disk_bytes", "plan_stage", "quantize_memory"]
 
-Stage = Literal["inspect", "fetch", "quantize"]
+Stage = Literal["inspect", "fetch", "quantize", "evict"]
 
 MIN_CACHE_BYTES = GIB
 _MIB = 1 << 20
@@ -42,9 +42,12 @@ def plan_stage(
     facts: ModelFacts | None = None,
     serving: Plan | None = None,
 ) -> StagePlan | Rejected:
-    """The placement of a stage's Job. `fetch` and `quantize` need the facts and the server's plan, `inspect` comes before both."""
+    """The placement of a stage's Job. `fetch` and `quantize` need the facts and the server's plan, `inspect` comes before both; `evict`
+    takes no more than a look at files."""
     if stage == "inspect":
         return _small(stage, spec, images, None, _INSPECT_BYTES, 100, 0)
+    if stage == "evict":
+        return _small(stage, spec, images, serving, _INSPECT_BYTES, 100, 0)
     assert facts is not None and serving is not None, f"{stage} is planned after the model was inspected and its server planned"
     if stage == "fetch":
         return _small(stage, spec, images, serving, _FETCH_BYTES, 500, disk_bytes(stage, facts, spec))

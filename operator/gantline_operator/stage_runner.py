@@ -41,8 +41,7 @@ class StageRunner(Pass):
         if self.spec.suspend:
             self._found |= {"stage": (name, None), "record": record}
             return None
-        jobs = [read_job(job) for job in self._jobs(name, digest)]
-        step: Step | None = decide(name, digest, record, jobs, self.pods, now=self.cluster.now(), restarted_at=self.restarted_at)
+        step: Step | None = self._next_step(name, digest)
         if isinstance(step, Succeeded):
             return step.answer
         if isinstance(step, Create):
@@ -53,6 +52,11 @@ class StageRunner(Pass):
         if isinstance(step, Running) and step.pod and name != "inspect":
             self._found["record"] = await self._with_progress(self._found["record"], step.pod)
         return None
+
+    def _next_step(self, name: StageName, digest: str) -> Step:
+        record = Record.from_status(self.recorded.get("stages"))
+        jobs = [read_job(job) for job in self._jobs(name, digest)]
+        return decide(name, digest, record, jobs, self.pods, now=self.cluster.now(), restarted_at=self.restarted_at)
 
     def _jobs(self, name: StageName, digest: str) -> list[Object]:
         return [job for job in self.children.of_kind("Job") if _marks(job) == (name, digest)]

@@ -1,4 +1,4 @@
-"""What to do next about one stage's Job: inspect, fetch or quantize.
+"""What to do next about one stage's Job: inspect, fetch or quantize, or evict, which makes room for the latter.
 
 A stage is done when `status` says so (and the artefact's manifest, which the Job itself checks); the Job is only how it gets done, and
 expires. `decide` is pure: from the record in `status.stages`, the Jobs that are there and their pods, to one `Step`.
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gantline_runtime import termination
 from gantline_runtime.termination import TerminationMessage
@@ -40,7 +40,7 @@ __all__ = [
     "retry_delay_s",
 ]
 
-StageName = Literal["inspect", "fetch", "quantize"]
+StageName = Literal["inspect", "fetch", "quantize", "evict"]
 Object = dict[str, Any]
 
 MAX_ATTEMPTS = 99
@@ -96,7 +96,7 @@ class Record:
     def from_status(stages: Sequence[Mapping[str, Any]] | None) -> Record | None:
         """None where there is none, or one that another release wrote in a way that is not understood."""
         values = stages[0] if stages else {}
-        if not values or values.get("name") not in ("inspect", "fetch", "quantize") or not values.get("hash"):
+        if not values or values.get("name") not in get_args(StageName) or not values.get("hash"):
             return None
         return Record(
             name=values["name"],

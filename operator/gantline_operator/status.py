@@ -22,13 +22,14 @@ __all__ = ["UNPLACED", "Findings", "Rollout", "build_conditions", "build_status"
 
 Object = dict[str, Any]
 
-_UNDER_WAY = {"inspect": Reason.INSPECTING, "fetch": Reason.FETCHING, "quantize": Reason.QUANTIZING}
+_UNDER_WAY = {"inspect": Reason.INSPECTING, "fetch": Reason.FETCHING, "quantize": Reason.QUANTIZING, "evict": Reason.EVICTING}
 UNPLACED = {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME, Reason.CACHE_NOT_SHAREABLE}
 """A pod's troubles that are only a wait for a node."""
 _DOING = {
     "inspect": "The model's files are being read.",
     "fetch": "The model is being downloaded into the cache volume.",
     "quantize": "The model is being quantized.",
+    "evict": "Models that nothing uses are being removed from the cache volume, to make room.",
 }
 
 _PAUSED = "Paused: nothing is changed until the annotation gantline.io/paused is taken away."
@@ -182,7 +183,7 @@ def build_conditions(found: Findings) -> list[Condition]:
 def _model_ready(found: Findings) -> Condition | None:
     if found.spec_trouble:
         return None
-    if found.stage is not None and found.stage[0] in ("inspect", "fetch"):
+    if found.stage is not None and found.stage[0] in ("inspect", "fetch", "evict"):
         return _of_stage(ConditionType.MODEL_READY, found, *found.stage)
     if found.model is None:
         return Condition(ConditionType.MODEL_READY, "False", Reason.INSPECTING, _DOING["inspect"])
@@ -372,7 +373,7 @@ def _troubles(found: Findings) -> Iterable[Trouble]:
     step = found.stage[1] if found.stage is not None else None
     if isinstance(step, Failed):
         yield step.trouble
-    if isinstance(step, Running) and step.trouble is not None and step.trouble.reason not in UNPLACED:
+    if isinstance(step, Running) and step.trouble is not None and step.trouble.reason not in {*UNPLACED, *_UNDER_WAY.values()}:
         yield step.trouble
     serving = _serving_trouble(found)
     if serving is not None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from gantline_runtime.artefact import Manifest, Staging, find_artefact, require_space
+from gantline_runtime.artefact import Manifest, Recipe, Staging, find_artefact, require_space
 from gantline_runtime.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from gantline_runtime.checkpoint.shape import AwqFormat
 from gantline_runtime.checkpoint.tensors import LINEARS
@@ -81,7 +81,7 @@ def quantize_checkpoint(source: Path, target: Path, options: QuantizeOptions, *,
     inputs = _inputs(checkpoint, options, text)
     done = find_artefact(target, options.method, ALGORITHM_VERSION, inputs)
     if done is not None:
-        _check_gate(Perplexity(**(done.perplexity or {"before": math.nan, "after": math.nan})), options)
+        _check_gate(_measured(done), options)
         return done
     windows = cut_windows(
         output.load_tokenizer(source),
@@ -90,7 +90,10 @@ def quantize_checkpoint(source: Path, target: Path, options: QuantizeOptions, *,
         length=min(options.sequence_length, checkpoint.shape.max_position_embeddings),
         vocab_size=checkpoint.shape.vocab_size,
     )
-    with Staging(target) as staging:
+    with Staging(target, Recipe(options.method, ALGORITHM_VERSION, inputs)) as staging:
+        if staging.done is not None:  # another process has made it meanwhile
+            _check_gate(_measured(staging.done), options)
+            return staging.done
         _prepare(staging, checkpoint, options, inputs)
         with torch.inference_mode(), Progress(log, checkpoint.shape.num_layers, bar=bar, layers=checkpoint.shape.num_layers) as progress:
             perplexity = _Run(checkpoint, staging.folder, options, windows, device, progress).execute()
@@ -98,8 +101,11 @@ def quantize_checkpoint(source: Path, target: Path, options: QuantizeOptions, *,
         output.assemble(staging.folder, checkpoint, options.group_size)
         (staging.folder / "state.json").unlink()
         manifest = _describe(staging.folder, checkpoint, options, inputs, perplexity)
-        staging.publish(manifest)
-    return manifest
+        return staging.publish(manifest)
+
+
+def _measured(manifest: Manifest) -> Perplexity:
+    return Perplexity(**(manifest.perplexity or {"before": math.nan, "after": math.nan}))
 
 
 def _open_source(source: Path, options: QuantizeOptions) -> Checkpoint:

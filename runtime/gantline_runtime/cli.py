@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("gantline_runtime.commands.inspect", "what a model is, without loading it"),
     "fetch": ("gantline_runtime.commands.fetch", "download a model, resumable"),
     "quantize": ("gantline_quant.command", "make a smaller checkpoint of a model"),
+    "verify": ("gantline_runtime.commands.verify", "compare a fetched or quantized model with the hashes it was published with"),
+    "evict": ("gantline_runtime.commands.evict", "remove fetched and quantized models from a cache volume, by name"),
     "plan": ("gantline_operator.plan_command", "what the operator would decide for a service and a cluster"),
     "api-key": ("gantline_runtime.commands.api_key", "make an API key for serve"),
     "check-env": ("gantline_runtime.commands.check_env", "versions, devices, what works here and what is missing"),

@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_and_tried_again_until_there_is_room(
     volume(cluster, namespace, "packed-cache")
     with serving(cluster, namespace):
         apply(cluster, service("packed", namespace, model={"uri": "hf://org/name"}))
-        assert "No room. Enlarge it." in wait_reason(cluster, "packed", namespace, "DiskFull")["message"]
+        assert "No room. Nothing is left to evict" in wait_reason(cluster, "packed", namespace, "DiskFull")["message"]
         assert wait_reason(cluster, "packed", namespace, "DiskFull", "ModelReady")["status"] == "False"
         fate(cluster, "fetch", "packed", "complete", answer(artefact={"kind": "fetch", "bytes": 11_000_000}))
         wait_reason(cluster, "packed", namespace, "Ready")

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gantline_runtime import artefact, cli
-from gantline_runtime.artefact import MANIFEST, Manifest, Staging
+from gantline_runtime import artefact, cli, volume_lock
+from gantline_runtime.artefact import MANIFEST, Manifest, Recipe, Staging
 from gantline_runtime.checkpoint import open_checkpoint
+from gantline_runtime.commands import evict
 from gantline_runtime.errors import CapacityError, ConfigurationError
 from gantline_runtime.sources import patience
 from gantline_runtime.termination import Reason
+from gantline_runtime.volume_lock import VolumeLock
 
 from tests.runtime.checkpoint_files import CONFIG, model_files
-from tests.runtime.fetching import kill_mid_download, last_word, names
+from tests.runtime.fetching import last_word, names, start_fetch, wait_for_bytes
 from tests.runtime.hub_server import COMMIT, SIGNATURE, Hub, serve_hub
 
 FILES = {
@@ -41,6 +45,7 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1 << 14)  # bytes on disk at a time: what a cut can lose
     monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(volume_lock, "STALE_S", 0.5)
 
 
 @contextmanager
@@ -105,12 +110,27 @@ def test_a_storage_that_asks_to_wait_is_waited_for(tmp_path: Path, monkeypatch: 
     assert last_word(tmp_path).reason == Reason.DOWNLOAD_RATE_LIMITED
 
 
-def test_a_killed_download_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_fetch_the_same_one_waits_and_goes_on_where_the_other_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "model"
     with hub_with(monkeypatch, stall_after=150_000) as hub:
-        kill_mid_download("hf://org/name", target, hub, received=100_000)
-        assert fetch(target) == 0
-        assert hub.starts("/storage/")[0] >= 100_000
+        first = start_fetch("hf://org/name", target, log=subprocess.DEVNULL)
+        assert hub.stalled.wait(60)
+        wait_for_bytes(target.with_name("model.partial"), 100_000)
+        second = start_fetch("hf://org/name", target)
+        assert second.stderr is not None
+        line = next(line for line in second.stderr if "waiting for" in line)
+        assert json.loads(line)["progress"] == 0.0, "the operator shows the line in the service's status"
+        first.kill()
+        first.wait()
+        assert not target.exists()
+        hub.stall_after = -1
+        hub.requests.clear()
+        assert second.wait(60) == 0
+        second.stderr.close()
+        resumed = [item[2] for item in hub.seen("/storage/") if item[0] == "GET" and item[2].endswith("-")]
+        assert resumed and int(resumed[0].removeprefix("bytes=").removesuffix("-")) >= 100_000
     assert (target / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert names(target) == KEPT
 
@@ -205,9 +225,74 @@ def test_a_published_folder_can_be_read_by_other_users(tmp_path: Path) -> None:
     assert names(tmp_path / "a") == {"x", MANIFEST}
 
 
-def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
-    with Staging(tmp_path / "a"), pytest.raises(ConfigurationError, match="another process"), Staging(tmp_path / "a"):
+def test_what_another_process_made_meanwhile_is_found_by_the_one_that_waited(tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+    with Staging(tmp_path / "a", Recipe("fetch", 1, {"of": "x"})) as staging:
+        assert staging.done is not None
+        assert not staging.folder.exists()
+
+
+def test_a_damaged_artefact_is_repaired_and_what_is_whole_of_it_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    with hub_with(monkeypatch) as hub:
+        assert fetch(target) == 0
+        (target / "tokenizer.json").write_bytes(b"{}")
+        hub.requests.clear()
+        assert fetch(target) == 0
+        assert not [item for item in hub.seen("/storage/") if item[2].endswith("-") or not item[2]], "the weights were whole"
+    assert (target / "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
+    assert names(target) == KEPT
+
+
+def test_each_byte_of_an_artefact_can_be_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "model"
+    with hub_with(monkeypatch):
+        assert fetch(target) == 0
+    files = json.loads((target / MANIFEST).read_text())["files"]
+    weights = FILES["model.safetensors"]
+    assert {"name": "model.safetensors", "size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()} in files
+    assert {item["name"] for item in files} == KEPT - {MANIFEST}
+    assert cli.main(["verify", str(target)]) == 0
+    (target / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert cli.main(["verify", str(target)]) == 65
+    assert "model.safetensors has another hash" in capsys.readouterr().err
+    assert cli.main(["verify", str(tmp_path)]) == 65, "a folder without a manifest"
+
+
+def test_a_damaged_artefact_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish(tmp_path / "a")
+    (tmp_path / "a" / "x").unlink()
+    assert cli.main(["serve", str(tmp_path / "a")]) == 65
+    assert "x is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b"])
+def test_a_manifest_that_names_files_elsewhere_is_no_manifest(name: str, tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+    values = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    values["files"][0]["name"] = name
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(values))
+    assert artefact.read_manifest(tmp_path / "a") is None
+
+
+def test_eviction_removes_what_is_named_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, kept, half, busy = "fetch-0123456789", "awq-0123456789", "fetch-00000000aa", "fetch-00000000bb"
+    for name in (gone, kept, busy):
+        publish(tmp_path / name)
+    with Staging(tmp_path / half):
         pass
+    monkeypatch.setattr(evict, "STALE_S", 0.0)
+    monkeypatch.setattr(evict, "POLL_S", 0.02)
+    monkeypatch.setattr(volume_lock, "STALE_S", 60.0)
+    with VolumeLock(tmp_path, busy):
+        assert cli.main(["evict", str(tmp_path), gone, half, busy]) == 0
+    word = last_word(tmp_path)
+    assert word.artefact == {"kind": "evict", "evicted": [gone, half], "left": [busy], "found": {kept: 1, busy: 1}}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(".")} == {kept, busy}
+    for name in ("../x", "model", ".gantline-locks", "fetch-0123456789.partial"):
+        assert cli.main(["evict", str(tmp_path), name]) == 64
 
 
 def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

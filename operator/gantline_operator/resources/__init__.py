@@ -4,7 +4,7 @@ naming       names, labels, owner references, hashes
 context      the service, the installation's settings, where a model lies
 pod          what every pod has in common
 placement    where a pod runs and what it takes
-jobs         inspect, fetch, quantize
+jobs         inspect, fetch, quantize, evict
 serving      ServiceAccount, Service, Deployment, PodDisruptionBudget
 autoscalers  the HorizontalPodAutoscaler or ScaledObject, where the spec names another controller than Gantline
 ingress      the Ingress, where a host is named
@@ -21,6 +21,8 @@ from gantline_operator.resources.ingress import ingress
 from gantline_operator.resources.jobs import (
     ALGORITHM_VERSIONS,
     ATTEMPT,
+    evict_hash,
+    evict_job,
     fetch_hash,
     fetch_job,
     inspect_hash,
@@ -42,6 +44,7 @@ from gantline_operator.resources.naming import (
     pod_selector,
 )  # fmt: skip
 from gantline_operator.resources.network import network_policies
+from gantline_operator.resources.placement import cache_selector
 from gantline_operator.resources.pod import Mount
 from gantline_operator.resources.serving import (
     PAUSED,
@@ -74,7 +77,10 @@ __all__ = [
     "cache_claim",
     "cache_claim_name",
     "cache_location",
+    "cache_selector",
     "child_selector",
+    "evict_hash",
+    "evict_job",
     "fetch_hash",
     "fetch_job",
     "inference_pool",

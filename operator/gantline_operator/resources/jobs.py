@@ -1,4 +1,6 @@
-"""The stages' Jobs: inspect, fetch, quantize. Created once under a name that says what they do, never applied again.
+"""The stages' Jobs: inspect, fetch, quantize, and evict, which makes room for the others.
+
+Created once under a name that says what they do, never applied again.
 
 Of Kubernetes' retries only one is used: a pod that was evicted or preempted is replaced. A pod that failed is not; its reason stands in its
 termination message, and the operator decides whether trying again can help (then as a Job of its own, so that this one keeps its log).
@@ -22,8 +24,8 @@ from gantline_operator.resources.pod import Mount, PodBase, build_container, bui
 from gantline_operator.resources.source_env import source_env
 
 __all__ = [
-    "ALGORITHM_VERSIONS", "ATTEMPT", "fetch_hash", "fetch_job", "inspect_hash", "inspect_job", "quantize_hash", "quantize_job",
-    "quantize_job_hash",
+    "ALGORITHM_VERSIONS", "ATTEMPT", "evict_hash", "evict_job", "fetch_hash", "fetch_job", "inspect_hash", "inspect_job", "quantize_hash",
+    "quantize_job", "quantize_job_hash",
 ]  # fmt: skip
 
 ALGORITHM_VERSIONS: Mapping[str, int] = {"inspect": 1, "fetch": 1, "awq": 1}
@@ -33,7 +35,7 @@ same algorithm makes nothing anew."""
 ATTEMPT = f"{GROUP}/attempt"
 """Annotation of a Job: 0 for the first of its kind, then 1 and so on."""
 
-_DEADLINE_S: Mapping[Stage, int] = {"inspect": 3600, "fetch": 2 * 86400, "quantize": 3 * 86400}
+_DEADLINE_S: Mapping[Stage, int] = {"inspect": 3600, "fetch": 2 * 86400, "quantize": 3 * 86400, "evict": 3600}
 """Seconds until a Job is given up, pulling its image and waiting for a node included: a bound for what hangs, not a prediction."""
 
 
@@ -98,6 +100,20 @@ def quantize_job(
     base = build_base(parent, placement, settings)
     env = [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(base, 1))}, {"name": "HF_HUB_OFFLINE", "value": "1"}]
     return _job(parent, settings, "quantize", quantize_job_hash(parent.spec, fingerprint), attempt, base, arguments, mounts, env=env)
+
+
+def evict_hash(claim: str, names: Sequence[str], since: str) -> str:
+    """Of one eviction: the same names at another time are another one."""
+    return content_hash({"stage": "evict", "claim": claim, "names": sorted(names), "since": since})
+
+
+def evict_job(parent: Parent, placement: Placement, settings: Settings, *, names: Sequence[str], since: str, attempt: int = 0) -> Object:
+    """Removes the artefacts `names`, and no other, from the cache. Raises MissingImage."""
+    mount = cache_mount(parent, read_only=False)
+    digest = evict_hash(mount.claim, names, since)
+    arguments = ["evict", mount.path, *sorted(names)]
+    base = build_base(parent, placement, settings)
+    return _job(parent, settings, "evict", digest, attempt, base, arguments, (mount,), env=[])
 
 
 def _job(

@@ -52,8 +52,8 @@ REVISION = f"{GROUP}/revision"
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGED_BY}"
 """Finds every object that the operator made, of whatever service."""
 
-Stage = Literal["inspect", "fetch", "quantize"]
-Role = Literal["server", "inspect", "fetch", "quantize", "cache"]
+Stage = Literal["inspect", "fetch", "quantize", "evict"]
+Role = Literal["server", "inspect", "fetch", "quantize", "evict", "cache"]
 
 _HASH_LENGTH = 10
 _MAX_ATTEMPT = 99

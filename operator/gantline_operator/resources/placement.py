@@ -12,7 +12,7 @@ from gantline_operator.resources.naming import GROUP, Object, content_hash
 from gantline_operator.resources.pod import Mount, PodBase
 from gantline_operator.resources.quantities import bytes_quantity, cpu_quantity, overlay
 
-__all__ = ["apart", "build_base", "cpu_threads", "same_node", "spread", "volume_labels"]
+__all__ = ["apart", "build_base", "cache_selector", "cpu_threads", "same_node", "spread", "volume_labels"]
 
 _VOLUME_LABEL = f"{GROUP}/cache-volume"
 _HOST = "kubernetes.io/hostname"
@@ -51,6 +51,11 @@ def volume_labels(mounts: Sequence[Mount], cache_claim: str) -> dict[str, str]:
     """A label on each pod that mounts the cache claim, so that others can be put beside it; a claim's name itself may be too long."""
     uses_cache = any(mount.claim == cache_claim for mount in mounts)
     return {_VOLUME_LABEL: content_hash({"claim": cache_claim})} if uses_cache else {}
+
+
+def cache_selector(claim: str) -> str:
+    """A label selector for every pod that mounts the cache claim, of whatever service."""
+    return f"{_VOLUME_LABEL}={content_hash({'claim': claim})}"
 
 
 def same_node(marks: Mapping[str, str]) -> Object:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gantline_runtime import logs, termination
-from gantline_runtime.artefact import Manifest, Staging, find_artefact, require_space
+from gantline_runtime.artefact import Manifest, Recipe, Staging, find_artefact, require_space
 from gantline_runtime.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.progress import Progress
@@ -73,17 +73,17 @@ def fetch(uri: ModelUri, target: Path, revision: str = "") -> Manifest:
         return done
     remote = read_checkpoint(source, name=source.name, revision=source.revision)
     wanted = _choose(source, remote)
-    with Staging(target) as staging:
-        for file in _download(source, wanted, staging.folder):
-            _verify(staging.folder / file.name, file)
+    with Staging(target, Recipe("fetch", ALGORITHM_VERSION, source.inputs)) as staging:
+        if staging.done is not None:  # another process has made it meanwhile
+            return staging.done
+        hashes = {file.name: _verify(staging.folder / file.name, file) for file in _download(source, wanted, staging.folder)}
         shutil.rmtree(staging.folder / DOWNLOADS, ignore_errors=True)
         local = open_checkpoint(staging.folder)
         if local.facts.fingerprint != remote.facts.fingerprint:
             raise CheckpointError(f"what came of {uri.text} is not what was inspected", cure="Fetch it again.")
         facts = remote.facts.to_json()
         manifest = Manifest("fetch", ALGORITHM_VERSION, source.inputs, sum(file.size for file in wanted), facts)
-        staging.publish(manifest)
-    return manifest
+        return staging.publish(manifest, hashes)
 
 
 def _choose(source: RemoteSource, checkpoint: Checkpoint) -> list[RemoteFile]:
@@ -100,17 +100,22 @@ def _download(source: RemoteSource, wanted: Sequence[RemoteFile], folder: Path) 
         return source.download(wanted, folder, Downloaded(progress))
 
 
-def _verify(path: Path, file: RemoteFile) -> None:
-    """Compare size and hash with what the source lists; a file that differs is removed, so that the next try fetches it anew."""
+def _verify(path: Path, file: RemoteFile) -> str:
+    """The file's SHA-256, after comparing size and hash with what the source lists; a file that differs is removed, so that the next try
+    fetches it anew."""
     size = path.stat().st_size
     expected = file.sha256 or file.blob or file.md5
-    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % size) if file.blob else hashlib.md5(usedforsecurity=False)
-    if size == file.size and expected:
+    sha256 = hashlib.sha256()
+    listed = sha256 if file.sha256 else hashlib.sha1(b"blob %d\0" % size) if file.blob else hashlib.md5(usedforsecurity=False)
+    if size == file.size:
         with path.open("rb") as stream:
             while piece := stream.read(1 << 20):
-                digest.update(piece)
-    if size != file.size or (expected and digest.hexdigest() != expected):
+                sha256.update(piece)
+                if listed is not sha256 and expected:
+                    listed.update(piece)
+    if size != file.size or (expected and listed.hexdigest() != expected):
         path.unlink()
         what = f"{size} bytes instead of {file.size}" if size != file.size else "another hash"
         cure = "Fetch it again; if it stays so, ask the publisher."
         raise CheckpointError(f"{file.name} came with {what} than its source lists", cure=cure)
+    return sha256.hexdigest()

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from gantline_runtime import logs, termination
+from gantline_runtime.artefact import find_damage, read_manifest
 from gantline_runtime.cli import version
 from gantline_runtime.commands.display import LoadingDisplay
 from gantline_runtime.config import EngineConfig, ServerConfig, from_arguments
 from gantline_runtime.config import add_arguments as add_config_arguments
+from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason, TerminationMessage
 
 if TYPE_CHECKING:
@@ -46,10 +48,19 @@ def run(args: argparse.Namespace, *, engine: str | None = None) -> int:
     """Serve until told to stop; `engine` (`module:class`) is for tests. Raises GantlineError if the model cannot be served."""
     engine_config, config = from_arguments(EngineConfig, args), from_arguments(ServerConfig, args)
     logs.configure(config.log_level, config.log_format)
+    _check_artefact(args.model_dir)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time and a thread each; the rest belongs to the engine
     with _shared_metrics(config.api_workers), asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
         message = loop.run(_serve(args.model_dir, engine_config, config, engine))
     return _end(message)
+
+
+def _check_artefact(folder: Path) -> None:
+    """Of what fetch or quantize made, all files must be there in full. Their bytes are not read: `gantline verify` does that."""
+    manifest = read_manifest(folder)
+    damage = find_damage(folder, manifest) if manifest is not None else ""
+    if damage:
+        raise CheckpointError(f"{folder} is damaged: {damage}", cure="Fetch or quantize it anew: what is whole of it is kept.")
 
 
 @contextlib.contextmanager
