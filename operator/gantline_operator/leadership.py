@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import random
 import socket
@@ -30,6 +31,8 @@ LEASES = Resource("coordination.k8s.io/v1", "Lease", "leases")
 
 _log = logging.getLogger(__name__)
 
+_ADDRESS = "gantline.io/address"
+
 
 class LeadershipLost(Exception):
     """Another operator leads, or may. This one has to end: what it knows may be old."""
@@ -40,13 +43,22 @@ class Leadership:
 
     `identity` names this process; empty: a name of which there is no second. One that finds its own name in the Lease takes it at once, so
     only a name whose earlier process is surely dead may come again: a pod's, of which the kubelet runs one container at a time.
+    `address` is where other operators reach it.
     """
 
     def __init__(
-        self, client: Client, lease: str, identity: str, duration_s: float, *, clock: Callable[[], float] = time.monotonic
+        self,
+        client: Client,
+        lease: str,
+        identity: str,
+        duration_s: float,
+        *,
+        address: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._namespace, _, self._name = lease.partition("/")
         self._identity = identity or f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"[:128]
+        self._address = address
         self._duration_s = duration_s
         self._deadline_s = duration_s * 2 / 3
         self._retry_s = self._deadline_s / 5
@@ -56,6 +68,8 @@ class Leadership:
         self._until = -float("inf")
         self._version = ""
         self._seen: tuple[object, ...] = ()
+        self.leader = ""
+        """Address of the operator that leads, while this one does not; empty: not known."""
         self._seen_at = 0.0
 
     def leads(self) -> bool:
@@ -109,13 +123,15 @@ class Leadership:
         try:
             live = await self._client.get(LEASES, self._namespace, self._name)
         except NotFound:
-            body = {"metadata": {"name": self._name}, "spec": {**self._spec({}), "leaseTransitions": 0}}
+            metadata = {"name": self._name, "annotations": {_ADDRESS: self._address}}
+            body = {"metadata": metadata, "spec": {**self._spec({}), "leaseTransitions": 0}}
             self._hold(await self._client.create(LEASES, self._namespace, body), sent)
             return True
         if not self._is_free(live):
+            self.leader = _address(live)
             return False
         self._version = live["metadata"]["resourceVersion"]
-        self._hold(await self._write(self._spec(live.get("spec") or {})), sent)
+        self._hold(await self._write(self._spec(live.get("spec") or {}), address=self._address), sent)
         return True
 
     async def _renew(self) -> None:
@@ -127,8 +143,9 @@ class Leadership:
                 self._until = -float("inf")
                 raise LeadershipLost(f"Lease {self._namespace}/{self._name} is held by {self._seen[0]}") from None
 
-    async def _write(self, spec: Mapping[str, object]) -> Object:
-        body = {"metadata": {"resourceVersion": self._version}, "spec": spec}
+    async def _write(self, spec: Mapping[str, object], *, address: str | None = None) -> Object:
+        marks = {} if address is None else {"annotations": {_ADDRESS: address}}
+        body = {"metadata": {"resourceVersion": self._version, **marks}, "spec": spec}
         return await self._client.patch(LEASES, self._namespace, self._name, body)
 
     def _hold(self, live: Object, sent: float) -> None:
@@ -159,6 +176,15 @@ class Leadership:
     def _tell_holder(self) -> bool:
         _log.info("Waiting: %s holds Lease %s/%s", self._seen[0], self._namespace, self._name)
         return True
+
+
+def _address(lease: Object) -> str:
+    """Of the holder; empty where it says none. No name: whoever may write the Lease should not send us anywhere that DNS knows."""
+    text = str((lease["metadata"].get("annotations") or {}).get(_ADDRESS, ""))
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return ""
 
 
 def _now() -> str:

@@ -28,6 +28,7 @@ from gantline_operator.controller import Controller, DefinitionAppeared
 from gantline_operator.handlers import WATCHED, register
 from gantline_operator.health import build_health
 from gantline_operator.leadership import Leadership, LeadershipLost
+from gantline_operator.relay import ask_leader, relaying
 from gantline_operator.settings import OperatorSettings, from_environment
 from gantline_operator.web import build_application, serving_http
 from gantline_operator.webhook.service import serving_webhook
@@ -101,10 +102,16 @@ async def operate(settings: OperatorSettings, client: Client, stop: asyncio.Even
     """
     controller = Controller(client, settings, version())
     async with contextlib.AsyncExitStack() as stack:
-        leadership = Leadership(client, settings.lease, settings.identity, settings.lease_seconds) if settings.lease else None
+        leadership = _leadership(settings, client) if settings.lease else None
         leads = leadership.leads if leadership else lambda: True
         controller.metrics.observe_leader(leads)
-        web = build_application(controller.metrics.registry, controller.autoscaler.load)
+
+        async def elsewhere(path: str) -> tuple[int, bytes] | None:
+            if leadership is None or leads() or not leadership.leader:
+                return None
+            return await ask_leader(leadership.leader, settings.metrics_port, path)
+
+        web = build_application(controller.metrics.registry, controller.autoscaler.load, elsewhere)
         await stack.enter_async_context(serving_http(web, settings.listen_address, settings.metrics_port))
         health = build_health(controller.stuck_worker, leads)
         await stack.enter_async_context(serving_http(health, settings.listen_address, settings.health_port))
@@ -114,11 +121,16 @@ async def operate(settings: OperatorSettings, client: Client, stop: asyncio.Even
         if leadership is not None:
             stack.push_async_callback(leadership.release)
             client.fence(leadership.left_s)
-            if not await leadership.acquire(stop):
-                return
+            async with relaying(settings.listen_address, settings.custom_metrics_port, lambda: leadership.leader):
+                if not await leadership.acquire(stop):
+                    return
             await stack.enter_async_context(beside(leadership.keep(), stop))
         work = await stack.enter_async_context(beside(controller.run(), stop))
         await _watch(settings, client, controller, stop, (view, work), retry_cap_s)
+
+
+def _leadership(settings: OperatorSettings, client: Client) -> Leadership:
+    return Leadership(client, settings.lease, settings.identity, settings.lease_seconds, address=settings.address)
 
 
 async def _watch(

@@ -106,6 +106,9 @@ class OperatorSettings:
     identity: str = _setting(
         _text, "", "Name of this process in the Lease, such as its pod's; one that finds its name there goes on at once. Empty: a new name."
     )
+    address: str = _setting(
+        _text, "", "Address at which other operators reach this one; one that waits passes autoscalers' questions on to the one that works."
+    )
     metrics_port: int = _setting(_number(0, 65535), 8080, "Port of /metrics; 0 turns it off.")
     health_port: int = _setting(_number(0, 65535), 8081, "Port of /healthz; 0 turns it off.")
     webhook_port: int = _setting(_number(0, 65535), 0, "Port of the webhook that warns at admission; 0 turns it off.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -15,13 +15,21 @@ Load = Callable[[str], float | None]
 """Load of `namespace/name` in replicas' worth; None where it is not known."""
 
 
-def build_application(registry: CollectorRegistry, load: Load) -> web.Application:
+Elsewhere = Callable[[str], Awaitable[tuple[int, bytes] | None]]
+"""Status and body of what another operator answers to a path; None where it does not."""
+
+
+def build_application(registry: CollectorRegistry, load: Load, elsewhere: Elsewhere | None = None) -> web.Application:
+    """`elsewhere`: who is asked for a load that is not known here."""
+
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def service_load(request: web.Request) -> web.Response:
         """503 where the load is not known: an autoscaler that gets no number changes nothing, and 0 would be a number."""
         value = load(f"{request.match_info['namespace']}/{request.match_info['name']}")
+        if value is None and elsewhere is not None and (answer := await elsewhere(request.path)) is not None:
+            return web.Response(status=answer[0], body=answer[1], content_type="application/json")
         if value is None:
             return web.json_response({"error": "the load of this service is not known"}, status=503)
         return web.json_response({"load": round(value, 3)})

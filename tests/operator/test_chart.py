@@ -92,7 +92,7 @@ def rules(objects: list[Object]) -> list[Object]:
 def operator_environment(values: Object) -> dict[str, str]:
     deployment = of_kind(render(values), "Deployment", "gantline")[0]
     given = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
-    assert [item["name"] for item in given if "value" not in item] == ["GANTLINE_IDENTITY"]
+    assert [item["name"] for item in given if "value" not in item] == ["GANTLINE_IDENTITY", "GANTLINE_ADDRESS"]
     return {item["name"]: item["value"] for item in given if "value" in item}
 
 

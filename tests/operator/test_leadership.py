@@ -6,24 +6,40 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
+from gantline_operator.autoscaling.loop import Autoscaler
 from gantline_operator.client import Fenced, NotFound, connect
 from gantline_operator.leadership import LEASES, Leadership, LeadershipLost
 from gantline_operator.observe import CONFIG_MAPS
 
-from tests.operator.harness import SETTINGS, TINY, apply, children, fates, inspected, install_crd, items, service, wait, wait_reason
+from tests.operator.harness import (
+    SETTINGS,
+    TINY,
+    Operator,
+    apply,
+    children,
+    fates,
+    inspected,
+    install_crd,
+    items,
+    service,
+    wait,
+    wait_reason,
+)
 
 FULL = os.environ.get("GANTLINE_FULL_MATRIX") == "1"
-LEASE_S = 15 if FULL else 3
+LEASE_S = 15 if FULL else 4
 SERVICES = 20 if FULL else 2
 
 
@@ -33,7 +49,7 @@ class Process:
     def __init__(self, cluster: ApiCluster, namespace: str, log: Path) -> None:
         self._health = free_port()
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("GANTLINE_")},
             "KUBECONFIG": str(cluster.kubeconfig),
             "GANTLINE_WATCH_NAMESPACES": namespace,
             "GANTLINE_IMAGE_CPU": SETTINGS.image_cpu,
@@ -146,6 +162,43 @@ async def test_a_lease_that_is_given_back_is_taken_at_once_and_one_that_is_taken
     for leadership in (one, two):
         await leadership.release()
     await client.close()
+
+
+def test_an_operator_that_waits_passes_on_what_only_the_leader_knows(
+    api_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service's load, for KEDA; and connections to the custom metrics API, whatever is said in them."""
+    install_crd(api_cluster)
+    known = "127.0.0.1"
+    knowing: list[Autoscaler] = []
+
+    def only_the_first(asked: Autoscaler, key: str) -> float | None:
+        knowing.append(asked)
+        return 2.5 if asked is knowing[0] else None
+
+    monkeypatch.setattr(Autoscaler, "load", only_the_first)
+    metrics, custom = free_port(), free_port()
+    settings = replace(SETTINGS, watch_namespaces=(namespace,), lease=f"{namespace}/gantline", metrics_port=metrics)
+
+    def load(address: str) -> str:
+        try:
+            with urllib.request.urlopen(f"http://{address}:{metrics}/load/{namespace}/chat", timeout=10) as answer:
+                return str(json.load(answer)["load"])
+        except OSError as error:
+            return str(error)
+
+    with Operator(api_cluster, replace(settings, address=known)):
+        wait(lambda: load(known) == "2.5")
+        with Operator(api_cluster, replace(settings, address="127.0.0.2", listen_address="127.0.0.2", custom_metrics_port=custom)):
+            wait(lambda: load("127.0.0.2") == "2.5", what=lambda: load("127.0.0.2"))
+            with socket.create_server((known, custom)) as leader, socket.create_connection(("127.0.0.2", custom), timeout=10) as asking:
+                leader.settimeout(10)
+                asking.sendall(b"hello")
+                answering, _ = leader.accept()
+                with answering:
+                    assert answering.recv(5) == b"hello"
+                    answering.sendall(b"who is there")
+                assert asking.recv(20) == b"who is there" and asking.recv(1) == b"", "an end is passed on, too"
 
 
 async def test_what_is_fenced_is_not_sent(api_cluster: ApiCluster, namespace: str) -> None:

@@ -21,6 +21,7 @@
 - {name: GANTLINE_CUSTOM_METRICS_PORT, value: {{ ternary "8443" "0" .Values.customMetrics.enabled | quote }}}
 - {name: GANTLINE_LEASE, value: "{{ .Release.Namespace }}/{{ include "gantline.fullname" . }}"}
 - {name: GANTLINE_IDENTITY, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: GANTLINE_ADDRESS, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
 {{- if .Values.webhook.enabled }}
 {{- $name := include "gantline.fullname" . }}
 - {name: GANTLINE_WEBHOOK_PORT, value: "9443"}
