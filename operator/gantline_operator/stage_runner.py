@@ -152,17 +152,20 @@ class _StageRejected(Exception):
         self.rejected = rejected
 
 def read_progress(log: str) -> str:
-    """The latest line of a stage's log (JSON lines) that tells a share and the seconds left, in words; empty where none does.
+    """The latest line of a stage's log (JSON lines) that tells a share and the seconds left, or what is waited for, in words; empty where
+    none does.
 
     The log is a container's, so nothing in it is trusted: a word of what is done, and two numbers, are all that is taken over.
     """
     for line in reversed(log.splitlines()):
         try:
             values = json.loads(line)
+            what = "".join(char for char in str(values.get("message", ""))[:80] if char.isprintable())
+            if "waiting_s" in values:
+                return what
             share, left = float(values["progress"]), values.get("eta_s")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        what = "".join(char for char in str(values.get("message", ""))[:80] if char.isprintable())
         percent = f"{min(max(share, 0.0), 1.0):.0%}" if share == share else ""
         return f"{what} {percent}".strip() + (f", {left} s left" if isinstance(left, int) and left > 0 else "")
     return ""

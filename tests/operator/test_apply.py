@@ -114,6 +114,9 @@ def test_progress_comes_from_the_latest_line_that_tells_it() -> None:
         "Traceback",
     ]
     assert read_progress("\n".join(lines)) == "downloading 45%, 50 s left"
+    waits = '{"message": "HTTP 429: trying s3://models/tiny again in 30.0 s", "waiting_s": 30.0}'
+    assert read_progress("\n".join([*lines, waits])) == "HTTP 429: trying s3://models/tiny again in 30.0 s"
+    assert read_progress("\n".join([waits, *lines])) == "downloading 45%, 50 s left"
     assert read_progress('{"message": "x", "progress": "NaN"}') == "x"
     assert read_progress("nothing\n[1, 2]\n{}") == ""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from gantline_devcluster.binaries import SETS, find
+from gantline_devcluster.binaries import find
 from gantline_devcluster.build import build
 from gantline_runtime import cli
 from gantline_runtime.artefact import MANIFEST
@@ -285,7 +285,7 @@ def push(registry: str, images: Images) -> None:
 @pytest.mark.skipif(os.environ.get("GANTLINE_FULL_MATRIX") != "1", reason="needs a registry's build: GANTLINE_FULL_MATRIX=1")
 @pytest.mark.parametrize("fill", [_oras, _oras_folder, _kitops, _modelpack])
 def test_a_real_registry_is_read(fill: Callable[[Images], str], tmp_path: Path) -> None:
-    build(SETS["rehearsal"], print)
+    build(frozenset({"registry"}), print)
     images = Images()
     digest = fill(images)
     with real_registry(tmp_path) as registry:

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
+from gantline_runtime import logs
 from gantline_runtime.errors import SourceError
 from gantline_runtime.termination import Reason
 
@@ -142,7 +143,8 @@ class Patience:
             wait_s = _FIRST_WAIT_S * 2 ** (self._failures - 1) * random.uniform(0.75, 1.25)
         if not trouble.passes() or self._failures >= _TRIES or wait_s > _LONGEST_WAIT_S:
             raise trouble.error(self._service) from None
-        log.warning("trying %s again in %.1f s: %s", self._service.label, wait_s, trouble)
+        again = f"{trouble}: trying {self._service.label} again in {wait_s:.1f} s"
+        log.warning("%s", again, extra=logs.fields(waiting_s=round(wait_s, 1)))
         time.sleep(wait_s)
 
 
