@@ -130,7 +130,7 @@ class Gateway:
         if question.model != service.model:
             body = rename_model(body, service.model)
         request_id = scope["state"]["request_id"]
-        passed_on = {name: value for name, value in headers.items() if name not in _NOT_PASSED_ON}
+        passed_on = {name: value for name, value in headers.items() if name not in _NOT_PASSED_ON and value.isascii()}
         query = scope["query_string"].decode("latin-1")
         return Exchange(
             request_id=request_id,

@@ -51,6 +51,8 @@ class Service:
     """Whether somebody starts it from zero when a request waits."""
     startup_s: float = DEFAULT_STARTUP_S
     """From the wish for a replica to its first answer: measured, else predicted."""
+    trouble: str = ""
+    """Why it is not ready, in the operator's word; empty where it is, or nobody knows."""
     created: int = 0
     """Unix time."""
     session_len: int | None = None

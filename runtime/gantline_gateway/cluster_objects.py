@@ -89,6 +89,7 @@ def _service(item: Object) -> Service:
         suspended=spec.get("suspend") is True,
         wakes=_wakes(spec),
         startup_s=_startup_s(status),
+        trouble=_trouble(status),
         created=_unix_time(str(meta.get("creationTimestamp", ""))),
         session_len=_whole((status.get("plan") or {}).get("sessionLen"), None),
     )
@@ -98,6 +99,11 @@ def _wakes(spec: Object) -> bool:
     """Whether an autoscaler may have it at zero, and so wakes it: by hand scaled to zero, it stays there."""
     scaling = spec.get("scaling")
     return isinstance(scaling, Mapping) and scaling.get("min") == 0
+
+
+def _trouble(status: Object) -> str:
+    conditions = status.get("conditions") or []
+    return next((str(item.get("reason", "")) for item in conditions if item.get("type") == "Ready" and item.get("status") == "False"), "")
 
 
 def _startup_s(status: Object) -> float:

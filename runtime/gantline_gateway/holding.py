@@ -28,7 +28,7 @@ _SOONEST_S = 5
 
 @dataclass(frozen=True)
 class HoldLimits:
-    """Of one service in one gateway. `silence_s` and `timeout_s` are counted from when a request begins to wait."""
+    """Of one service in one gateway. `silence_s` and `timeout_s` are seconds of waiting."""
 
     silence_s: float = 15.0
     timeout_s: float = 300.0
@@ -48,10 +48,10 @@ class Ticket:
     number: int
     size: int
     """Bytes of its body."""
-    began_at: float | None = None
-    """When it first waited; None: never."""
     waited_s: float = 0.0
-    """How long it has waited, all in all."""
+    """How long it has waited, all in all; not what a replica took that failed in between."""
+    comment_at: float | None = None
+    """When the next comment is due, once it has waited."""
 
 
 @dataclass
@@ -76,19 +76,20 @@ class WaitingRoom:
         self._admit(service, ticket)
         clock, held = self.traffic.clock, self.traffic.of(key).held
         entered_at = clock()
-        ticket.began_at = entered_at if ticket.began_at is None else ticket.began_at
-        held[ticket.number] = ticket.began_at
+        since = held[ticket.number] = entered_at - ticket.waited_s
+        give_up_at = since + self.limits.timeout_s
         self._bytes[key] = self._bytes.get(key, 0) + ticket.size
-        comment_at = ticket.began_at + self.limits.silence_s if stream else math.inf
+        if ticket.comment_at is None:
+            ticket.comment_at = since + self.limits.silence_s if stream else math.inf
         try:
             while True:
                 now = clock()
-                if now >= ticket.began_at + self.limits.timeout_s:
-                    raise self._too_late(service, now - ticket.began_at)
-                if now >= comment_at:
-                    await answer.keep_alive(f"waiting for a replica of {service.model}, {now - ticket.began_at:.0f} s so far")
-                    comment_at = now + KEEP_ALIVE_S
-                until = min(comment_at, ticket.began_at + self.limits.timeout_s, entered_at + pause_s)
+                if now >= give_up_at:
+                    raise self._too_late(service, now - since, now - min(held.values()))
+                if now >= ticket.comment_at:
+                    await answer.keep_alive(f"waiting for a replica of {service.model}, {now - since:.0f} s so far")
+                    ticket.comment_at = now + KEEP_ALIVE_S
+                until = min(ticket.comment_at, give_up_at, entered_at + pause_s)
                 await self.directory.wait_change(ticket.number, max(0.001, until - clock()))
                 service = self._find(key)
                 if ready(service) or clock() >= entered_at + pause_s:
@@ -119,7 +120,9 @@ class WaitingRoom:
         message = f"{service.key!r} has no replica yet, and {len(held)} requests wait for one; more may not. Try again in {again_s} s."
         raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(again_s)})
 
-    def _too_late(self, service: Service, waited_s: float) -> ApiError:
-        again_s = retry_after_s(service.startup_s, waited_s)
-        message = f"No replica of {service.key!r} became ready within {waited_s:.0f} s. Try again in {again_s} s."
+    def _too_late(self, service: Service, waited_s: float, asked_s: float) -> ApiError:
+        """`asked_s` is how long the service has been waited for, perhaps by others first."""
+        again_s = retry_after_s(service.startup_s, asked_s)
+        state = f" ({service.trouble})" if service.trouble else ""
+        message = f"No replica of {service.key!r} became ready within {waited_s:.0f} s{state}. Try again in {again_s} s."
         return ApiError(503, message, code="no_replica", headers={"Retry-After": str(again_s)})

@@ -144,12 +144,13 @@ async def test_services_and_replicas_are_followed_as_they_come_change_and_go(def
         assert len(catalog.services[0].replicas) == 2
 
         apply(client, service(namespace, "second", suspend=True))
-        status = {"startup": {"total": "1m30s"}, "plan": {"sessionLen": 4096, "loadSeconds": 20}}
+        ready = {"type": "Ready", "status": "False", "reason": "WaitingForCapacity", "lastTransitionTime": "2026-11-26T00:00:00Z"}
+        status = {"startup": {"total": "1m30s"}, "plan": {"sessionLen": 4096, "loadSeconds": 20}, "conditions": [ready]}
         path = f"/apis/gantline.io/v1alpha1/namespaces/{namespace}/inferenceservices/second/status"
         client.call("PATCH", path, {"status": status}, content_type="application/merge-patch+json")
         catalog = await until(directory, lambda catalog: any(item.session_len for item in catalog.services))
         second = catalog.resolve("second")
-        assert (second.suspended, second.startup_s, second.session_len) == (True, 90.0, 4096)
+        assert (second.suspended, second.startup_s, second.session_len, second.trouble) == (True, 90.0, 4096, "WaitingForCapacity")
 
         delete(defined, namespace, "first")
         await until(directory, lambda catalog: [item.name for item in catalog.services] == ["second"])
