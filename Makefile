@@ -7,7 +7,7 @@ DEVCLUSTER := $(PYTHON) -m gantline_devcluster
 KUBECONFIG_GIVEN := $(if $(findstring command line,$(origin KUBECONFIG)),$(KUBECONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv cluster-binaries check unit test e2e quickstart rehearsal down crds docs kernels bench-cpu clean
+.PHONY: help venv cluster-binaries check unit test test-oldest e2e quickstart rehearsal down crds docs kernels bench-cpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,6 +29,10 @@ unit: venv ## the tests that need neither API server nor node
 
 test: venv cluster-binaries ## the whole suite; what CI runs
 	@$(PYTHON) scripts/run_tests.py
+
+test-oldest: venv ## the tests that talk to an API server, on the oldest Kubernetes that upstream supports (built once, minutes)
+	@$(DEVCLUSTER) build --set oldest
+	GANTLINE_KUBERNETES=oldest $(VENV)/bin/pytest -q -m "apiserver and not node and not gpu" tests/operator
 
 e2e: venv cluster-binaries ## from `kubectl apply` to streamed tokens, on the one-node cluster
 	$(VENV)/bin/pytest -q tests/e2e

@@ -43,12 +43,18 @@ HPA_SYNC = "--horizontal-pod-autoscaler-sync-period=1s"  # nothing where there i
 
 
 class ApiCluster:
-    """etcd and kube-apiserver, with the controllers, the scheduler (default: where kwok is wanted) and kwok as asked. RBAC is on."""
+    """etcd and kube-apiserver, with the controllers, the scheduler (default: where kwok is wanted) and kwok as asked. RBAC is on.
 
-    def __init__(self, *, controllers: bool = True, scheduler: bool | None = None, kwok: bool = False) -> None:
+    `oldest` (default: whether GANTLINE_KUBERNETES is `oldest`) runs the oldest release that upstream supports.
+    """
+
+    def __init__(
+        self, *, controllers: bool = True, scheduler: bool | None = None, kwok: bool = False, oldest: bool | None = None
+    ) -> None:
         self._controllers = controllers
         self._scheduler = kwok if scheduler is None else scheduler
         self._kwok = kwok
+        self._oldest = os.environ.get("GANTLINE_KUBERNETES") == "oldest" if oldest is None else oldest
         self._keeper: Keeper | None = None
 
     def __enter__(self) -> ApiCluster:
@@ -78,7 +84,7 @@ class ApiCluster:
     def _start_once(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gantline-api-", dir="/tmp"))  # short: unix sockets have at most 107 bytes of path
         self._keeper = Keeper(remove_at_end=self.folder)
-        self.plane = ControlPlane(self.folder, "127.0.0.1", free_port())
+        self.plane = ControlPlane(self.folder, "127.0.0.1", free_port(), oldest=self._oldest)
         self.plane.prepare()
         self._run(self.plane.etcd())
         self._run(self.plane.apiserver(NO_ENDPOINT))

@@ -82,6 +82,10 @@ class Module:
 
 
 _VERSION = "k8s.io/component-base/version"
+_STAMPS = (
+    f"{_VERSION}.gitVersion={{version}}", f"{_VERSION}.gitMajor={{major}}", f"{_VERSION}.gitMinor={{minor}}",
+    f"{_VERSION}.gitTreeState=clean", f"{_VERSION}.buildDate={{date}}",
+)  # fmt: skip
 KUBERNETES = Module(
     "kubernetes",
     # kube-apiserver first: the others share most of its packages, and it is what the most tests wait for.
@@ -89,12 +93,17 @@ KUBERNETES = Module(
         name: f"k8s.io/kubernetes/cmd/{name}"
         for name in ("kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
     },
-    stamps=(
-        f"{_VERSION}.gitVersion={{version}}", f"{_VERSION}.gitMajor={{major}}", f"{_VERSION}.gitMinor={{minor}}",
-        f"{_VERSION}.gitTreeState=clean", f"{_VERSION}.buildDate={{date}}",
-    ),
+    stamps=_STAMPS,
     versioned="k8s.io/kubernetes",
-)  # fmt: skip
+)
+OLDEST = "-oldest"
+"""Suffix of the binaries of the oldest release that upstream supports."""
+KUBERNETES_OLDEST = Module(
+    "kubernetes-oldest",
+    {f"{name}{OLDEST}": f"k8s.io/kubernetes/cmd/{name}" for name in ("kube-apiserver", "kube-controller-manager", "kube-scheduler")},
+    stamps=_STAMPS,
+    versioned="k8s.io/kubernetes",
+)
 MODULES = (
     Module("tools", {"keys": "./cmd/keys", "pause": "./cmd/pause"}),
     Module("etcd", {"etcd": "go.etcd.io/etcd/server/v3"}, versioned="go.etcd.io/etcd/server/v3"),
@@ -139,13 +148,15 @@ MODULES = (
         versioned="sigs.k8s.io/gateway-api-inference-extension",
         copied=True,
     ),
+    KUBERNETES_OLDEST,
 )  # fmt: skip
 
 _API = frozenset({"keys", "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler"})
 _EVERYTHING = frozenset(name for module in MODULES for name in module.binaries)
 _REHEARSAL = frozenset({"registry", "devices"})
 _DEFINITIONS = frozenset(name for module in MODULES for name in module.binaries if module.copied)
-_NODE = _EVERYTHING - _REHEARSAL - _DEFINITIONS - {"kwok"}
+_OLDEST = frozenset(KUBERNETES_OLDEST.binaries)
+_NODE = _EVERYTHING - _REHEARSAL - _DEFINITIONS - _OLDEST - {"kwok"}
 SETS: dict[str, frozenset[str]] = {
     "client": frozenset({"kubectl", "helm"}),
     "api": _API,
@@ -153,6 +164,7 @@ SETS: dict[str, frozenset[str]] = {
     "node": _NODE,
     "suite": _NODE | {"kwok"} | _DEFINITIONS,
     "rehearsal": _NODE | _REHEARSAL,
+    "oldest": (_API | {"kwok"} | _OLDEST) - {"kube-apiserver", "kube-controller-manager", "kube-scheduler"},
     "all": _EVERYTHING,
 }
 
@@ -166,7 +178,7 @@ def find(name: str) -> Path:
     module = next(m for m in MODULES if name in m.binaries)
     path = module.folder / name
     if not path.exists():
-        smallest = next(title for title in ("api", "test", "node", "rehearsal") if name in SETS[title])
+        smallest = next(title for title in ("api", "test", "node", "rehearsal", "oldest") if name in SETS[title])
         raise DevclusterError(f"{name} {module.version} is not built yet", f"Run: python -m gantline_devcluster build --set {smallest}")
     return path
 

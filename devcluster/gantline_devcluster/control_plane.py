@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gantline_devcluster.binaries import find
+from gantline_devcluster.binaries import OLDEST, find
 from gantline_devcluster.errors import DevclusterError
 from gantline_devcluster.processes import Component
 from gantline_devcluster.stages import kwok_config
@@ -24,6 +24,8 @@ SERVICE_CIDR = "10.96.0.0/16"
 KUBERNETES_SERVICE = "10.96.0.1"
 NODE = "node-0"
 _AGGREGATOR = "front-proxy"
+# Fates are mutating admission policies, which that release has as a beta (see fates.py).
+_POLICIES = ("--feature-gates=MutatingAdmissionPolicy=true", "--runtime-config=admissionregistration.k8s.io/v1beta1=true")
 IDENTITIES = {
     "admin": ("admin", "system:masters"),
     "controller-manager": ("system:kube-controller-manager", ""),
@@ -46,6 +48,8 @@ class ControlPlane:
     address: str
     port: int
     tokens: dict[str, str] = field(default_factory=lambda: {name: secrets.token_urlsafe(24) for name in IDENTITIES})
+    oldest: bool = False
+    """Of the oldest release that upstream supports."""
 
     @property
     def url(self) -> str:
@@ -92,13 +96,13 @@ class ControlPlane:
     def apiserver(self, *more: str) -> Component:
         keys = self.folder / "keys"
         argv = [
-            find("kube-apiserver"), f"--etcd-servers=unix://{self.folder / 'etcd.sock'}", f"--bind-address={self.address}",
+            self._kubernetes("kube-apiserver"), f"--etcd-servers=unix://{self.folder / 'etcd.sock'}", f"--bind-address={self.address}",
             f"--advertise-address={self.address}", f"--secure-port={self.port}",
             f"--tls-cert-file={keys / 'apiserver.crt'}", f"--tls-private-key-file={keys / 'apiserver.key'}",
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local", f"--service-account-key-file={keys / 'sa.pub'}",
             f"--service-account-signing-key-file={keys / 'sa.key'}", f"--token-auth-file={self.folder / 'tokens.csv'}",
             "--authorization-mode=Node,RBAC", f"--service-cluster-ip-range={SERVICE_CIDR}", "--profiling=false",
-            "--enable-admission-plugins=NodeRestriction", *self._aggregation(), *more,
+            "--enable-admission-plugins=NodeRestriction", *self._aggregation(), *(_POLICIES if self.oldest else ()), *more,
         ]  # fmt: skip
         return self._component("kube-apiserver", argv)
 
@@ -115,7 +119,7 @@ class ControlPlane:
     def controller_manager(self, *more: str) -> Component:
         keys = self.folder / "keys"
         argv = [
-            find("kube-controller-manager"), *self._authenticated("controller-manager"),
+            self._kubernetes("kube-controller-manager"), *self._authenticated("controller-manager"),
             f"--service-account-private-key-file={keys / 'sa.key'}", f"--root-ca-file={keys / 'ca.crt'}",
             "--use-service-account-credentials=true", "--controllers=*", "--secure-port=0",
             "--kube-api-qps=300", "--kube-api-burst=600", "--concurrent-gc-syncs=20", "--profiling=false", *more,
@@ -123,8 +127,11 @@ class ControlPlane:
         return self._component("kube-controller-manager", argv)
 
     def scheduler(self) -> Component:
-        argv = [find("kube-scheduler"), *self._authenticated("scheduler"), "--secure-port=0", "--kube-api-qps=300", "--kube-api-burst=600"]
-        return self._component("kube-scheduler", [*argv, "--profiling=false"])
+        argv = [
+            self._kubernetes("kube-scheduler"), *self._authenticated("scheduler"), "--secure-port=0", "--kube-api-qps=300",
+            "--kube-api-burst=600", "--profiling=false",
+        ]  # fmt: skip
+        return self._component("kube-scheduler", argv)
 
     def kwok(self, lease_s: int) -> Component:
         """Simulated nodes: only those that bear kwok's annotation, never a real one."""
@@ -136,6 +143,9 @@ class ControlPlane:
             f"--node-lease-duration-seconds={lease_s}",
         ]  # fmt: skip
         return self._component("kwok", argv, environment={"KWOK_WORKDIR": str(self.folder / "kwok")})
+
+    def _kubernetes(self, name: str) -> Path:
+        return find(f"{name}{OLDEST}" if self.oldest else name)
 
     def _authenticated(self, name: str) -> list[str]:
         file = self.folder / f"{name}.kubeconfig"

@@ -14,7 +14,7 @@ from gantline_devcluster.client import ApiError, Client
 from gantline_devcluster.errors import DevclusterError
 from gantline_devcluster.stages import AFTER, EXIT_CODE, FATE, FATES, MESSAGE
 
-_PATH = "/apis/admissionregistration.k8s.io/v1"
+_GROUP = "admissionregistration.k8s.io"
 _PREFIX = "simulated-fate-"
 SETTLE_TIMEOUT_S = 15.0
 
@@ -23,6 +23,7 @@ class FatePolicies:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._names: list[str] = []
+        self._version = ""
 
     def set(
         self, labels: dict[str, str], fate: str, *, message: str = "", exit_code: int = 1, after: str = "", namespace: str = ""
@@ -40,9 +41,10 @@ class FatePolicies:
             part.replace("/", ".").replace("_", "-").lower() for item in sorted(labels.items()) for part in item if part
         )
         name = name[:200] + (f"-{namespace}" if namespace else "")
-        policy, binding = build_policy(name, labels, annotations, namespace)
-        self._client.apply(f"{_PATH}/mutatingadmissionpolicies/{name}", policy)
-        self._client.apply(f"{_PATH}/mutatingadmissionpolicybindings/{name}", binding)
+        path = self._path()
+        policy, binding = build_policy(name, labels, annotations, namespace, version=self._version)
+        self._client.apply(f"{path}/mutatingadmissionpolicies/{name}", policy)
+        self._client.apply(f"{path}/mutatingadmissionpolicybindings/{name}", binding)
         if name not in self._names:
             self._names.append(name)
         self._wait_until_it_acts(labels, annotations, namespace or "default")
@@ -52,8 +54,15 @@ class FatePolicies:
         for name in self._names:
             for kind in ("mutatingadmissionpolicybindings", "mutatingadmissionpolicies"):
                 with contextlib.suppress(ApiError):
-                    self._client.call("DELETE", f"{_PATH}/{kind}/{name}")
+                    self._client.call("DELETE", f"{self._path()}/{kind}/{name}")
         self._names.clear()
+
+    def _path(self) -> str:
+        """Of the policies' newest version that this API server has: v1 from 1.36 on, before that a beta."""
+        if not self._version:
+            served = {item["name"] for item in self._client.get(f"/apis/{_GROUP}/v1")["resources"]}
+            self._version = "v1" if "mutatingadmissionpolicies" in served else "v1beta1"
+        return f"/apis/{_GROUP}/{self._version}"
 
     def _wait_until_it_acts(self, labels: dict[str, str], annotations: dict[str, str], namespace: str) -> None:
         """The API server learns of a policy a moment after it was written: try with a pod that is never stored."""
@@ -76,7 +85,7 @@ _RESTRICTED_POD = {"securityContext": {"runAsNonRoot": True, "seccompProfile": {
 
 
 def build_policy(
-    name: str, labels: dict[str, str], annotations: dict[str, str], namespace: str = ""
+    name: str, labels: dict[str, str], annotations: dict[str, str], namespace: str = "", *, version: str = "v1"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The policy and its binding."""
     fields = ", ".join(f"{cel_string(key)}: {cel_string(value)}" for key, value in annotations.items())
@@ -85,7 +94,7 @@ def build_policy(
     if namespace:
         selection["namespaceSelector"] = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
     expression = f"Object{{metadata: Object.metadata{{annotations: {{{fields}}}}}}}"
-    head = {"apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": name}}
+    head = {"apiVersion": f"{_GROUP}/{version}", "metadata": {"name": name}}
     policy = {
         **head,
         "kind": "MutatingAdmissionPolicy",
