@@ -49,6 +49,7 @@ class Reason(StrEnum):
     CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
     CUDA_ERROR = "CudaError"
     DRIVER_TOO_OLD = "DriverTooOld"
+    SMOKE_REQUEST_FAILED = "SmokeRequestFailed"
     INTERNAL_ERROR = "InternalError"
 
 
@@ -64,6 +65,7 @@ _EXIT_CODES = {
     Reason.UNSAFE_WEIGHTS: 65,
     Reason.INVALID_QUANTIZATION: 65,
     Reason.QUALITY_GATE_FAILED: 65,
+    Reason.SMOKE_REQUEST_FAILED: 65,
     Reason.DOWNLOAD_UNAUTHORIZED: 77,
     Reason.DOWNLOAD_RATE_LIMITED: 75,
     Reason.DOWNLOAD_STALLED: 75,

@@ -60,9 +60,11 @@ class Script:
     compile_seconds: float = 0.0
     """The tenth step says that it compiles a kernel, and takes so long."""
     tokens_per_output: int = 1
+    logprob: float = -0.25
+    """Of every token that is chosen."""
     load_seconds: float = 0.0
     fail_at: str = ""
-    """load, step (the one after the first ten), or request and launch (for a prompt that has the byte 1): what raises."""
+    """What raises: load, smoke (every step), step (the one after the first ten), request or launch (for a prompt that has the byte 1)."""
     error: str = "RuntimeError: scripted"
     session_len: int = 4096
     num_cache_blocks: int = 256
@@ -116,10 +118,12 @@ class _EchoExecutor:
 
     def launch(self, step: Step, cache: CacheManager, masks: Any = None) -> Any:
         cache.take_table_updates()
-        if self.script.fail_at == "launch" and any(self.alphabet[1] in s.tokens[: s.prompt_len] for s in step.sequences):
+        poisoned = any(self.alphabet[1] in s.tokens[: s.prompt_len] for s in step.sequences)
+        if self.script.fail_at == "smoke" or (self.script.fail_at == "launch" and poisoned):
             raise _exception(self.script.error)
         tokens = [self._next_token(sequence) for sequence in step.samples]
-        logprobs = [_logprobs(token, s.sampling.num_logprobs) for token, s in zip(tokens, step.samples, strict=True)]
+        chosen = self.script.logprob
+        logprobs = [_logprobs(token, s.sampling.num_logprobs, chosen) for token, s in zip(tokens, step.samples, strict=True)]
         return tokens, logprobs, [_read(read) for read in step.reads]
 
     def read(self, pending: Any) -> Any:
@@ -207,10 +211,10 @@ def _merge(parts: list[TokenOutput]) -> TokenOutput:
     )
 
 
-def _logprobs(token: int, count: int | None) -> TokenLogprobs | None:
+def _logprobs(token: int, count: int | None, chosen: float) -> TokenLogprobs | None:
     if count is None:
         return None
-    return TokenLogprobs(-0.25, [token + i for i in range(count)], [-0.25 - i for i in range(count)])
+    return TokenLogprobs(chosen, [token + i for i in range(count)], [-0.25 - i for i in range(count)])
 
 
 def _read(read: PromptRead) -> PromptLogprobs | np.ndarray[Any, np.dtype[np.float32]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import os
 import signal
 import socket
@@ -126,6 +127,20 @@ def test_a_folder_without_tokenizer_ends_the_server_with_its_reason(tmp_path: Pa
     server = ServerProcess(folder)
     assert server.wait_exit() == 65
     assert server.termination["reason"] == "InvalidCheckpoint" and server.termination["cure"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [({"logprob": math.nan}, "no such number: [nan]"), ({"fail_at": "smoke"}, "the engine refused it")],
+)
+def test_a_server_whose_own_first_request_gets_no_answer_ends_and_never_was_ready(
+    tmp_path: Path, script: dict[str, Any], words: str
+) -> None:
+    """Whatever the files look like, weights of which no number comes must not be served; the operator rolls such a revision back."""
+    server = ServerProcess(write_model(tmp_path / "m", **script))
+    assert server.wait_exit() == 65
+    assert server.termination["reason"] == "SmokeRequestFailed" and words in server.termination["message"]
+    assert server.termination["cure"] and not any("ready" in line for line in server.lines if line.startswith("gantline: "))
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:

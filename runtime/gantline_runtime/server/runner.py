@@ -22,9 +22,9 @@ from typing import Any
 
 from gantline_runtime import garbage, logs
 from gantline_runtime.config import EngineConfig, ServerConfig
-from gantline_runtime.engine_client import EngineClient, EngineUnavailable, RequestFailed
+from gantline_runtime.engine_client import EngineClient, EngineUnavailable
 from gantline_runtime.engine_messages import EngineProgress, EngineReady
-from gantline_runtime.messages import EngineRequest, SamplingParams
+from gantline_runtime.server import smoke
 from gantline_runtime.server.followers import Followers
 from gantline_runtime.server.front import FLUSH_S, Front
 from gantline_runtime.server.lifecycle import Lifecycle, State
@@ -164,24 +164,16 @@ class Runner:
         ]
 
     async def _warm_up(self, ready: EngineReady, model: Model) -> None:
-        """One short request goes all the way, so that `ready` means that an answer was made, and the first client does not pay for it."""
+        """The smoke request goes all the way, so that `ready` means that an answer was made, and the first client does not pay for it.
+        Raises GantlineError if the answer is not one."""
         for phase, seconds in ready.phases.items():
             self._metrics.startup(phase, seconds)
         self._service.session_len, self._service.eos_token_ids = ready.session_len, frozenset(ready.eos_token_ids)
         self.lifecycle.show_progress("warm-up")
         began = time.monotonic()
         prompt = model.tokenizer.encode("Hello")[: max(1, min(4, ready.session_len - 2))] or [0]
-        group = self._engine.open_group()
         try:
-            group.submit(
-                EngineRequest(
-                    request_id="warm-up", prompt_ids=prompt, sampling=SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
-                )
-            )
-            while all(output.finish_reason is None for output in await group.next()):
-                pass
-        except RequestFailed as error:
-            log.warning("the engine refused the warm-up request", extra=logs.fields(cause=str(error)))
+            await smoke.ask(self._engine, prompt)
         except EngineUnavailable:
             await asyncio.shield(self._engine.died)
             return

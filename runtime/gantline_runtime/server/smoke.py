@@ -1,0 +1,61 @@
+"""The smoke request: what a server asks itself before it says that it is ready.
+
+Two short requests go all the way through the engine. One is what clients ask most, so that the first of them does not pay for what is
+made at first use; the other wants its token's log-probability, which is no number where weights are damaged or were quantized wrongly
+though every file is well formed. A server whose smoke request fails ends with `SmokeRequestFailed` and is never ready: under the
+operator its revision is rolled back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from gantline_runtime.engine_client import EngineClient, RequestFailed
+from gantline_runtime.errors import GantlineError
+from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
+from gantline_runtime.termination import Reason
+
+__all__ = ["ask", "judge"]
+
+_CURE = "Copy or quantize the model again; if it answers elsewhere, report this with the server's log."
+
+
+async def ask(engine: EngineClient, prompt_ids: list[int]) -> None:
+    """Raises GantlineError (SmokeRequestFailed) for an answer that no client should get, EngineUnavailable if the engine is gone."""
+    group, outputs = engine.open_group(), list[TokenOutput]()
+    requests = _requests(prompt_ids)
+    try:
+        for request in requests:
+            group.submit(request)
+        while sum(output.finish_reason is not None for output in outputs) < len(requests):
+            outputs += await group.next()
+    except RequestFailed as error:
+        raise _failed(f"the engine refused it: {error}") from error
+    if problem := judge(outputs):
+        raise _failed(problem)
+
+
+def judge(outputs: Iterable[TokenOutput]) -> str:
+    """What is wrong with the answers to the smoke requests; empty where nothing is."""
+    answers = list(outputs)
+    if not all(answer.token_ids for answer in answers):
+        return "no token came back"
+    logprobs = [entry.chosen for answer in answers for entry in answer.logprobs or ()]
+    # A log-probability is at most 0; NaN fails every comparison.
+    if not logprobs or not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
+        return f"the log-probability of its token is no such number: {logprobs or 'none'}"
+    return ""
+
+
+def _requests(prompt_ids: list[int]) -> list[EngineRequest]:
+    usual = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
+    judged = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True, num_logprobs=0)
+    return [
+        EngineRequest(request_id="warm-up", prompt_ids=prompt_ids, sampling=usual),
+        EngineRequest(request_id="smoke", prompt_ids=prompt_ids, sampling=judged),
+    ]
+
+
+def _failed(problem: str) -> GantlineError:
+    return GantlineError(f"the smoke request failed: {problem}", reason=Reason.SMOKE_REQUEST_FAILED, cure=_CURE)
