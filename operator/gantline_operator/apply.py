@@ -1,7 +1,8 @@
 """Brings a service's children to what is desired, and says what stood in the way.
 
 An object is ours only if its controller reference names our parent's uid: a stranger's object of the same name is left alone and
-reported, one of a deleted parent of the same name is waited for.
+reported, one of a deleted parent of the same name is waited for. One that has no controller and bears our labels was ours, and is adopted:
+somebody took its owner away, or deleted the service with `--cascade=orphan` to make it anew without touching its pods.
 
     known to be ours      apply, with its uid as guard: replaced meanwhile -> Conflict, and everything is looked at again
     not known             get; not there -> apply unforced; ours -> apply; else -> a problem
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 
 from gantline_operator.client import ApiError, Client, Conflict, Forbidden, Invalid, KindMissing, NotFound, Object, Resource
 from gantline_operator.conditions import Reason
+from gantline_operator.resources.naming import labels, owner_reference
 
 __all__ = ["Child", "Children", "Parent", "Problem", "controller_uid", "problem_of"]
 
@@ -68,6 +70,12 @@ def controller_uid(item: Object) -> str:
     return next((str(owner.get("uid", "")) for owner in owners if owner.get("controller")), "")
 
 
+def _was_ours(item: Object, parent: Parent) -> bool:
+    """Whether nobody controls it, though it bears every label that we give to this service's children alone."""
+    marks = {key: value for key, value in labels(parent.name, "server").items() if not key.endswith(("/component", "/role"))}
+    return not controller_uid(item) and marks.items() <= (item["metadata"].get("labels") or {}).items()
+
+
 def _orphan_of(item: Object, parent: Parent) -> bool:
     """Whether it belonged to an earlier service of the same name, and waits for the garbage collector."""
     owners = item.get("metadata", {}).get("ownerReferences") or []
@@ -100,6 +108,8 @@ class Children:
         for resource, items in zip(wanted, listed, strict=True):
             for item in items:
                 item["apiVersion"], item["kind"] = resource.api_version, resource.kind
+                if _was_ours(item, self.parent) and not self.paused:
+                    item = await self._adopt(item)
                 if controller_uid(item) == self.parent.uid:
                     self._note(item)
 
@@ -188,7 +198,7 @@ class Children:
         uid = self.uids.get(child)
         if uid is None:
             found = await self._find(desired)
-            if found is not None and controller_uid(found) != self.parent.uid:
+            if found is not None and controller_uid(found) != self.parent.uid and not _was_ours(found, self.parent):
                 self._strange(found)
                 return None
             uid = found["metadata"]["uid"] if found is not None else None
@@ -204,7 +214,7 @@ class Children:
     async def _create_or_keep(self, desired: Object) -> Object | None:
         child = (desired["kind"], desired["metadata"]["name"])
         if child in self.live:
-            return self.live[child]
+            return await self._relabel(self.live[child], desired["metadata"]["labels"])
         self.count(child[0], "create")
         try:
             return await self.client.create(self._resource(child[0]), self.parent.namespace, desired)
@@ -214,10 +224,35 @@ class Children:
         known = await self._find(desired)
         if known is None:
             raise Conflict(f"{child[0]} {child[1]} came and went")
+        if _was_ours(known, self.parent):
+            known = await self._adopt(known)
         if controller_uid(known) == self.parent.uid:
-            return known
+            return await self._relabel(known, desired["metadata"]["labels"])
         self._strange(known)
         return None
+
+    async def _relabel(self, item: Object, labels: Mapping[str, str]) -> Object:
+        """Somebody may have taken the labels away by which it is listed."""
+        metadata = item["metadata"]
+        if labels.items() <= (metadata.get("labels") or {}).items():
+            return item
+        self.count(item["kind"], "patch")
+        body = {"metadata": {"uid": metadata["uid"], "labels": dict(labels)}}
+        return await self.client.patch(self._resource(item["kind"]), self.parent.namespace, metadata["name"], body)
+
+    async def _adopt(self, item: Object) -> Object:
+        """The same object, which we control from now on; as it was, where that is refused. Raises Conflict where somebody changed it."""
+        metadata, kind = item["metadata"], item["kind"]
+        self.count(kind, "adopt")
+        owners = [*(metadata.get("ownerReferences") or []), owner_reference(self.parent.name, self.parent.uid)]
+        body = {"metadata": {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"], "ownerReferences": owners}}
+        try:
+            return await self.client.patch(self._resource(kind), self.parent.namespace, metadata["name"], body)
+        except (Forbidden, Invalid) as error:
+            problem = problem_of(error, f"adopting {kind} {metadata['name']}")
+            assert problem is not None
+            self.problems.append(problem)
+            return item
 
     async def _find(self, desired: Object) -> Object | None:
         try:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIELD_MANAGER",
+    "UNDECLARED",
     "ApiError",
     "Client",
     "Conflict",
@@ -53,8 +54,12 @@ __all__ = [
 ]
 
 FIELD_MANAGER = "gantline-operator"
+UNDECLARED = "field not declared in schema"
+"""What the message says where an applied object has a field that its definition lacks (strict validation says `unknown field`)."""
 Object = dict[str, Any]
 
+SILENCE_S = 75.0
+"""After which a watch that says nothing is taken for dead: bookmarks come every minute."""
 _REQUEST_TIMEOUT_S = 30.0
 _PAGE = 500
 _MAX_CONNECTIONS = 32
@@ -154,6 +159,8 @@ class Client:
         self._rest = RESTClientObject(configuration)
         self._timeout_s = request_timeout_s
         self._write_left_s: Callable[[], float] = lambda: float("inf")
+        self.count: Callable[[str, int], None] = lambda method, status: None
+        """Told of each request: its method, and HTTP's status or 0."""
 
     async def close(self) -> None:
         await self._rest.close()
@@ -218,7 +225,7 @@ class Client:
         Raises Gone where the version is too old. A stream that falls silent for longer than bookmarks take is Unavailable.
         """
         query = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": resource_version, "timeoutSeconds": str(timeout_s)}
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=75)  # bookmarks come every minute
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE_S)
         async with self._response("GET", resource.path(namespace), query=query, limits=limits) as response:
             async for line in _lines(response):
                 event = _json(line)
@@ -228,7 +235,11 @@ class Client:
                 yield event
 
     async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
-        return await self._json("POST", resource.path(namespace), body=body, query={"fieldManager": FIELD_MANAGER})
+        """Sent as YAML, which JSON is: the server then writes it anew in its own form. What it takes as JSON, a ControllerRevision's data
+        keeps to the byte, spaces and all, and every later patch, such as the garbage collector's for `--cascade=orphan`, is then refused
+        for changing them."""
+        query = {"fieldManager": FIELD_MANAGER}
+        return await self._json("POST", resource.path(namespace), body=json.dumps(body), query=query, content_type="application/yaml")
 
     async def apply(self, resource: Resource, body: Object, *, subresource: str = "", force: bool = True) -> Object:
         """Server-side apply; `force` takes fields over. A `metadata.uid` in `body` guards against applying to a successor (Conflict)."""
@@ -270,7 +281,7 @@ class Client:
         *,
         limits: aiohttp.ClientTimeout,
         query: Mapping[str, str] | None = None,
-        body: Object | None = None,
+        body: Object | str | None = None,
         content_type: str = "application/json",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         url = self._configuration.host + path + (f"?{urlencode(query)}" if query else "")
@@ -278,10 +289,12 @@ class Client:
         try:
             answer = await self._rest.request(method, url, headers=headers, body=body, _request_timeout=limits)
             async with answer.response as response:
+                self.count(method, response.status)
                 if response.status >= 400:
                     raise translated(response.status, await response.read(), response.headers.get("Retry-After"))
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self.count(method, 0)
             raise Unavailable(f"{method} {path}: {type(error).__name__}: {error}"[:500]) from error
 
     async def _authorization(self) -> dict[str, str]:

@@ -109,6 +109,7 @@ class Reason(StrEnum):
     CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
     CUDA_ERROR = "CudaError"
     DRIVER_TOO_OLD = "DriverTooOld"
+    SMOKE_REQUEST_FAILED = "SmokeRequestFailed"
     INTERNAL_ERROR = "InternalError"
 
     # what the cluster reports about pods

@@ -64,6 +64,7 @@ class Controller:
         self.targets = Targets()
         scaled = lambda direction: self.metrics.scalings.labels(direction).inc()
         self.autoscaler = Autoscaler(client, settings, self.targets, enqueue=self.enqueue, scaled=scaled)
+        client.count = lambda method, status: self.metrics.requests.labels(method, status).inc()
         self._client = client
         self._settings = settings
         self._cluster = Cluster(
@@ -184,6 +185,10 @@ class Controller:
             self.targets.note(_text(key), None)
             return None  # the garbage collector deletes the children by their owner reference
         one_pass = Reconcile(self._cluster, parent)
+        if one_pass.is_new:
+            # Many may have come at once, and each owner watches: all get their first child before any gets the rest.
+            await one_pass.welcome()
+            return 0.0
         again_s = await one_pass.run()
         self._note(key, one_pass.status)
         await send(self._client, parent, transitions(parent.get("status") or {}, one_pass.status))

@@ -23,7 +23,7 @@ from gantline_runtime.errors import ConfigurationError
 
 from gantline_operator import resources
 from gantline_operator.background import beside
-from gantline_operator.client import Client, connect
+from gantline_operator.client import SILENCE_S, Client, connect
 from gantline_operator.controller import Controller, DefinitionAppeared
 from gantline_operator.handlers import WATCHED, register
 from gantline_operator.health import build_health
@@ -79,6 +79,7 @@ def kopf_settings(*, retry_cap_s: float = 20.0) -> kopf.OperatorSettings:
     settings.networking.connect_timeout = 10
     settings.watching.server_timeout = 300
     settings.watching.connect_timeout = 10
+    settings.watching.inactivity_timeout = SILENCE_S
     settings.watching.chunk_size = 500
     for kind in WATCHED:
         group, _, number = kind.api_version.rpartition("/")

@@ -35,6 +35,9 @@ class Metrics:
         self.reviews = Counter("gantline_admission_reviews", "Services that the webhook looked at.", ["result"], registry=self.registry)
         self.writes = Counter("gantline_writes", "Writes to the API server.", ["kind", "verb"], registry=self.registry)
         self.scalings = Counter("gantline_scalings", "Changes of replicas by load: up, down.", ["direction"], registry=self.registry)
+        self.requests = Counter(
+            "gantline_api_requests", "Requests to the API server; status 0: no answer.", ["method", "status"], registry=self.registry
+        )
         self.duration = Histogram("gantline_reconcile_seconds", "Time of one reconcile.", registry=self.registry, buckets=_LATENCY_S)
         self.plan_duration = Histogram("gantline_plan_seconds", "Time of one plan.", registry=self.registry, buckets=_LATENCY_S)
 

@@ -65,6 +65,20 @@ class Reconcile(Preparation):
             self._look_again(problem.retry_s)
         return self.again_s
 
+    async def welcome(self) -> None:
+        """The first child of a service that is new, which depends on nothing but its name; the rest follows in `run`."""
+        self.memory.welcomed = True
+        try:
+            _, spec = parse_service(self.parent)
+        except SpecError:
+            return
+        owner = resources.Parent(self.name, self.namespace, self.uid, spec, self.restarted_at)
+        await self.children.ensure(resources.service_account(owner, self.cluster.rendering))
+
+    @property
+    def is_new(self) -> bool:
+        return not self.recorded and not self.memory.welcomed
+
     async def _act(self) -> None:
         """From the model to what serves; each step either has its result or says in `_found` what it waits for."""
         self._found["suspended"] = self.spec.suspend
@@ -101,16 +115,18 @@ class Reconcile(Preparation):
 
     async def _advance(self, mark: str, planned: Plan, location: ModelLocation) -> None:
         """Apply revision `mark`, whose template and strategy are those that it began with."""
-        stored = self._revision(mark)
+        # By name where it was not listed: without its labels it is still what the pods were made from.
+        listed = self._revision(mark)
+        stored = listed or await self.children.look("ControllerRevision", f"{self.name}-{mark}")
         data: Mapping[str, Any] = stored["data"] if stored else {}
         strategy = self._strategy(stored, planned, location)
         objects = resources.serving(
             self.owner, planned, location, self.cluster.rendering, strategy=strategy.name, template=data.get("template")
         )
-        if stored is None:
+        if listed is None:
             template = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]
             parts = {"template": template, "objects": objects, "plan": to_status(planned), "strategy": strategy.to_stored()}
-            await self.children.ensure(self._build_revision(mark, parts))
+            await self.children.ensure(self._build_revision(mark, data or parts))
         objects = [*self._surroundings(), *objects, *self._doors()]
         self._found |= {"revision": mark, "rollout_record": {"strategy": strategy.name, "why": strategy.why}}
         applied = await self.children.apply(objects)

@@ -15,7 +15,7 @@ from gantline_operator.apply import Parent as ApplyParent
 from gantline_operator.autoscaling.policy import Policy, build_policy
 from gantline_operator.autoscaling.targets import Target, Targets
 from gantline_operator.cache_ledger import Ledger
-from gantline_operator.client import Client, Object, Resource
+from gantline_operator.client import UNDECLARED, ApiError, Client, Object, Resource
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.observe import PODS
 from gantline_operator.plan import Plan
@@ -49,6 +49,8 @@ class Memory:
     """Generation and inputs of the plan whose pods have their nodes."""
     handed_over: int = 0
     """Generation of which it is known that no other controller's autoscaler is left."""
+    welcomed: bool = False
+    """Whether it had its first child made before everything else."""
 
     def forget_checks(self) -> None:
         """The next reconcile looks at everything again."""
@@ -186,8 +188,20 @@ class Pass:
         metadata = {"name": self.name, "namespace": self.namespace, "uid": self.uid}
         body = {"apiVersion": SERVICES.api_version, "kind": SERVICES.kind, "metadata": metadata, "status": built}
         self.cluster.count(SERVICES.kind, "apply")
-        await self.cluster.client.apply(SERVICES, body, subresource="status")
+        try:
+            await self.cluster.client.apply(SERVICES, body, subresource="status")
+        except ApiError as error:
+            if UNDECLARED not in str(error):
+                raise
+            await self._write_what_is_known(built)
         self.status = built
+
+    async def _write_what_is_known(self, built: Object) -> None:
+        """Under a definition that is older than this operator: a status without one of its fields is better than none. Apply refuses a
+        field that is not declared, a merge patch drops it."""
+        gone = dict.fromkeys(self.status.keys() - built.keys())
+        changes = {"metadata": {"uid": self.uid}, "status": {**built, **gone}}
+        await self.cluster.client.patch(SERVICES, self.namespace, self.name, changes, subresource="status")
 
     def _build_status(self) -> Object:
         problems: list[Problem] = list(self.children.problems)

@@ -24,7 +24,7 @@ _RESTARTS = 3
 """Of a container that ends for a reason that may pass; with Kubernetes' back-off that is about a minute."""
 _FINAL = {
     Reason.INVALID_CONFIGURATION, Reason.INVALID_CHECKPOINT, Reason.INVALID_QUANTIZATION, Reason.MODEL_NOT_FOUND, Reason.NOT_A_MODEL,
-    Reason.UNSUPPORTED_ARCHITECTURE, Reason.UNSAFE_WEIGHTS, Reason.POD_CONFIGURATION,
+    Reason.UNSUPPORTED_ARCHITECTURE, Reason.UNSAFE_WEIGHTS, Reason.POD_CONFIGURATION, Reason.SMOKE_REQUEST_FAILED,
 }  # fmt: skip
 """What another start cannot mend."""
 

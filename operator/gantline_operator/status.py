@@ -266,11 +266,19 @@ def _servable(found: Findings) -> Condition:
     if found.suspended:
         return Condition(kind, "False", Reason.SUSPENDED, "Suspended.")
     if found.rollout is not None and found.rollout.wanted == 0:
-        if found.scaling is not None and found.scaling.min == 0 and found.rollout_record.get("good") == found.revision:
-            text = "Asleep at zero replicas: the next request starts one. The last start succeeded."
-            return Condition(kind, "True", Reason.SCALED_TO_ZERO, text)
-        return Condition(kind, "False", Reason.SCALED_TO_ZERO, "Scaled to zero replicas.")
+        return _servable_at_zero(found)
     return Condition(kind, "False", Reason.NOT_AVAILABLE, "No pod answers yet.")
+
+
+def _servable_at_zero(found: Findings) -> Condition:
+    """Whoever holds a request may wake the service, and expect an answer, if its last start succeeded."""
+    good, failed = found.rollout_record.get("good", ""), found.rollout_record.get("failed", "")
+    wakes = found.scaling is not None and found.scaling.min == 0
+    what = "Asleep at zero replicas: the next request starts one" if wakes else "Scaled to zero replicas"
+    if good and (not failed or found.revision == good):
+        return Condition(ConditionType.SERVABLE, "True", Reason.SCALED_TO_ZERO, f"{what}. The last start succeeded.")
+    last = "the last start failed" if failed else "it never started"
+    return Condition(ConditionType.SERVABLE, "False", Reason.SCALED_TO_ZERO, f"Scaled to zero replicas; {last}.")
 
 
 def _scaling_ready(found: Findings) -> Condition | None:

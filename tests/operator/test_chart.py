@@ -132,9 +132,7 @@ def test_the_operator_may_do_to_each_kind_of_child_what_it_does(name: str) -> No
     scope = of_kind(render(INSTALLATIONS[name]), *where)[0]
     granted = {(group, kind): set(rule["verbs"]) for rule in scope["rules"] for group in rule["apiGroups"] for kind in rule["resources"]}
     for kind in MANAGED_KINDS:
-        made_once = kind.kind == "ControllerRevision"  # a claim is made once too, but its note is written
-        wanted = {"get", "list", "watch", "create", "delete"} - ({"watch"} if kind.optional else set())
-        wanted |= set() if made_once else {"patch"}
+        wanted = {"get", "list", "watch", "create", "patch", "delete"} - ({"watch"} if kind.optional else set())
         assert granted[kind.api_version.rpartition("/")[0], kind.plural] == wanted, kind
     assert granted["gantline.io", "inferenceservices"] == {"get", "list", "watch"}, "the spec belongs to its author"
     assert granted["gantline.io", "inferenceservices/scale"] == {"get", "patch"}
