@@ -200,13 +200,13 @@ def reason(cluster: ApiCluster, name: str, namespace: str, kind: str = "Ready") 
     return str(conditions.get(kind, {}).get("reason", ""))
 
 
-def wait(check: Callable[[], Any], *, timeout_s: float = 60.0, what: Callable[[], object] = lambda: "") -> Any:
+def wait(check: Callable[[], Any], *, timeout_s: float = 60.0, what: Callable[[], object] = lambda: "", every_s: float = 0.1) -> Any:
     """`check`'s first true answer."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if result := check():
             return result
-        time.sleep(0.1)
+        time.sleep(every_s)
     raise AssertionError(f"still not so after {timeout_s:.0f} s: {what()}")
 
 
