@@ -9,6 +9,7 @@ import os
 import random
 import re
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,6 +160,13 @@ def test_each_failure_has_its_reason_and_publishes_nothing(
     assert not (tmp_path / "model").exists()
 
 
+def _endless_name() -> bytes:
+    """A tar whose first entry says that its name has 100 GiB."""
+    item = tarfile.TarInfo("././@LongLink")
+    item.type, item.size = tarfile.GNUTYPE_LONGNAME, 100 << 30
+    return item.tobuf(tarfile.GNU_FORMAT) + bytes(4096)
+
+
 @pytest.mark.parametrize(
     ("push", "word"),
     [
@@ -168,6 +176,7 @@ def test_each_failure_has_its_reason_and_publishes_nothing(
         (lambda images: images.tag([images.add(b"\x1f\x8b nonsense", f"{TAR}+gzip")]), "gzip"),
         (lambda images: images.tag([images.add(b"\x28\xb5\x2f\xfd", f"{TAR}+zstd")]), "zstd"),
         (lambda images: images.tag([images.add(b"no tar at all" * 99, TAR)]), "tar"),
+        (lambda images: images.tag([images.add(_endless_name(), TAR)]), "names and attributes"),
         (lambda images: images.tag([images.add(tar_of({"a/config.json": b"", "b/config.json": b""}), TAR)]), "several"),
         (lambda images: images.tag([images.add(b"{}", TAR, **{TITLE: "../config.json"})]), "tar"),
     ],

@@ -144,6 +144,19 @@ def test_a_killed_download_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
+def test_a_disk_that_fills_up_is_said_to_be_full_and_the_rest_comes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(write: Any, piece: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with store_with(monkeypatch, stall_after=150_000) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr("gantline_runtime.sources.transfer._write_all", full)
+            assert fetch(tmp_path / "model") == 73
+        assert last_word(tmp_path).reason == Reason.DISK_FULL and not (tmp_path / "model").exists()
+        store.stall_after = -1
+        assert fetch(tmp_path / "model") == 0
+
+
 def test_an_object_that_is_replaced_during_its_download_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with store_with(monkeypatch, stall_after=150_000) as store:
 

@@ -23,6 +23,8 @@ _AHEAD_BYTES = 1 << 16
 _MAX_SNAPSHOTS = 512
 _SNAPSHOT_EVERY_BYTES = 32 << 20
 _STEP_BYTES = 1 << 20
+_MAX_READ_BYTES = 64 << 20
+"""tarfile reads an entry's long names and attributes whole, however long the archive says that they are."""
 _GZIP = 16 + zlib.MAX_WBITS
 
 
@@ -57,6 +59,8 @@ class _Blob(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_READ_BYTES:
+            raise CheckpointError(f"a layer has an entry with {size} bytes of names and attributes", cure="Push it again.")
         data = self.read_at(self._position, size)
         self._position += len(data)
         return data
