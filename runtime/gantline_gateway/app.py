@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gantline_gateway.answer import Answer, CutOff
+from gantline_gateway.bodies import Bodies, BodyShare
 from gantline_gateway.catalog import Service, everyone
 from gantline_gateway.directory import Directory
 from gantline_gateway.errors import not_found, not_known_yet, shutting_down, takes_no_more
@@ -69,6 +70,7 @@ class Gateway:
     directory: Directory
     traffic: Traffic
     proxy: Proxy
+    bodies: Bodies
     max_body_bytes: int = 8 << 20
     middleware: Sequence[ExchangeMiddleware] = ()
     visible: Visible = _visible_to_all
@@ -110,8 +112,15 @@ class Gateway:
         self._check_state()
         headers = Headers(scope=scope)
         check_content_type(headers)
-        body = await read_body(Request(scope, receive), self.max_body_bytes)
-        exchange = self._begin(scope, headers, body, Answer(scope, receive, send), began_at)
+        share = self.bodies.reserve(_expected_bytes(headers, self.max_body_bytes))
+        try:
+            body = await read_body(Request(scope, receive), self.max_body_bytes)
+            share.resize(len(body))
+            await self._answer(self._begin(scope, headers, body, Answer(scope, receive, send), share, began_at), scope, receive)
+        finally:
+            share.release()
+
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
         traffic = self.traffic.of(exchange.service.key)
         traffic.last_request_at = self.traffic.clock()
         scope.setdefault("state", {})["exchange"] = exchange
@@ -124,7 +133,7 @@ class Gateway:
             if exchange.held_s:
                 traffic.held_s.observe(exchange.held_s)
 
-    def _begin(self, scope: Scope, headers: Headers, body: bytes, answer: Answer, began_at: float) -> Exchange:
+    def _begin(self, scope: Scope, headers: Headers, body: bytes, answer: Answer, share: BodyShare, began_at: float) -> Exchange:
         question = parse_question(body)
         service = self.directory.catalog.resolve(question.model, lambda service: self.visible(scope, service))
         if question.model != service.model:
@@ -140,6 +149,7 @@ class Gateway:
             question=question,
             service=service,
             answer=answer,
+            share=share,
             state=scope["state"],
             began_at=began_at,
             session=(headers.get("x-session-id") or question.cache_key).encode()[:_MAX_SESSION_BYTES],
@@ -268,6 +278,11 @@ def _outcome(status: int) -> str:
 def _check_method(method: str, allowed: str) -> None:
     if method != allowed:
         raise ApiError(405, f"Use {allowed} here.", code="method_not_allowed", headers={"Allow": allowed})
+
+
+def _expected_bytes(headers: Headers, most: int) -> int:
+    declared = headers.get("content-length", "")
+    return min(int(declared[:20]), most) if declared.isdigit() else most
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -4,7 +4,7 @@
 405 method_not_allowed     408 request_timeout     413 body_too_large   415 unsupported_media_type
 429 queue_full (Retry-After): too many wait for a replica already
 502 bad_gateway: the replica failed, or answered what no client can be given
-503 no_replica (Retry-After), suspended, scaled_to_zero, not_ready, draining, shutting_down
+503 no_replica (Retry-After), suspended, scaled_to_zero, overloaded, not_ready, draining, shutting_down
 """
 
 from __future__ import annotations

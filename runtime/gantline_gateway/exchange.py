@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gantline_gateway.answer import Answer
+from gantline_gateway.bodies import BodyShare
 from gantline_gateway.catalog import Service
 from gantline_gateway.question import Question
 from gantline_gateway.traffic import Usage
@@ -27,6 +28,7 @@ class Exchange:
     question: Question
     service: Service
     answer: Answer
+    share: BodyShare
     state: dict[str, Any]
     began_at: float
     """Monotonic seconds."""
@@ -40,6 +42,11 @@ class Exchange:
     """Final once the exchange is over, also where the client left: then as far as it went."""
     outcome: str = ""
     """Of the closed set in docs/gateway.md, once the exchange is over."""
+
+    def drop_body(self) -> None:
+        """Nobody will be sent it again."""
+        self.body = b""
+        self.share.release()
 
 
 Handler = Callable[[Exchange], Awaitable[None]]

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp
 
 from gantline_gateway.access import Access, KeyCheck
 from gantline_gateway.app import Gateway, build_app
+from gantline_gateway.bodies import Bodies
 from gantline_gateway.cluster_api import ClusterApi, connect
 from gantline_gateway.connection import Connection
 from gantline_gateway.demand import build_internal_app
@@ -68,7 +69,13 @@ class Process:
         self._keys = find_keys(settings, api, self._reloader)
         self.access = Access(self._keys)
         self.gateway = Gateway(
-            self.directory, self.traffic, proxy, settings.max_body_bytes, middleware=[self.access.limit], visible=self.access.visible
+            self.directory,
+            self.traffic,
+            proxy,
+            Bodies(settings.body_bytes),
+            settings.max_body_bytes,
+            middleware=[self.access.limit],
+            visible=self.access.visible,
         )
         self.metrics = Metrics(self.traffic, self.directory, importlib.metadata.version("gantline"))
         self.metrics.register(self.access.counters)

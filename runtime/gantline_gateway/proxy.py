@@ -186,8 +186,7 @@ class Proxy:
         if exchange.answer.kept_alive:
             raise read_error(answer.status, body)
         exchange.usage = read_report(answer.header(HEADER))
-        headers = without(answer.headers, _NOT_PASSED_ON)
-        await exchange.answer.start(answer.status, headers, is_stream=False)
+        await _start(exchange, answer, is_stream=False)
         await exchange.answer.write(body, more=False)
 
     async def _pass_on_parts(self, exchange: Exchange, replica: Replica, answer: UpstreamAnswer) -> None:
@@ -195,7 +194,7 @@ class Proxy:
         if exchange.answer.kept_alive:
             raise ApiError(502, f"The replica {replica.identity!r} answered a stream with something else.", code="bad_gateway")
         exchange.usage = read_report(answer.header(HEADER))
-        await exchange.answer.start(answer.status, without(answer.headers, _NOT_PASSED_ON), is_stream=False)
+        await _start(exchange, answer, is_stream=False)
         try:
             async for chunk in answer.chunks():
                 await exchange.answer.write(chunk)
@@ -209,7 +208,7 @@ class Proxy:
         try:
             first = await self._patiently(exchange, anext(chunks, b""))
             began = True
-            await exchange.answer.start(answer.status, without(answer.headers, _NOT_PASSED_ON), is_stream=True)
+            await _start(exchange, answer, is_stream=True)
             await exchange.answer.write(meter.take(first))
             async for chunk in chunks:
                 await exchange.answer.write(meter.take(chunk))
@@ -221,6 +220,12 @@ class Proxy:
             exchange.usage = meter.usage()
             await chunks.aclose()
         await exchange.answer.write(b"", more=False)
+
+
+async def _start(exchange: Exchange, answer: UpstreamAnswer, *, is_stream: bool) -> None:
+    """From here on there is no other attempt."""
+    exchange.drop_body()
+    await exchange.answer.start(answer.status, without(answer.headers, _NOT_PASSED_ON), is_stream=is_stream)
 
 
 def _give_up(attempts: _Attempts, replica: Replica, traffic: ServiceTraffic, why: str, cause: str) -> None:

@@ -53,9 +53,7 @@ class Question:
     cache_key: str
     """OpenAI's `prompt_cache_key`: the client's own name for what belongs together; empty where there is none."""
     prefix: bytes
-    """Identifies the prompt's beginning; empty for a prompt shorter than that."""
-    prompt: bytes
-    """The prompt's JSON as it came."""
+    """Identifies the prompt's beginning; empty for a prompt shorter than `PREFIX_BYTES`."""
 
 
 def parse_question(body: bytes) -> Question:
@@ -78,8 +76,7 @@ def parse_question(body: bytes) -> Question:
         max_tokens=next((limit for limit in map(_whole, limits) if limit is not None), None),
         choices=_whole(fields.n) or 1,
         cache_key=fields.prompt_cache_key if isinstance(fields.prompt_cache_key, str) else "",
-        prefix=_identify(instructions + prompt),
-        prompt=prompt,
+        prefix=_identify(instructions, prompt),
     )
 
 
@@ -99,5 +96,6 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_TOKENS else None
 
 
-def _identify(prompt: bytes) -> bytes:
-    return blake2b(prompt[:PREFIX_BYTES], digest_size=16).digest() if len(prompt) >= PREFIX_BYTES else b""
+def _identify(*parts: bytes) -> bytes:
+    beginning = b"".join(part[:PREFIX_BYTES] for part in parts)[:PREFIX_BYTES]
+    return blake2b(beginning, digest_size=16).digest() if len(beginning) == PREFIX_BYTES else b""

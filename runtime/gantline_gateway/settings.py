@@ -53,6 +53,9 @@ class GatewaySettings:
     hold_requests: int = setting(number(0, 1_000_000), 256, "Requests of one service that may wait for a replica; more get a 429.")
     hold_bytes: int = setting(number(0, 1 << 40), 64 << 20, "Bytes of their bodies together, for one service.")
     max_body_bytes: int = setting(number(1024, 1 << 30), 8 << 20, "Largest HTTP body accepted, in bytes.")
+    body_bytes: int = setting(
+        number(1024, 1 << 40), 128 << 20, "Bytes of all bodies in memory at once, of running and of waiting requests; more get a 503."
+    )
     connect_timeout: float = setting(seconds(0.1, 60), 3.0, "Seconds in which a replica has to take a connection.")
     max_resets: int = setting(
         number(0, 10), 2, "How often a request is sent again after a replica's connection broke before the first byte of its answer."

@@ -26,7 +26,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def waiting(file: Path) -> Iterator[GatewayProcess]:
     """Comments from the start, five seconds of patience, places for three."""
-    with gateway(offer(file), "--hold-silence=0.1", "--hold-timeout=5", "--hold-requests=3") as process:
+    with gateway(offer(file), "--hold-silence=0.1", "--hold-timeout=5", "--hold-requests=3", "--body-bytes=20000") as process:
         yield process
 
 
@@ -90,6 +90,11 @@ def test_more_than_may_wait_are_refused_at_once(waiting: GatewayProcess, ask: As
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert 30 <= int(refused.headers["retry-after"]) <= 42
     waiting.wait_demand("default/full", held=0)
+
+
+def test_bodies_for_which_there_is_no_memory_are_refused(ask: Ask) -> None:
+    answer = ask("never", user="x" * 20000).result()
+    assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "overloaded", "1")
 
 
 def test_a_suspended_service_is_refused_at_once(ask: Ask) -> None:

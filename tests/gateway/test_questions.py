@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from gantline_gateway.answer import Answer
+from gantline_gateway.bodies import Bodies
 from gantline_gateway.catalog import Catalog, Replica, Service
 from gantline_gateway.cluster_objects import CatalogBuilder, parse_duration
 from gantline_gateway.directory import Directory
@@ -92,6 +93,18 @@ def test_durations_are_read_as_kubernetes_writes_them(text: str, seconds: float 
 
 def test_a_retry_after_is_what_a_start_still_takes_and_never_at_once() -> None:
     assert [retry_after_s(40.0, waited) for waited in (0.0, 10.5, 38.0, 300.0)] == [40, 30, 5, 5]
+
+
+def test_room_for_bodies_is_given_back_once() -> None:
+    bodies = Bodies(100)
+    first = bodies.reserve(90)
+    with pytest.raises(ApiError, match="in memory"):
+        bodies.reserve(20)
+    first.resize(10)
+    second = bodies.reserve(90)
+    for share in (first, first, second):
+        share.release()
+    assert bodies.taken == 0
 
 
 def metadata(name: str) -> dict[str, Any]:
