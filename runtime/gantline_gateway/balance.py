@@ -3,7 +3,9 @@
 In this order, and only among replicas that are not much busier than the others:
 
 1. a session goes where it went before (rendezvous hashing of its name);
-2. a prompt goes to the replica that is known to hold most of its beginning;
+2. a prompt of which somebody holds a beginning goes where least is to be computed for it: what waits there already, and `CACHE_WEIGHT`
+   times what of the prompt is not held there. So what all prompts have in common (a system prompt, tools) draws none of them to one
+   replica once the others hold it too, and what few have in common keeps them together unless others have far less to do;
 3. a prompt with a beginning worth it goes where others with that beginning go (rendezvous hashing of the beginning);
 4. whoever has least to do.
 
@@ -18,12 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-__all__ = ["LOAD_FACTOR", "SLACK_TOKENS", "Candidate", "choose"]
+__all__ = ["CACHE_WEIGHT", "LOAD_FACTOR", "SLACK_TOKENS", "Candidate", "choose"]
 
 LOAD_FACTOR = 1.25
 """More spreads less and fits more into caches; 1.25 keeps the busiest replica within a quarter of the mean."""
 SLACK_TOKENS = 4096
 """What a replica may have beyond that: with few requests, each is a large part of the mean."""
+CACHE_WEIGHT = 8
+"""What computing a token again elsewhere costs, in tokens of waiting: it also takes the place of what is cached there, for all that
+follow. Measured (docs/perf-log.md): with 4, beginnings wander from cache to cache; with 16, what is common to all draws them together."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Candidate:
     outstanding: int = 0
     """Predicted tokens of what it has been given and has not finished."""
     num_cached: int = 0
-    """Leading units of the request's prompt (any unit, the same for all candidates) that it is known to hold; 0 is unknown."""
+    """Leading tokens of the request's prompt that it is known to hold; 0 is unknown."""
 
 
 def choose(candidates: Sequence[Candidate], *, prefix: bytes = b"", session: bytes = b"", turn: int = 0) -> Candidate:
@@ -50,9 +55,8 @@ def choose(candidates: Sequence[Candidate], *, prefix: bytes = b"", session: byt
     free = [candidate for candidate in candidates if candidate.outstanding <= limit]  # never empty: somebody is at or below the mean
     if session:
         return _rendezvous(free, session)
-    holders = [candidate for candidate in free if candidate.num_cached > 0]
-    if holders:
-        return min(holders, key=lambda candidate: (-candidate.num_cached, candidate.outstanding, candidate.identity))
+    if any(candidate.num_cached for candidate in free):
+        return min(free, key=lambda candidate: (candidate.outstanding - CACHE_WEIGHT * candidate.num_cached, candidate.identity))
     if prefix:
         return _rendezvous(free, prefix)
     least = min(candidate.outstanding for candidate in candidates)

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gantline_runtime.prompt_prefixes import PromptPrefixes
+
 from gantline_gateway.answer import Answer
 from gantline_gateway.bodies import BodyShare
 from gantline_gateway.catalog import Service
@@ -32,6 +34,8 @@ class Exchange:
     state: dict[str, Any]
     began_at: float
     """Monotonic seconds."""
+    prefixes: PromptPrefixes | None = None
+    """What the prompt begins with, once somebody has asked for it."""
     session: bytes = b""
     """Names the conversation, empty where the client does not."""
     replica: str = ""

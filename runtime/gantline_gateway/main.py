@@ -38,6 +38,8 @@ from gantline_gateway.holding import HoldLimits, WaitingRoom
 from gantline_gateway.key_sources import find_keys
 from gantline_gateway.metrics import Metrics
 from gantline_gateway.own_replicas import OwnReplicas
+from gantline_gateway.prefix_polling import PrefixPoller
+from gantline_gateway.prefixes import PrefixAffinity, PrefixIndex
 from gantline_gateway.proxy import Proxy
 from gantline_gateway.settings import GatewaySettings, from_environment
 from gantline_gateway.static_services import read_services
@@ -64,7 +66,9 @@ class Process:
         self.directory, self.traffic = Directory(), Traffic()
         limits = HoldLimits(settings.hold_silence, settings.hold_timeout, settings.hold_requests, settings.hold_bytes)
         self.upstream = Upstream(connect_timeout_s=settings.connect_timeout)
-        proxy = Proxy(self.traffic, WaitingRoom(self.directory, self.traffic, limits), self.upstream, max_resets=settings.max_resets)
+        waiting, prefixes = WaitingRoom(self.directory, self.traffic, limits), PrefixIndex()
+        proxy = Proxy(self.traffic, waiting, self.upstream, PrefixAffinity(prefixes), max_resets=settings.max_resets)
+        self._poller = PrefixPoller(self.directory, self.traffic, self.upstream, prefixes)
         self._reloader = Reloader(_RELOAD_S)
         self._keys = find_keys(settings, api, self._reloader)
         self.access = Access(self._keys)
@@ -93,17 +97,19 @@ class Process:
             public = build_app(self.gateway, [Middleware(KeyCheck, access=self.access)])
             async with _serving(public, self._socket), _serving(internal, self._internal_socket):
                 log.info("listening", extra=logs.fields(url=url_of(self._socket), internal_url=url_of(self._internal_socket)))
-                finding = asyncio.create_task(self._find_services())
+                finding, polling = asyncio.create_task(self._find_services()), asyncio.create_task(self._poller.run())
                 stopping = asyncio.create_task(self._stop.wait())
                 try:
-                    await asyncio.wait((finding, stopping), return_when=asyncio.FIRST_COMPLETED)
-                    if finding.done():
-                        finding.result()  # it never ends by itself: raises our defect, and another process is started
+                    await asyncio.wait((finding, polling, stopping), return_when=asyncio.FIRST_COMPLETED)
+                    for task in (finding, polling):
+                        if task.done():
+                            task.result()  # it never ends by itself: raises our defect, and another process is started
                     await self._drain()
                 finally:
-                    for task in (finding, stopping):
-                        task.cancel()
-                    await asyncio.gather(finding, stopping, return_exceptions=True)
+                    finding.cancel()
+                    polling.cancel()
+                    stopping.cancel()
+                    await asyncio.gather(finding, polling, stopping, return_exceptions=True)
                     await self.upstream.close()
 
     async def _find_services(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -23,15 +23,13 @@ from gantline_gateway.errors import read_error, replica_failed
 from gantline_gateway.exchange import Exchange
 from gantline_gateway.holding import KEEP_ALIVE_S, Ticket, WaitingRoom
 from gantline_gateway.metering import Meter, read_report
+from gantline_gateway.prefixes import PrefixAffinity
 from gantline_gateway.traffic import ServiceTraffic, Traffic
 from gantline_gateway.upstream import Broken, Unreachable, Upstream, UpstreamAnswer
 
-__all__ = ["KnownPrefixes", "Proxy", "nothing_known"]
+__all__ = ["Proxy"]
 
 T = TypeVar("T")
-
-KnownPrefixes = Callable[[Exchange], Mapping[str, int]]
-"""For each replica, by its identity, how many leading units of the request's prompt its cache is known to hold."""
 
 _PAUSE_S = 1.0
 """Before replicas that could not be reached are tried again, unless the catalog changes earlier."""
@@ -44,10 +42,6 @@ _NOT_NOW = frozenset({"draining", "not_ready", "shutting_down", _ENGINE_DEAD, "q
 """Codes with which a replica of status 429 or 503 has done nothing for the request."""
 _NOT_PASSED_ON = frozenset({HEADER.encode(), b"x-request-id", b"date", b"server"})
 """Of the replica's headers: ours has its own."""
-
-
-def nothing_known(exchange: Exchange) -> Mapping[str, int]:
-    return {}
 
 
 @dataclass
@@ -66,8 +60,8 @@ class Proxy:
     traffic: Traffic
     waiting: WaitingRoom
     upstream: Upstream
+    affinity: PrefixAffinity
     max_resets: int = 2
-    known_prefixes: KnownPrefixes = nothing_known
     _suspects: dict[str, float] = field(default_factory=dict)
     _turn: int = 0
 
@@ -107,10 +101,12 @@ class Proxy:
         if not trusted:
             return None
         outstanding = self.traffic.of(exchange.service.key).outstanding
-        known = self.known_prefixes(exchange) if len(trusted) > 1 else {}
+        known = self.affinity.known(exchange, trusted) if len(trusted) > 1 else {}
         self._turn += 1
         candidates = [Candidate(name, outstanding[name], known.get(name, 0)) for name in trusted]
         chosen = choose(candidates, prefix=exchange.question.prefix, session=exchange.session, turn=self._turn)
+        if len(usable) > 1:
+            self.affinity.chosen(exchange, chosen.identity)
         return trusted[chosen.identity]
 
     # ---- one attempt

@@ -22,10 +22,13 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["CUTS", "NO_PREFIXES", "SCHEME", "PromptPrefixes", "first_prefixes", "read_prefixes"]
+__all__ = ["CUTS", "MOST_TOLD", "NO_PREFIXES", "SCHEME", "CachedPrefixes", "PromptPrefixes", "first_prefixes", "read_prefixes"]
 
 SCHEME = 1
 """Another number wherever equal bodies would get other hashes: who publishes with another one is not understood."""
+
+MOST_TOLD = 1 << 16
+"""Hashes that a server tells of at once: a megabyte of them."""
 
 _NUM_CUTS = 64
 _FIRST_CUTS_BYTES = 256
@@ -56,6 +59,18 @@ class PromptPrefixes:
 
 
 NO_PREFIXES = PromptPrefixes()
+
+
+class CachedPrefixes(msgspec.Struct, frozen=True):
+    """What a server answers to GET /internal/prefixes: hashes whose tokens are cached, or what changed since an earlier answer."""
+
+    scheme: int
+    cursor: str
+    """To be given back as `since`."""
+    whole: bool
+    """`added` is all that there is."""
+    added: list[int]
+    removed: list[int]
 
 
 class _Body(msgspec.Struct):

@@ -44,12 +44,12 @@ class _Handler(socketserver.StreamRequestHandler):
     server: ScriptedReplica
 
     def handle(self) -> None:
-        length = 0
+        length, asked = 0, self.rfile.readline().startswith(b"POST")  # else it is only asked what its cache holds
         while (line := self.rfile.readline()) not in (b"\r\n", b""):
             if line.lower().startswith(b"content-length:"):
                 length = int(line.split(b":")[1])
         self.rfile.read(length)
-        self.server.requests += 1
+        self.server.requests += asked
         self.wfile.write(self.server.answer)
 
 

@@ -36,10 +36,23 @@ def test_a_session_and_a_beginning_stay_where_they_are_while_the_others_come_and
 
 
 def test_the_replica_that_holds_most_of_the_prompt_gets_it_unless_it_is_much_busier() -> None:
-    holders = [Candidate("a", 100, 3), Candidate("b", 5000, 9), Candidate("c", 0, 0)]
+    holders = [Candidate("a", 100, 300), Candidate("b", 4000, 900), Candidate("c", 0, 0)]
     assert choose(holders, prefix=b"x").identity == "b"
-    busy = [Candidate("a", 100, 3), Candidate("b", 50_000, 9), Candidate("c", 0, 0)]
+    busy = [Candidate("a", 100, 300), Candidate("b", 50_000, 900), Candidate("c", 0, 0)]
     assert choose(busy, prefix=b"x").identity == "a"
+
+
+def test_what_all_replicas_hold_draws_nobody_and_what_one_holds_more_of_keeps_its_prompts() -> None:
+    everywhere = [Candidate("a", 900, 500), Candidate("b", 300, 500), Candidate("c", 600, 500)]
+    assert choose(everywhere, prefix=b"x").identity == "b"
+    assert choose([Candidate("a", 900, 700), *everywhere[1:]], prefix=b"x").identity == "a"
+    load = dict.fromkeys("abcd", 0)
+    held: set[str] = set()
+    for _ in range(100):  # a beginning that all prompts share, from the first of them on
+        chosen = choose([Candidate(name, tokens, 500 * (name in held)) for name, tokens in load.items()], prefix=b"x").identity
+        held.add(chosen)
+        load[chosen] += 600
+    assert held == set(load) and max(load.values()) - min(load.values()) <= 600
 
 
 def test_a_session_is_stronger_than_what_a_replica_holds() -> None:

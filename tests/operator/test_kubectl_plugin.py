@@ -71,7 +71,7 @@ def site(api_cluster: ApiCluster, tmp_path_factory: pytest.TempPathFactory) -> I
     """A service that is ready, one whose name begins alike, and one whose model fits nowhere; the operator has gone."""
     folder = tmp_path_factory.mktemp("path")
     plugin = folder / "kubectl-gantline"
-    plugin.write_text(f"#!/bin/sh\nexec {sys.executable} -m gantline_operator.kubectl.command \"$@\"\n")
+    plugin.write_text(f'#!/bin/sh\nexec {sys.executable} -m gantline_operator.kubectl.command "$@"\n')
     plugin.chmod(0o755)
     namespace = "asked"
     install_crd(api_cluster)

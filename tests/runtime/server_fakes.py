@@ -55,6 +55,8 @@ class Script:
     endless: bool = False
     """Repeat the answer until the request's limit."""
     step_seconds: float = 0.0
+    prompt_token_us: float = 0.0
+    """Microseconds that a step takes for each token of prompts in it; those that are cached are in none."""
     stalls_at: int = 0
     """From so many steps on it runs none, though it has work: as if its scheduler had lost something."""
     compile_seconds: float = 0.0
@@ -118,6 +120,8 @@ class _EchoExecutor:
 
     def launch(self, step: Step, cache: CacheManager, masks: Any = None) -> Any:
         cache.take_table_updates()
+        if self.script.prompt_token_us:
+            time.sleep((step.num_tokens - step.num_decodes) * self.script.prompt_token_us / 1e6)
         poisoned = any(self.alphabet[1] in s.tokens[: s.prompt_len] for s in step.sequences)
         if self.script.fail_at == "smoke" or (self.script.fail_at == "launch" and poisoned):
             raise _exception(self.script.error)

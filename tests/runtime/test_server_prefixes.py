@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from gantline_runtime.engine_messages import PrefixChanges
-from gantline_runtime.prompt_prefixes import SCHEME, first_prefixes
-from gantline_runtime.server.api_keys import describe_key
+from gantline_runtime.prompt_prefixes import SCHEME, CachedPrefixes, first_prefixes
+from gantline_runtime.server.key_lines import describe_key
 from gantline_runtime.server.prefix_directory import PrefixDirectory
 
 from tests.runtime.server_fakes import write_model
@@ -96,18 +96,18 @@ def _changes(number: int, added: list[int], removed: list[int] | None = None, **
 
 def test_who_missed_too_much_or_another_start_gets_the_whole_and_others_what_changed() -> None:
     directory = PrefixDirectory()
-    assert directory.since("")["whole"] and not directory.since("")["added"]
+    assert directory.since("").whole and not directory.since("").added
     directory.apply(_changes(3, [1, 2], whole=True))
     directory.apply(_changes(4, [3], [1]))
     directory.apply(_changes(5, [1, 4], [2]))
-    assert directory.since("e.3") == {"scheme": SCHEME, "cursor": "e.5", "whole": False, "added": [3, 1, 4], "removed": [2]}
-    assert directory.since("e.4") == {"scheme": SCHEME, "cursor": "e.5", "whole": False, "added": [1, 4], "removed": [2]}
-    assert directory.since("e.6") == {"scheme": SCHEME, "cursor": "e.6", "whole": False, "added": [], "removed": []}
+    assert directory.since("e.3") == CachedPrefixes(SCHEME, "e.5", False, [3, 1, 4], [2])
+    assert directory.since("e.4") == CachedPrefixes(SCHEME, "e.5", False, [1, 4], [2])
+    assert directory.since("e.6") == CachedPrefixes(SCHEME, "e.6", False, [], [])
     for cursor in ("e.2", "other.5", "", "e.", "e.-1"):
-        assert directory.since(cursor) == {"scheme": SCHEME, "cursor": "e.5", "whole": True, "added": [1, 3, 4], "removed": []}
+        assert directory.since(cursor) == CachedPrefixes(SCHEME, "e.5", True, [1, 3, 4], [])
     for number in range(6, 60):
         directory.apply(
             _changes(number, list(range(number * 1000, number * 1000 + 1000)), list(range(number * 1000 - 1000, number * 1000)))
         )
-    assert directory.since("e.5")["whole"] and len(directory.since("e.5")["added"]) == 1003
-    assert not directory.since("e.50")["whole"]
+    assert directory.since("e.5").whole and len(directory.since("e.5").added) == 1003
+    assert not directory.since("e.50").whole

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["MOST_MARKS", "PrefixMarks"]
+from gantline_runtime.prompt_prefixes import MOST_TOLD
 
-MOST_MARKS = 1 << 16
-"""Hashes that are known at once. A megabyte of them: what is beyond is not told of, until others are evicted."""
+__all__ = ["PrefixMarks"]
+
 _MOST_PER_BLOCK = 8
 """The same tokens may come of texts that differ, in white space between the members of a tool, say."""
 
@@ -33,9 +33,9 @@ class PrefixMarks:
         return len(self._num_blocks)
 
     def add(self, block: int, name: int) -> None:
-        """`block`, which is findable, ends near the cut whose hash is `name`."""
+        """`block`, which is findable, ends near the cut whose hash is `name`. With `MOST_TOLD` known, a new one is not, until others go."""
         names = self._of_block.get(block)
-        if (names is not None and name in names) or (name not in self._num_blocks and len(self._num_blocks) >= MOST_MARKS):
+        if (names is not None and name in names) or (name not in self._num_blocks and len(self._num_blocks) >= MOST_TOLD):
             return
         if names is None:
             names = self._of_block[block] = []

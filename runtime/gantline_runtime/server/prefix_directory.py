@@ -6,10 +6,9 @@ Every API process hears the same changes of the engine and numbers them alike, s
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from gantline_runtime.engine_messages import PrefixChanges
-from gantline_runtime.prompt_prefixes import SCHEME
+from gantline_runtime.prompt_prefixes import SCHEME, CachedPrefixes
 
 __all__ = ["PrefixDirectory"]
 
@@ -41,7 +40,7 @@ class PrefixDirectory:
                 self._num_kept -= _size(self._changes.popleft())
         self._epoch, self._number = message.epoch, message.number
 
-    def since(self, cursor: str) -> dict[str, Any]:
+    def since(self, cursor: str) -> CachedPrefixes:
         """The answer to who has `cursor` of an earlier answer: changes where it still tells which, all that there is otherwise."""
         epoch, _, digits = cursor.rpartition(".")
         number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else -1
@@ -57,9 +56,8 @@ class PrefixDirectory:
         # Another API process may have heard more already: then there is nothing new, and the cursor stays.
         return self._answer(max(number, self._number), added, removed, whole=False)
 
-    def _answer(self, number: int, added: list[int], removed: list[int], *, whole: bool) -> dict[str, Any]:
-        cursor = f"{self._epoch}.{number}"
-        return {"scheme": SCHEME, "cursor": cursor, "whole": whole, "added": added, "removed": removed}
+    def _answer(self, number: int, added: list[int], removed: list[int], *, whole: bool) -> CachedPrefixes:
+        return CachedPrefixes(SCHEME, f"{self._epoch}.{number}", whole, added, removed)
 
 
 def _size(message: PrefixChanges) -> int:
