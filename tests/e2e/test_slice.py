@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from gantline_devcluster.node.images import HOME, RUNTIME_IMAGE
-from openai import OpenAI
+from openai import APIStatusError, InternalServerError, OpenAI
 
 from tests.e2e.conftest import ROOT, Site, make
 from tests.runtime.hub_server import COMMIT
@@ -90,12 +90,30 @@ def test_a_bad_request_gets_openais_error_shape_through_the_service(site: Site) 
     assert set(json.loads(done.stdout)["error"]) == {"message", "type", "param", "code"}
 
 
-def test_scaling_follows_kubectl_and_back(site: Site) -> None:
+def test_scaling_follows_kubectl_down_to_zero_and_back_and_requests_wait_meanwhile(site: Site) -> None:
     site.kubectl("scale", "gisvc/chat", "--replicas=2")
     site.until("two replicas are ready", lambda: site.get("gisvc", "chat")["status"].get("readyReplicas") == 2, 180)
-    site.kubectl("scale", "gisvc/chat", "--replicas=1")
-    site.until("one replica is left", lambda: site.get("gisvc", "chat")["status"].get("replicas") == 1)
     assert site.kubectl("get", "gisvc/chat", "-o", "jsonpath={.status.selector}")
+    site.kubectl("scale", "gisvc/chat", "--replicas=0")
+    site.until("no replica is left", lambda: not site.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server"))
+    client = OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["chat"]
+    with pytest.raises(InternalServerError, match="nothing wakes it"):
+        client.completions.create(model="chat", prompt="The licence")
+    site.kubectl("scale", "gisvc/chat", "--replicas=1")
+    site.until("the gateway takes requests again", lambda: streamed(client))
+    last = json.loads(site.kubectl("logs", "-n", "gantline-system", "deployment/gantline-gateway", "--tail=1"))
+    assert last["outcome"] == "ok" and last["held_seconds"] > 1, "it was held until there was a replica"
+
+
+def streamed(client: OpenAI) -> str:
+    """The text of a short stream; nothing while the gateway refuses it at once."""
+    try:
+        stream = client.completions.create(model="chat", prompt="The licence", max_tokens=24, stream=True)
+    except InternalServerError as error:
+        assert error.code == "scaled_to_zero", error
+        return ""
+    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
 
 
 def test_top_reads_the_load_of_real_replicas_through_the_api_server(site: Site) -> None:
@@ -178,11 +196,40 @@ def test_an_unknown_field_is_refused_with_its_name(site: Site) -> None:
 
 def test_an_upgrade_of_the_chart_restarts_no_serving_pod(site: Site) -> None:
     before = server_pods(site)
-    changed = ("--reuse-values", "--set", f"operator.logLevel=debug,runtime.hfEndpoint=http://{HUB}.default.svc")
-    changed += ("--set", "runtime.insecureRegistries={registry.default.svc}")
+    values = f"operator.logLevel=debug,runtime.hfEndpoint=http://{HUB}.default.svc,gateway.apiKeys.enabled=true"
+    changed = ("--reuse-values", "--set", values, "--set", "runtime.insecureRegistries={registry.default.svc}")
     site.run("helm", "upgrade", "gantline", "charts/gantline", "-n", "gantline-system", *changed, "--wait")
     site.until("the service is ready", lambda: ready(site, "chat"))
     assert server_pods(site) == before
+
+
+def test_the_gateway_wants_a_key_of_a_secret_and_follows_its_rotation(site: Site) -> None:
+    """As the upgrade before this asked for."""
+    first, second = "gl-first-key-0123456789", "gl-second-key-0123456789"
+    site.until("nobody gets in without a key", lambda: status_with(site, first) == 401)
+    site.apply(key_secret(f"{first} models=chat tokens-per-minute=100000"))
+    site.until("the key is known", lambda: status_with(site, first) == 200)
+    assert status_with(site, "gl-wrong-key-0123456789") == 401
+    site.apply(key_secret(second))
+    site.until("the old key is not known any more", lambda: status_with(site, first) == 401)
+    assert status_with(site, second) == 200
+    log = site.kubectl("logs", "-n", "gantline-system", "deployment/gantline-gateway")
+    assert '"api_key": "team-a/alice"' in log and first not in log and second not in log
+
+
+def key_secret(value: str) -> dict[str, Any]:
+    metadata = {"name": "team-a", "namespace": "gantline-system", "labels": {"gantline.io/api-keys": "true"}}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"alice": value}}
+
+
+def status_with(site: Site, key: str) -> int:
+    """Of one question with this key, asked of the address that needs none before."""
+    client = OpenAI(base_url=f"{site.url}/v1", api_key=key, max_retries=0)
+    try:
+        client.completions.create(model="chat", prompt="The licence", max_tokens=1)
+    except APIStatusError as error:
+        return error.status_code
+    return 200
 
 
 def model_server(name: str, program: str, secret: dict[str, str], kind: str = "Opaque") -> dict[str, Any]:
