@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from gantline_devcluster.node.images import HOME, RUNTIME_IMAGE
 from openai import APIStatusError, InternalServerError, OpenAI
 
 from tests.e2e.conftest import ROOT, Site, make
+from tests.e2e.streams import Streams
 from tests.runtime.hub_server import COMMIT
 from tests.runtime.registry_server import USER
 from tests.runtime.s3_server import ACCESS_KEY
@@ -35,7 +36,7 @@ def service(name: str, uri: str = TINY, **spec: Any) -> dict[str, Any]:
 
 def server_pods(site: Site) -> dict[str, str]:
     """uid of each serving pod, by its revision."""
-    pods = site.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server")["items"]
+    pods = (site.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server") or {"items": []})["items"]
     return {p["metadata"]["uid"]: p["metadata"]["labels"].get("gantline.io/revision", "") for p in pods}
 
 
@@ -95,7 +96,7 @@ def test_scaling_follows_kubectl_down_to_zero_and_back_and_requests_wait_meanwhi
     site.until("two replicas are ready", lambda: site.get("gisvc", "chat")["status"].get("readyReplicas") == 2, 180)
     assert site.kubectl("get", "gisvc/chat", "-o", "jsonpath={.status.selector}")
     site.kubectl("scale", "gisvc/chat", "--replicas=0")
-    site.until("no replica is left", lambda: not site.get("pods", "-l", "gantline.io/service=chat,gantline.io/role=server"))
+    site.until("no replica is left", lambda: not server_pods(site))
     client = OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["chat"]
     with pytest.raises(InternalServerError, match="nothing wakes it"):
@@ -324,20 +325,34 @@ def test_a_second_quickstart_picks_up_where_things_stand(site: Site) -> None:
     assert server_pods(site) == before
 
 
-def test_streams_finish_while_a_pod_is_drained(site: Site) -> None:
-    client = OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
-    finished: list[str | None] = []
-
-    def stream() -> None:
-        chunks = client.completions.create(model="chat", prompt="The licence", max_tokens=200, stream=True, extra_body={"ignore_eos": True})
-        finished.append([c.choices[0].finish_reason for c in chunks if c.choices][-1])
-
-    threads = [threading.Thread(target=stream) for _ in range(4)]
-    [thread.start() for thread in threads]
-    site.kubectl("delete", "pods", "-l", "gantline.io/service=chat,gantline.io/role=server", "--wait=false")
-    [thread.join(120) for thread in threads]
-    assert finished == ["length"] * 4
+def replaced(site: Site, rollout: dict[str, Any]) -> None:
+    """Has all pods of the service replaced as `rollout` says, and returns once their successors serve alone."""
+    before = server_pods(site)
+    restarted = {"metadata": {"annotations": {"gantline.io/restartedAt": str(time.monotonic_ns())}}, "spec": {"rollout": rollout}}
+    site.kubectl("patch", "gisvc/chat", "--type=merge", "-p", json.dumps(restarted))
+    site.until("no old pod is left", lambda: not before.keys() & server_pods(site).keys(), 240)
     site.until("the service is ready again", lambda: ready(site, "chat"))
+
+
+def test_streams_through_the_gateway_finish_while_their_service_is_replaced(site: Site) -> None:
+    """Without a place for a second pod they wait in between; with one they need not."""
+    for _ in range(5 if FULL else 1):
+        for strategy in ("Drain", "Surge"):
+            with Streams(site.url, 32 if FULL else 4, tokens=24) as streams:
+                replaced(site, {"strategy": strategy, "drainTimeout": "60s"})
+            longest = max(stream.first_text_s for stream in streams.ended)
+            print(f"{strategy}: {len(streams.ended)} streams, longest wait for the first text {longest:.1f} s")
+            assert {stream.how for stream in streams.ended} == {"length"}, (strategy, streams.ended)
+            assert longest > 2.0 or strategy == "Surge", "between the old pod and the new one requests were held"
+
+
+@pytest.mark.skipif(not FULL, reason="two more rollouts: GANTLINE_FULL_MATRIX=1; the server's own tests have the same of one process")
+def test_a_stream_that_outlasts_the_drain_time_ends_with_an_error_and_no_other_does(site: Site) -> None:
+    replaced(site, {"strategy": "Surge", "drainTimeout": "3s"})
+    with Streams(site.url, 3, tokens=1900) as long, Streams(site.url, 2, tokens=8) as short:
+        replaced(site, {"strategy": "Surge", "drainTimeout": "60s"})
+    assert {stream.how for stream in short.ended} == {"length"}, short.ended
+    assert {stream.how for stream in long.ended} == {"length", "error: shutting_down"}, long.ended
 
 
 def test_nothing_outside_the_cluster_was_asked_for(site: Site) -> None:
