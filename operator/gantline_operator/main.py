@@ -152,6 +152,7 @@ async def _watch(
     async def cleanup(**_: Any) -> None:
         for task in ours:
             task.cancel()  # kopf would wait for what they began, which never ends by itself
+        stop.set()  # after a signal kopf still waits for this, five seconds long
 
     kopf.on.login(id="login", registry=registry)(login)
     kopf.on.cleanup(id="ours", registry=registry)(cleanup)
