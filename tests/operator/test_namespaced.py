@@ -56,8 +56,10 @@ def pool(namespace: str, product: str) -> Object:
 
 
 def test_the_chart_has_no_object_of_the_cluster_then() -> None:
-    for extra in ({}, {"replicaCount": 2}, {"test": {"timeoutSeconds": 60}, "dashboard": {"enabled": True}}):
-        for item in render({**values([pool("a", "x")]), **extra}, namespace="a", release="one"):
+    kinds = ("monitoring.coreos.com/v1/PodMonitor", "monitoring.coreos.com/v1/PrometheusRule", "gateway.networking.k8s.io/v1/HTTPRoute")
+    gateway = {"apiKeys": {"enabled": True}, "ingress": {"host": "llm.example"}, "httpRoute": {"parentRefs": [{"name": "public"}]}}
+    for extra in ({}, {"replicaCount": 2, "dashboard": {"enabled": True}}, {"gateway": gateway}):
+        for item in render({**values([pool("a", "x")]), **extra}, namespace="a", release="one", kinds=kinds):
             assert not item["kind"].startswith("Cluster") and item["kind"] not in ("Namespace", "PriorityClass", "CustomResourceDefinition")
             assert item["apiVersion"].split("/")[0] not in CLUSTER_WIDE_GROUPS
             assert item["metadata"]["namespace"] == "a"
@@ -80,7 +82,8 @@ def install(cluster: ApiCluster, namespace: str, product: str) -> OperatorSettin
         hook = "helm.sh/hook" in item["metadata"].get("annotations", {})
         if not hook and item["kind"] in ("ServiceAccount", "Role", "RoleBinding", "ConfigMap"):
             apply(cluster.client, item)
-    container = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    deployment = next(item for item in objects if (item["kind"], item["metadata"]["name"]) == ("Deployment", "gantline"))
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
     given = from_environment({item["name"]: item["value"] for item in container["env"] if "value" in item})
     return replace(given, metrics_port=0, health_port=0, workers=2)
 
@@ -104,17 +107,18 @@ def test_each_serves_its_own_by_its_inventory_and_sees_nothing_of_the_other(api_
             assert planned["nodeLabels"] == [{"key": "for", "values": [name]}]
             assert "deployments/boxed" in children(cluster, name)
             assert all(f"/namespaces/{name}/" in path for _, path in operators[name].writes)
-    for name, other in (namespaces, namespaces[::-1]):
-        assert_confined(cluster, name, other)
+    assert_confined(cluster, *namespaces)
+    assert_confined(cluster, *namespaces[::-1])
 
 
 def assert_confined(cluster: ApiCluster, own: str, other: str) -> None:
-    """The API server's own word: what the operator of `own` may do there, and nothing of it in `other` or in the whole cluster."""
-    client = Client(cluster.service_account_kubeconfig(own, "gantline"))
+    """The API server's own word: what the operator of `own` may do there, and that neither it nor the gateway may do that elsewhere."""
+    rendered = render(values([pool(own, "x")]), namespace=own)
+    objects = [item for item in rendered if "helm.sh/hook" not in item["metadata"].get("annotations", {})]
     granted = {
         (group, resource.partition("/")[0], verb)
-        for item in render(values([pool(own, "x")]), namespace=own)
-        if item["kind"] == "Role" and "helm.sh/hook" not in item["metadata"].get("annotations", {})
+        for item in objects
+        if item["kind"] == "Role" and item["metadata"]["name"] == "gantline"
         for rule in item["rules"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
@@ -122,12 +126,16 @@ def assert_confined(cluster: ApiCluster, own: str, other: str) -> None:
         if "resourceNames" not in rule and "/" not in resource
     }
     assert ("apps", "deployments", "patch") in granted and ("gantline.io", "inferenceservices", "list") in granted
-    wanted = [(own, access, True) for access in granted]
-    wanted += [(place, access, False) for access in granted for place in (other, "")]
-    wanted += [("", ("", kind, verb), False) for kind in ("nodes", "namespaces", "persistentvolumes") for verb in ("get", "list")]
-    wrong = [(place, access) for place, access, allowed in wanted if may(client, place, *access) is not allowed]
-    client.close()
-    assert not wrong, json.dumps(wrong)
+    elsewhere = [(place, access, False) for access in granted for place in (other, "")]
+    elsewhere += [("", ("", kind, verb), False) for kind in ("nodes", "namespaces", "persistentvolumes") for verb in ("get", "list")]
+    accounts = [item["metadata"]["name"] for item in objects if item["kind"] == "ServiceAccount"]
+    assert sorted(accounts) == ["gantline", "gantline-gateway"]
+    for account in accounts:
+        client = Client(cluster.service_account_kubeconfig(own, account))
+        wanted = elsewhere + ([(own, access, True) for access in granted] if account == "gantline" else [])
+        wrong = [(place, access) for place, access, allowed in wanted if may(client, place, *access) is not allowed]
+        client.close()
+        assert not wrong, json.dumps([account, wrong])
 
 
 def may(client: Client, namespace: str, group: str, resource: str, verb: str) -> bool:

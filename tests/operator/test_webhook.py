@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import ssl
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
+from gantline_operator.client import connect
 from gantline_operator.web import serving_http
 from gantline_operator.webhook import upkeep
 from gantline_operator.webhook.advice import LONGEST, MOST, advise
@@ -180,6 +182,26 @@ def test_the_authority_before_goes_on_to_be_trusted() -> None:
     bundle = second + upkeep._first_certificate(first)
     assert third + upkeep._first_certificate(bundle) == third + second
     assert len(ssl.create_default_context(cadata=bundle).get_ca_certs()) == 2
+
+
+async def test_a_replica_that_waits_makes_no_certificate_and_serves_the_leaders(site: Site) -> None:
+    """Both are behind the Service."""
+    client = await connect(str(site.cluster.kubeconfig))
+
+    def replica(leads: bool, hosts: tuple[str, ...]) -> upkeep.Upkeep:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        secret, configuration = f"{site.namespace}/gantline-webhook", f"gantline-{site.namespace}"
+        return upkeep.Upkeep(client, secret, configuration, hosts, context, lambda: leads)
+
+    wait(lambda: site.kept().get("tls.crt"))
+    kept = site.kept()["tls.crt"]
+    waiting = replica(False, ("127.0.0.1",))
+    await waiting.look()
+    assert base64.b64decode(kept).decode() == waiting._loaded
+    unsuited = replica(False, ("another.svc",))
+    await unsuited.look()
+    assert not unsuited._loaded and site.kept()["tls.crt"] == kept
+    await client.close()
 
 
 @pytest.mark.parametrize(
