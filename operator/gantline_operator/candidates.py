@@ -15,6 +15,7 @@ from gantline_runtime.config import DataType, EngineConfig
 from gantline_runtime.model_facts import DTYPE_BYTES, ModelFacts
 from gantline_runtime.sizing import GIB, MemoryEstimate
 
+from gantline_operator.calibration import Calibration, Measurement, bounded_ratio, key_of
 from gantline_operator.conditions import Reason
 from gantline_operator.facts import NodeFacts
 from gantline_operator.plan_types import Placement, Turned
@@ -36,6 +37,7 @@ _HOST_BYTES = 3 * GIB  # of a server pod on a GPU node: the API process and the 
 _HOST_BYTES_PER_RANK = 3 * GIB  # Python, torch and CUDA libraries are 2 GiB resident; the rest is read-ahead and NCCL's shared memory
 _CPU_MILLIS_PER_PROCESS = 500  # a request, not a limit; small, so that two replicas start on a small node
 _ROUND_TO = 64 << 20
+_NOTHING_KNOWN = Calibration()
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Candidate:
     product: str
     placeable: int | None
     device_bytes: int
+    measured: Measurement | None = None
+    """What earlier starts of it took: `memory` goes by that."""
 
     @property
     def precision(self) -> str:
@@ -85,7 +89,9 @@ def gpu_host_memory(tp: int) -> int:
     return _HOST_BYTES + tp * _HOST_BYTES_PER_RANK
 
 
-def assess(spec: InferenceServiceSpec, variant: Variant, shape: Shape, tp: int) -> Candidate | Turned:
+def assess(
+    spec: InferenceServiceSpec, variant: Variant, shape: Shape, tp: int, calibration: Calibration = _NOTHING_KNOWN
+) -> Candidate | Turned:
     """One precision on `tp` devices of one node of a shape."""
     dtype = _choose_dtype(spec, variant, shape)
     if dtype is None:
@@ -104,7 +110,8 @@ def assess(spec: InferenceServiceSpec, variant: Variant, shape: Shape, tp: int) 
         largest = max(slot.node.memory_bytes for slot in slots)
         message = f"the pod needs {readable(host)} of host memory, and the nodes have {readable(largest)}"
         return Turned(option, Reason.MODEL_TOO_LARGE, message)
-    memory = _estimate(spec, variant, tp, dtype, shape.device.memory_bytes or 0)
+    measured = calibration.of(key_of(variant.facts.fingerprint, shape.device.product, tp, variant.precision(dtype), dtype))
+    memory = _estimate(spec, variant, tp, dtype, shape.device.memory_bytes or 0, measured=measured)
     if not memory.fits:
         message = _too_large(spec, variant, memory, tp, shape.device.title)
         if _takes_whole_node(spec, variant, shape, tp):
@@ -120,6 +127,7 @@ def assess(spec: InferenceServiceSpec, variant: Variant, shape: Shape, tp: int) 
         product=shape.device.product,
         placeable=replace(shape, slots=tuple(roomy)).placeable(tp),
         device_bytes=shape.device.memory_bytes or 0,
+        measured=measured,
     )
 
 
@@ -164,7 +172,16 @@ def _required_tokens(spec: InferenceServiceSpec, facts: ModelFacts) -> int:
     return sizing.required_cache_tokens(session, spec.engine.max_batch_size or sizing.TYPICAL_CONCURRENCY)
 
 
-def _estimate(spec: InferenceServiceSpec, variant: Variant, tp: int, dtype: str, device_bytes: int, *, cpu: bool = False) -> MemoryEstimate:
+def _estimate(
+    spec: InferenceServiceSpec,
+    variant: Variant,
+    tp: int,
+    dtype: str,
+    device_bytes: int,
+    *,
+    cpu: bool = False,
+    measured: Measurement | None = None,
+) -> MemoryEstimate:
     batch = spec.engine.max_batch_size or (CPU_BATCH_SIZE if cpu else EngineConfig.max_batch_size)
     width, device = DTYPE_BYTES[dtype], "cpu" if cpu else "cuda"
     return sizing.estimate(
@@ -176,9 +193,18 @@ def _estimate(spec: InferenceServiceSpec, variant: Variant, tp: int, dtype: str,
         kv_bytes=width,
         gpu_memory_bytes=device_bytes,
         usable_share=CPU_USABLE_SHARE if cpu else sizing.USABLE_SHARE,
-        workspace_bytes=sizing.workspace_bytes(variant.facts, tp=tp, dtype_bytes=width, max_batch_size=batch, device=device),
+        workspace_bytes=_workspace(variant.facts, tp, width, batch, device, measured),
         cache_share=spec.engine.cache_max_entry_count,
     )
+
+
+def _workspace(facts: ModelFacts, tp: int, dtype_bytes: int, max_batch_size: int, device: str, measured: Measurement | None) -> int:
+    """Bytes beside weights and cache, by the formula, and where something is known by what was measured of it."""
+    reserved = sizing.reserved_bytes(facts, tp=tp, dtype_bytes=dtype_bytes, max_batch_size=max_batch_size, device=device)
+    context = sizing.context_bytes(tp, device)
+    if measured is None:
+        return context + reserved
+    return math.ceil(context * bounded_ratio(measured, "context") + reserved * bounded_ratio(measured, "workspace"))
 
 
 def _too_large(spec: InferenceServiceSpec, variant: Variant, memory: MemoryEstimate, tp: int, title: str) -> str:
@@ -219,7 +245,9 @@ def _gpu_placement(shape: Shape, tp: int) -> Placement:
     )
 
 
-def assess_cpu(spec: InferenceServiceSpec, variant: Variant, nodes: Sequence[NodeFacts], nodes_known: bool) -> Candidate | Turned:
+def assess_cpu(
+    spec: InferenceServiceSpec, variant: Variant, nodes: Sequence[NodeFacts], nodes_known: bool, calibration: Calibration = _NOTHING_KNOWN
+) -> Candidate | Turned:
     """One precision on CPUs. The pod's memory is the user's, or what the plan needs; the cache has a fixed size either way."""
     tp = spec.engine.tensor_parallel or 1
     dtype: DataType = "float32" if spec.engine.dtype == "auto" else spec.engine.dtype  # type: ignore[assignment]
@@ -227,8 +255,9 @@ def assess_cpu(spec: InferenceServiceSpec, variant: Variant, nodes: Sequence[Nod
     illegal = sizing.legal_tensor_parallel(variant.facts, tp)
     if illegal is not None:
         return Turned(f"{option}, {tp} processes", Reason.ILLEGAL_TENSOR_PARALLEL, illegal)
-    pod_bytes = int(wished(spec, "memory") or 0) or _pod_bytes(spec, variant, tp, dtype)
-    memory = _estimate(spec, variant, tp, dtype, pod_bytes // tp, cpu=True)
+    measured = calibration.of(key_of(variant.facts.fingerprint, "", tp, variant.precision(dtype), dtype))
+    pod_bytes = int(wished(spec, "memory") or 0) or _pod_bytes(spec, variant, tp, dtype, measured)
+    memory = _estimate(spec, variant, tp, dtype, pod_bytes // tp, cpu=True, measured=measured)
     if not memory.fits:
         return Turned(option, Reason.MODEL_TOO_LARGE, _too_large(spec, variant, memory, tp, "process"))
     largest = max((node.memory_bytes for node in nodes), default=0)
@@ -244,12 +273,13 @@ def assess_cpu(spec: InferenceServiceSpec, variant: Variant, nodes: Sequence[Nod
         product="",
         placeable=None,
         device_bytes=pod_bytes,
+        measured=measured,
     )
 
 
-def _pod_bytes(spec: InferenceServiceSpec, variant: Variant, tp: int, dtype: str) -> int:
+def _pod_bytes(spec: InferenceServiceSpec, variant: Variant, tp: int, dtype: str, measured: Measurement | None) -> int:
     """Memory with which the estimate fits, of all processes together, in whole steps of 64 MiB."""
-    need = _estimate(spec, variant, tp, dtype, 0, cpu=True)
+    need = _estimate(spec, variant, tp, dtype, 0, cpu=True, measured=measured)
     beside = need.weights + need.workspace
     each = max((beside + need.cache) / CPU_USABLE_SHARE, beside + need.cache / spec.engine.cache_max_entry_count)
     return math.ceil((each + BLOCK_SIZE * need.cache_bytes_per_token) * tp / _ROUND_TO) * _ROUND_TO

@@ -23,6 +23,7 @@ from gantline_operator.client import ApiError, Client, Conflict, KindMissing, No
 from gantline_operator.custom_metrics import CustomMetrics, serve_custom_metrics
 from gantline_operator.events import send, transitions
 from gantline_operator.facts import ClusterFacts, Reservation
+from gantline_operator.measuring import Measuring
 from gantline_operator.metrics import Metrics
 from gantline_operator.observe import ClusterView
 from gantline_operator.plan import Plan, reservation
@@ -65,6 +66,7 @@ class Controller:
         scaled = lambda direction: self.metrics.scalings.labels(direction).inc()
         self.autoscaler = Autoscaler(client, settings, self.targets, enqueue=self.enqueue, scaled=scaled)
         client.count = lambda method, status: self.metrics.requests.labels(method, status).inc()
+        self.measuring = Measuring(client, settings.calibration_configmap, told=self.enqueue)
         self._client = client
         self._settings = settings
         self._cluster = Cluster(
@@ -76,6 +78,8 @@ class Controller:
             count=lambda kind, verb: self.metrics.writes.labels(kind, verb).inc(),
             memory=self._remember,
             scaling=self.targets,
+            calibration=lambda: self.measuring.calibration,
+            report=lambda start: self.measuring.report(start),
             cache_seen=self._note_cache,
             cache_awaited=self._await_cache,
             evicted=self._count_eviction,
@@ -111,6 +115,8 @@ class Controller:
             await self._list_until_done()
             await self._learn_kinds()
             await self.view.known()
+            await self.measuring.load()
+            tasks.create_task(self.measuring.run())
             for number in range(self._settings.workers):
                 tasks.create_task(self._work(number))
             tasks.create_task(self._resync())
@@ -230,6 +236,7 @@ class Controller:
         self.targets.note(_text(key), None)
         self._looked_at.pop(key, None)
         self._conditions.pop(key, None)
+        self.measuring.forget(*key)
         self._unsettled.discard(key)
         self._reservations.pop(_text(key), None)
         for claim, (ledger, limit_bytes) in list(self._caches.items()):

@@ -25,6 +25,7 @@ from typing import Any
 from gantline_runtime import sizing
 from gantline_runtime.model_facts import ModelFacts
 
+from gantline_operator.calibration import Calibration, Measurement, bounded_load_s
 from gantline_operator.candidates import Candidate, Variant, assess, assess_cpu
 from gantline_operator.conditions import Reason
 from gantline_operator.facts import ClusterFacts, Reservation
@@ -63,6 +64,8 @@ _CURES: Mapping[Reason, str] = {
     Reason.INVALID_CONFIGURATION: "Lower engine.sessionLen, or leave it at auto.",
 }
 
+_NOTHING_KNOWN = Calibration()
+
 _PROGRESS = (
     Reason.NO_MATCHING_NODE,
     Reason.NO_MATCHING_GPU,
@@ -86,11 +89,13 @@ def plan(
     previous: Plan | None = None,
     *,
     started: bool = True,
+    calibration: Calibration = _NOTHING_KNOWN,
 ) -> Plan | Rejected:
     """The plan for a service whose source has these facts.
 
     `images`: the runtime's images by cuda, cpu, rocm, ascend; one that is missing or empty rules its devices out. `previous` is the plan
-    that stands; with `started` False (none of its pods ever ran) a plan that waits gives way to one that need not.
+    that stands; with `started` False (none of its pods ever ran) a plan that waits gives way to one that need not. What starts measured
+    (`calibration`) counts for new plans alone: a plan that stands is judged by what it was made from.
     """
     inputs = plan_inputs(spec, facts)
     standing = previous if previous is not None and previous.inputs == inputs else None
@@ -104,7 +109,7 @@ def plan(
     if not shapes and not screened and not _on_cpu(spec):
         fresh = _reject([*turned, _no_accelerator(cluster)])
     else:
-        fresh = _decide(spec, variants, cluster, shapes, images, turned + screened, inputs)
+        fresh = _decide(spec, variants, cluster, shapes, images, turned + screened, inputs, calibration)
     if standing is None:
         return fresh
     kept = _keep(standing, spec, variants, cluster, shapes, images, fresh)
@@ -197,11 +202,15 @@ def _decide(
     images: Mapping[str, str],
     turned: list[Turned],
     inputs: str,
+    calibration: Calibration,
 ) -> Plan | Rejected:
     """The first variant that fits anywhere, on the best place for it."""
     turned = list(turned)
     for index, variant in enumerate(variants):
-        found, refused = _try_cpu(spec, variant, cluster, images) if _on_cpu(spec) else _try_shapes(spec, variant, shapes)
+        if _on_cpu(spec):
+            found, refused = _try_cpu(spec, variant, cluster, images, calibration)
+        else:
+            found, refused = _try_shapes(spec, variant, shapes, calibration)
         turned += [row for row in refused if row not in turned]
         if found:
             best, *others = sorted(found, key=lambda candidate: _rank(candidate, spec))
@@ -217,14 +226,16 @@ def _no_accelerator(cluster: ClusterFacts) -> Turned:
     return Turned("any accelerator", Reason.GPU_LABELS_MISSING, "nodes may not be read, and no inventory names any")
 
 
-def _try_shapes(spec: InferenceServiceSpec, variant: Variant, shapes: Sequence[Shape]) -> tuple[list[Candidate], list[Turned]]:
+def _try_shapes(
+    spec: InferenceServiceSpec, variant: Variant, shapes: Sequence[Shape], calibration: Calibration
+) -> tuple[list[Candidate], list[Turned]]:
     """On each shape the smallest tensor parallelism that fits, and what was tried before it."""
     found: list[Candidate] = []
     turned: list[Turned] = []
     choices = sizing.TENSOR_PARALLEL if spec.engine.tensor_parallel is None else (spec.engine.tensor_parallel,)
     for shape in shapes:
         for tp in choices:
-            verdict = assess(spec, variant, shape, tp)
+            verdict = assess(spec, variant, shape, tp, calibration)
             if isinstance(verdict, Candidate):
                 found.append(verdict)
                 break
@@ -236,13 +247,13 @@ def _try_shapes(spec: InferenceServiceSpec, variant: Variant, shapes: Sequence[S
 
 
 def _try_cpu(
-    spec: InferenceServiceSpec, variant: Variant, cluster: ClusterFacts, images: Mapping[str, str]
+    spec: InferenceServiceSpec, variant: Variant, cluster: ClusterFacts, images: Mapping[str, str], calibration: Calibration
 ) -> tuple[list[Candidate], list[Turned]]:
     barred = _barred_from_cpu(spec, cluster, images)
     if barred:
         return [], barred
     nodes, _ = eligible_nodes(spec, cluster)
-    verdict = assess_cpu(spec, variant, nodes, bool(nodes))
+    verdict = assess_cpu(spec, variant, nodes, bool(nodes), calibration)
     return ([verdict], []) if isinstance(verdict, Candidate) else ([], [verdict])
 
 
@@ -281,6 +292,7 @@ def _size(candidate: Candidate) -> tuple[int, int]:
 
 def _make_plan(spec: InferenceServiceSpec, best: Candidate, inputs: str, turned: Sequence[Turned]) -> Plan:
     device = "cuda" if best.placement.resource else "cpu"
+    estimated_s = float(math.ceil(sizing.load_seconds(best.variant.facts, tp=best.engine.tp, device=device)))
     return Plan(
         inputs=inputs,
         placement=replace(best.placement, waiting=_is_waiting(best, spec)),
@@ -289,9 +301,16 @@ def _make_plan(spec: InferenceServiceSpec, best: Candidate, inputs: str, turned:
         precision=best.precision,
         quantize=best.variant.quantize,
         memory=best.memory,
-        load_seconds=float(math.ceil(sizing.load_seconds(best.variant.facts, tp=best.engine.tp, device=device))),
+        load_seconds=bounded_load_s(best.measured, estimated_s),
         rejected=tuple(turned),
+        calibration=_tell(best.measured) if best.measured is not None else "",
     )
+
+
+def _tell(measured: Measurement) -> str:
+    parts = [f"{part} {ratio:.2f} of the formula's bytes" for part, ratio in sorted(measured.ratios.items())]
+    loaded = [f"ready after {measured.load_s:.0f} s"] if measured.load_s else []
+    return f"{', '.join([*parts, *loaded])}; measured in {measured.starts} start{'s' if measured.starts > 1 else ''}."
 
 
 def _reject(turned: Sequence[Turned]) -> Rejected:

@@ -46,6 +46,7 @@ def to_status(plan: Plan) -> dict[str, Any]:
         "memoryBytes": placement.memory_bytes,
         "cpuMillis": placement.cpu_millis,
         "loadSeconds": int(plan.load_seconds),
+        "calibration": plan.calibration or None,
         "waiting": placement.waiting,
         "rejected": _rows(plan.rejected),
     }
@@ -88,6 +89,7 @@ def from_status(values: Mapping[str, Any], spec: InferenceServiceSpec) -> Plan |
         memory=memory,
         load_seconds=float(status.load_seconds or 0),
         rejected=rejected,
+        calibration=status.calibration or "",
     )
 
 

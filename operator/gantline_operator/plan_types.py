@@ -80,6 +80,8 @@ class Plan:
     load_seconds: float
     """Predicted time from the container's start to ready, in whole seconds: a plan read back from the status is the same."""
     rejected: tuple[Turned, ...] = ()
+    calibration: str = ""
+    """What earlier starts measured, where `memory` and `load_seconds` go by it."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Preparation(CacheKeeping):
         else:
             facts = self.cluster.facts(self.key, [pod.uid for pod in self.pods])
             with self.cluster.time_plan():
-                decision = plan(self.spec, model, facts, self.cluster.rendering.images, previous, started=started)
+                images, learnt = self.cluster.rendering.images, self.cluster.calibration()
+                decision = plan(self.spec, model, facts, images, previous, started=started, calibration=learnt)
         if isinstance(decision, Rejected):
             self._found["plan"] = rejected_status(decision)
             self._found["plan_trouble"] = Trouble(decision.reason, sentence(decision.message), decision.cure)

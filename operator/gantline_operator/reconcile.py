@@ -20,9 +20,13 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+from gantline_runtime.model_facts import ModelFacts
+
 from gantline_operator import resources
+from gantline_operator.calibration import key_of
 from gantline_operator.client import Forbidden, KindMissing, Object
 from gantline_operator.conditions import Reason
+from gantline_operator.measuring import Start
 from gantline_operator.plan import Plan
 from gantline_operator.plan_status import from_status, to_status
 from gantline_operator.pod_state import Trouble
@@ -32,7 +36,7 @@ from gantline_operator.resources import ModelLocation
 from gantline_operator.rollback import RolloutRecord, advance
 from gantline_operator.rollout_strategy import Strategy, choose_strategy
 from gantline_operator.spec import SpecError, parse_service
-from gantline_operator.status import read_rollout
+from gantline_operator.status import first_started, read_rollout, write_time
 
 __all__ = ["Reconcile"]
 
@@ -86,8 +90,9 @@ class Reconcile(Preparation):
             model = await self._inspect()
             planned = self._plan(model) if model is not None else None
             location = await self._prepare(model, planned) if model is not None and planned is not None else None
-            if location is not None and planned is not None:
+            if location is not None and planned is not None and model is not None:
                 await self._roll_out(planned, location)
+                self._learn(model, planned)
             else:
                 await self._keep_serving()
         except resources.MissingImage as error:
@@ -112,6 +117,23 @@ class Reconcile(Preparation):
         self._found["rollout_record"] = {**self._found["rollout_record"], **record.to_status()}
         if record.gives_up(mark):
             self._look_again(0.0)  # the decision is written down first: a restart in between must come to the same
+
+    def _learn(self, model: ModelFacts, planned: Plan) -> None:
+        """How the revision's first pod came up, from itself. Once it is in the status nobody is asked again."""
+        mark, startup = self._found.get("revision", ""), self.recorded.get("startup") or {}
+        pod = first_started(self.server_pods, mark)
+        known = startup.get("revision") == mark and "phases" in startup
+        if known or pod is None or not pod.address or pod.started is None or pod.ready_at is None or not self._found.get("current"):
+            return
+        engine = planned.engine
+        # Of a device that others share, what they hold is measured too.
+        shared = engine.device == "cuda" and engine.num_cache_blocks is not None
+        key = key_of(model.fingerprint, planned.product, engine.tp, planned.precision, engine.dtype)
+        load_s, ready_at = (pod.ready_at - pod.started).total_seconds(), write_time(pod.ready_at)
+        start = Start(self.namespace, self.name, mark, pod.address, "" if shared else key, load_s, ready_at)
+        report = self.cluster.report(start)
+        if report is not None:
+            self._found["phases"] = report.phases
 
     async def _advance(self, mark: str, planned: Plan, location: ModelLocation) -> None:
         """Apply revision `mark`, whose template and strategy are those that it began with."""

@@ -15,8 +15,10 @@ from gantline_operator.apply import Parent as ApplyParent
 from gantline_operator.autoscaling.policy import Policy, build_policy
 from gantline_operator.autoscaling.targets import Target, Targets
 from gantline_operator.cache_ledger import Ledger
+from gantline_operator.calibration import Calibration, PodReport
 from gantline_operator.client import UNDECLARED, ApiError, Client, Object, Resource
 from gantline_operator.facts import ClusterFacts
+from gantline_operator.measuring import Start
 from gantline_operator.observe import PODS
 from gantline_operator.plan import Plan
 from gantline_operator.pod_state import PodState, read_pod
@@ -77,6 +79,10 @@ class Cluster:
     """What the autoscaling loop is told of services, and what it tells."""
     pooled: bool = False
     """Whether each service gets an InferencePool."""
+    calibration: Callable[[], Calibration] = Calibration
+    """What starts of models have measured."""
+    report: Callable[[Start], PodReport | None] = lambda start: None
+    """What a pod says of its start; None as long as it has not been asked, or does not answer."""
     cache_seen: Callable[[tuple[str, str], Ledger, int | None], None] = lambda claim, ledger, limit_bytes: None
     """Told of what a claim (namespace, name) holds, for /metrics and for those that wait for another one's write."""
     cache_awaited: Callable[[str, str], None] = lambda service, claim: None

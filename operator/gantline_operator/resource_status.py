@@ -6,9 +6,10 @@ may grow step by step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gantline_operator.fields import REQUIRED, Choice, Flag, ListOf, Object, Text, Whole, declare
+from gantline_operator.fields import REQUIRED, Choice, Flag, ListOf, MapOf, Object, Text, Whole, declare
 
 __all__ = [
     "ArtefactStatus",
@@ -149,6 +150,7 @@ class PlanStatus:
     memory_bytes: int | None = declare(_BYTES, "Memory of the pod, in bytes.")
     cpu_millis: int | None = declare(_COUNT, "CPU of the pod, in thousandths.")
     load_seconds: int | None = declare(_COUNT, "Predicted time from the container's start to ready, in seconds.")
+    calibration: str | None = declare(Text(256), "What earlier starts of the model measured, where the plan goes by it.")
     waiting: bool | None = declare(Flag(), "Whether too few of the devices were free when this was planned.")
     rejected: tuple[RejectedStatus, ...] | None = declare(ListOf(Object(RejectedStatus), 32), RejectedStatus.__doc__ or "")
 
@@ -162,6 +164,7 @@ class StartupStatus:
     pulled: str | None = declare(_TIME, "From its node to the container's start.")
     loaded: str | None = declare(_TIME, "From the container's start to ready.")
     total: str | None = declare(_TIME, "From the pod's creation to ready.")
+    phases: Mapping[str, str] | None = declare(MapOf(_TIME), "Parts of `loaded`, as the server measured them.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,9 @@ class OperatorSettings:
     inventory_configmap: str = _setting(
         _object_name, "", "namespace/name of a ConfigMap that describes node pools which labels do not, or which are now at zero."
     )
+    calibration_configmap: str = _setting(
+        _text, "", "namespace/name of a ConfigMap in which is kept what starts of models measured; empty: forgotten with the operator."
+    )
     observe_nodes: str = _setting(
         _one_of("auto", "never"), "auto", "auto lists nodes and all pods where that is allowed; never leaves capacity to the scheduler."
     )

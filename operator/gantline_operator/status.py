@@ -18,7 +18,17 @@ from gantline_operator.conditions import Condition, ConditionType, Reason, uniqu
 from gantline_operator.pod_state import PodState, Trouble
 from gantline_operator.stages import Create, Failed, Record, Running, StageName, Step
 
-__all__ = ["UNPLACED", "Findings", "Rollout", "build_conditions", "build_status", "merge_conditions", "read_rollout", "write_time"]
+__all__ = [
+    "UNPLACED",
+    "Findings",
+    "Rollout",
+    "build_conditions",
+    "build_status",
+    "first_started",
+    "merge_conditions",
+    "read_rollout",
+    "write_time",
+]
 
 Object = dict[str, Any]
 
@@ -95,6 +105,8 @@ class Findings:
     """The autoscaler's object that the spec asks for cannot be made."""
     scaling_report: Report = field(default_factory=Report)
     pods: Sequence[PodState] = field(default=())
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of the start of the revision's first pod, as its server measured them."""
 
     @property
     def server_pods(self) -> list[PodState]:
@@ -390,10 +402,10 @@ def _troubles(found: Findings) -> Iterable[Trouble]:
 
 def _startup(found: Findings, previous: Mapping[str, Any] | None) -> Object | None:
     """Phases of the revision's first ready pod, measured once: a restart later is another matter than a start."""
+    phases = {name: f"{seconds:.1f}s" for name, seconds in sorted(found.phases.items()) if name != "total"}
     if previous and previous.get("revision") == found.revision:
-        return dict(previous)
-    pods = [pod for pod in found.server_pods if pod.ready and not pod.restarts and pod.revision == found.revision]
-    pod = min(pods, key=lambda pod: (pod.created, pod.name), default=None)
+        return {**({"phases": phases} if phases else {}), **previous}
+    pod = first_started(found.server_pods, found.revision)
     if pod is None or not (pod.scheduled and pod.started and pod.ready_at):
         return None
     seconds = {
@@ -403,6 +415,12 @@ def _startup(found: Findings, previous: Mapping[str, Any] | None) -> Object | No
         "total": (pod.ready_at - pod.created).total_seconds(),
     }
     return {"revision": found.revision, **{name: f"{max(0.0, value):.0f}s" for name, value in seconds.items()}}
+
+
+def first_started(pods: Iterable[PodState], revision: str) -> PodState | None:
+    """The first pod of a revision that became ready, of those that started only once."""
+    ready = (pod for pod in pods if pod.ready and not pod.restarts and not pod.deleting and pod.revision == revision)
+    return min(ready, key=lambda pod: (pod.created, pod.name), default=None)
 
 
 def _model_summary(model: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from gantline_runtime.distributed import WorkerGroup, WorkerPlan, join_group, le
 from gantline_runtime.errors import CapacityError, ConfigurationError
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
-from gantline_runtime.memory import allocated_bytes, available_cpus, context_bytes, free_bytes
+from gantline_runtime.memory import allocated_bytes, available_cpus, context_bytes, free_bytes, resident_bytes
 from gantline_runtime.model_runner import ModelRunner, PendingTokens, StepResult
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prompt_reads import build_read_batch
@@ -49,7 +49,8 @@ class MemoryReport:
     workspace_bytes: int
     """Measured with the largest steps, and reserved before the cache was sized, with the tensors of the engine itself; 0 on a CPU."""
     context_bytes: int
-    """What the device holds beside this rank's tensors: CUDA, its libraries, other processes; 0 on a CPU."""
+    """What the device holds beside this rank's tensors: CUDA, its libraries, other processes. On a CPU: what this process held beside its
+    weights before the cache was sized."""
     estimated_weight_bytes: int
     estimated_workspace_bytes: int
     estimated_context_bytes: int
@@ -103,6 +104,8 @@ class Executor:
         if self._workers is not None:
             self._workers.send((limits, config.block_size))
         self._workspace_bytes = self._runner.measure_workspace(limits, config.block_size, graphs=plan.graphs)
+        if self.device.type == "cpu":
+            self._process_bytes = max(0, resident_bytes() - self._runner.weight_bytes)
         own = free_bytes(self.device, shared_by=config.tp) - self._workspace_bytes
         return min([own, *(self._workers.gather() if self._workers is not None else ())])
 
@@ -128,7 +131,7 @@ class Executor:
             cache_bytes=cache,
             cache_bytes_per_token=self.block_bytes // config.block_size,
             workspace_bytes=self._workspace_bytes + allocated_bytes(self.device) - weights - cache if on_gpu else 0,
-            context_bytes=context_bytes(self.device),
+            context_bytes=context_bytes(self.device) if on_gpu else self._process_bytes,
             estimated_weight_bytes=sizing.weight_bytes(facts, config.tp, width),
             estimated_workspace_bytes=sizing.reserved_bytes(
                 facts,
@@ -140,7 +143,7 @@ class Executor:
                 step_tokens=config.max_prefill_token_num,
                 graphs=plan.graphs,
             ),
-            estimated_context_bytes=sizing.context_bytes(config.tp, config.device) if on_gpu else 0,
+            estimated_context_bytes=sizing.context_bytes(config.tp, config.device),
             estimated_cache_bytes_per_token=sizing.cache_bytes_per_token(facts, config.tp, width),
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["allocated_bytes", "available_cpus", "available_host_bytes", "context_bytes", "free_bytes"]
+__all__ = ["allocated_bytes", "available_cpus", "available_host_bytes", "context_bytes", "free_bytes", "resident_bytes"]
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 
@@ -34,6 +34,14 @@ def context_bytes(device: torch.device) -> int:
         return 0
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
+
+
+def resident_bytes(*, proc: Path = Path("/proc")) -> int:
+    """Memory of the host that this process holds now, in bytes."""
+    for line in (proc / "self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{proc}/self/status has no VmRSS")
 
 
 def available_host_bytes(*, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

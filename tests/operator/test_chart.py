@@ -72,6 +72,7 @@ OF_THE_RELEASE: Object = {
     "gateway_namespace": "gantline-system",
     "load_url": "http://gantline-metrics.gantline-system.svc:8080",
     "lease": "gantline-system/gantline",
+    "calibration_configmap": "gantline-system/gantline-calibration",
 }
 """Settings that no default could know."""
 

@@ -120,6 +120,8 @@ def test_promise_and_reservation_of_memory_are_told(server: ServerProcess) -> No
         promised = server.metric("gantline_memory_promised_bytes", part=part)
         reserved = server.metric("gantline_memory_reserved_bytes", part=part)
         assert reserved == pytest.approx(promised, rel=0.03)
+    held = server.metric("gantline_memory_reserved_bytes", part="context")
+    assert 100e6 < held < server.metric("gantline_memory_promised_bytes", part="context"), "the process beside its weights"
 
 
 def test_what_a_checkpoint_says_of_generating_is_honoured(server: ServerProcess, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@
 - {name: GANTLINE_WEBHOOK_SECRET, value: "{{ .Release.Namespace }}/{{ $name }}-webhook"}
 - {name: GANTLINE_WEBHOOK_CONFIGURATION, value: {{ $name }}-{{ .Release.Namespace }}}
 {{- end }}
+- {name: GANTLINE_CALIBRATION_CONFIGMAP, value: {{ printf "%s/%s-calibration" .Release.Namespace (include "gantline.fullname" .) | quote }}}
 - {name: GANTLINE_METRICS_PORT, value: "8080"}
 - {name: GANTLINE_HEALTH_PORT, value: "8081"}
 - {name: GANTLINE_WORKERS, value: {{ .Values.operator.workers | int | quote }}}

@@ -148,12 +148,14 @@ class _SharedCollector(Collector):
         self.state = State.LOADING
         self.startup: dict[str, float] = {}
         self._version = version
+        self._planned_bytes = _planned_bytes()
 
     def collect(self) -> Iterable[Metric]:
         yield InfoMetricFamily("gantline_build", "Version of the server.", value={"version": self._version})
         states = {state.value: float(state is self.state) for state in State}
         yield _gauge_by("state", "1 for the server's state, 0 for the others.", "state", states)
         yield _gauge_by("startup_seconds", "How long each phase of the start took.", "phase", self.startup)
+        yield _gauge("memory_planned_bytes", "Memory of one device that the operator planned with; 0 without one.", self._planned_bytes)
         yield from _of_engine(self.report)
 
 
@@ -174,6 +176,12 @@ def _of_engine(report: EngineReport) -> Iterable[Metric]:
     yield _counter_by("engine_step_seconds", _STEP_PARTS, "part", report.step_times)
     yield _gauge_by("memory_promised_bytes", "Memory of one device that the planner's formula expects.", "part", report.promised_bytes)
     yield _gauge_by("memory_reserved_bytes", "Memory of one device that the engine took.", "part", report.reserved_bytes)
+
+
+def _planned_bytes() -> float:
+    """What the operator wrote into the pod, GANTLINE_PLANNED_BYTES."""
+    text = os.environ.get("GANTLINE_PLANNED_BYTES", "")
+    return float(text) if text.isdecimal() and len(text) < 20 else 0.0
 
 
 _SHARED_TOKENS = "Context tokens that requests behind one prefix did not read again in each step, since they were read once for all."
