@@ -7,7 +7,7 @@ import json
 import random
 from typing import Any
 
-__all__ = ["BODIES", "CONSTRAINED", "mutated_request"]
+__all__ = ["BODIES", "CONSTRAINED", "GARBAGE", "mutated_request"]
 
 _USER = {"role": "user", "content": "Hi é 😀"}
 _FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
@@ -81,6 +81,22 @@ _NAMES = (
     ),
     *("stop_token_ids", "x" * 300),
 )
+
+
+GARBAGE = (
+    b"\x00\x01\x02\r\n\r\n",
+    b"GET\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\nContent-Type: application/json\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nZZ\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+    b"GET /health HTTP/9.9\r\nHost: a\r\n\r\n",
+    b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /health HTTP/1.1\r\n" + b"X-A: b\r\n" * 5000 + b"\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\nX-Bad\x00Name: \xff\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\nContent-Type: application/json\r\n\r\n{",
+)
+"""What is not HTTP, or hardly."""
 
 
 def mutated_request(rng: random.Random, bodies: dict[str, list[dict[str, Any]]] = BODIES) -> tuple[str, bytes, dict[str, str]]:

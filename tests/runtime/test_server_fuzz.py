@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.runtime.fuzzing import BODIES, CONSTRAINED, mutated_request
+from tests.runtime.fuzzing import BODIES, CONSTRAINED, GARBAGE, mutated_request
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import REAL, ROOT, ServerProcess, events, running, wait_until
 
@@ -76,22 +76,7 @@ def _assert_sound(server: ServerProcess) -> None:
     assert not [line for line in server.logs if line["level"] == "error"] and not [line for line in server.lines if "Traceback" in line]
 
 
-_GARBAGE = (
-    b"\x00\x01\x02\r\n\r\n",
-    b"GET\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999\r\nContent-Type: application/json\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nZZ\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
-    b"GET /health HTTP/9.9\r\nHost: a\r\n\r\n",
-    b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
-    b"GET /health HTTP/1.1\r\n" + b"X-A: b\r\n" * 5000 + b"\r\n",
-    b"GET /health HTTP/1.1\r\nHost: a\r\nX-Bad\x00Name: \xff\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\nContent-Type: application/json\r\n\r\n{",
-)
-
-
-@pytest.mark.parametrize("garbage", _GARBAGE)
+@pytest.mark.parametrize("garbage", GARBAGE)
 def test_what_is_not_http_is_refused_and_the_server_goes_on(server: ServerProcess, garbage: bytes) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
