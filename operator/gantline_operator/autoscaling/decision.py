@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from gantline_operator.autoscaling.load import held_load, prove, replica_load
+from gantline_operator.autoscaling.load import prove, replica_load, request_load
 from gantline_operator.autoscaling.observation import Observation, Replica
 from gantline_operator.autoscaling.policy import Policy
 
@@ -157,9 +157,11 @@ def _remember(policy: Policy, seen: Observation, memory: Memory) -> tuple[Memory
     samples = {r.name: s for r in seen.replicas if (s := r.fresh(seen.now, policy.stale_after_s)) is not None}
     proven = prove(policy, samples.values(), memory.proven)
     held = seen.demand.held if seen.demand else 0
-    load = sum(replica_load(policy, sample, proven) for sample in samples.values()) + held_load(policy, held, proven)
+    sent = seen.demand.running if seen.demand else 0
+    load = sum(replica_load(policy, sample, proven) for sample in samples.values()) + request_load(policy, held, proven)
+    load = max(load, request_load(policy, held + sent, proven))  # what replicas cannot tell, gateways may know
     gap = bool(_unknown(policy, seen))
-    asked = held or (seen.demand.running if seen.demand else 0) or any(s.running or s.waiting for s in samples.values())
+    asked = held or sent or any(s.running or s.waiting for s in samples.values())
     served = {name: sample.served for name, sample in samples.items()}
     # A replica that is not known now keeps its count: if it still stands there later, nobody asked in between.
     kept = {r.name: memory.served[r.name] for r in seen.replicas if r.name in memory.served and r.name not in served}

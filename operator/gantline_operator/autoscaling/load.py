@@ -2,7 +2,7 @@
 
     inflight   (running + waiting) / target
     kvCache    usage / (target / 100); requests that wait would need cache as those that run do, so they count in proportion, once over
-    queue      (running + waiting) / (capacity + target): as full as a replica can be, with `target` more waiting
+    queue      (running + waiting) / (0.8 * capacity + target): nearly as full as a replica can be, with `target` more waiting
 
 A queue's length says nothing about how many replicas are needed while it is empty: an autoscaler that follows it removes replicas that are
 busy, and starts them again. So `queue` asks how many requests one engine can run at once. One that lets requests wait runs as many as it
@@ -17,7 +17,11 @@ from collections.abc import Collection
 from gantline_operator.autoscaling.observation import Sample
 from gantline_operator.autoscaling.policy import Policy
 
-__all__ = ["held_load", "prove", "replica_load"]
+__all__ = ["prove", "replica_load", "request_load"]
+
+_FULL = 0.8
+"""Share of its capacity that a replica is meant to use. Where all run full, one that went is missed at once: with 1.0 a simulated day has
+three times the flaps (docs/perf-log.md)."""
 
 
 def replica_load(policy: Policy, sample: Sample, proven: int) -> float:
@@ -28,14 +32,15 @@ def replica_load(policy: Policy, sample: Sample, proven: int) -> float:
     if policy.metric == "kvCache":
         return sample.cache_usage * (1 + min(1.0, sample.waiting / max(1, sample.running))) / (policy.target / 100)
     capacity = sample.running if sample.waiting else max(proven, sample.running)
-    return requests / (capacity + policy.target)
+    return requests / (capacity * _FULL + policy.target)
 
 
-def held_load(policy: Policy, held: int, proven: int) -> float:
-    """What requests that no replica has got yet will be, in replicas' worth. Where nothing is proven, an engine's own bound stands."""
+def request_load(policy: Policy, requests: int, proven: int) -> float:
+    """So many requests in replicas' worth, of which only the gateways know. Where nothing is proven, an engine's own bound stands."""
     if policy.metric == "inflight":
-        return held / policy.target
-    return held / ((proven or policy.max_batch) + policy.target)
+        return requests / policy.target
+    capacity = proven or policy.max_batch
+    return requests / (capacity if policy.metric == "kvCache" else capacity * _FULL + policy.target)
 
 
 def prove(policy: Policy, samples: Collection[Sample], proven: int) -> int:
