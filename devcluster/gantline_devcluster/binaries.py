@@ -149,6 +149,12 @@ MODULES = (
         copied=True,
     ),
     KUBERNETES_OLDEST,
+    Module(
+        "keda",
+        {"scaledobjects.yaml": "config/crd/bases/keda.sh_scaledobjects.yaml"},
+        versioned="github.com/kedacore/keda/v2",
+        copied=True,
+    ),
 )  # fmt: skip
 
 _API = frozenset({"keys", "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler"})

@@ -80,6 +80,8 @@ class World:
     namespace: str
     service: str
     gateway_port: int = 0
+    busy: int = 0
+    """Requests that a replica runs from the beginning."""
     demand: Object = field(default_factory=dict)
     """What the gateway says of the service."""
     replicas: dict[str, FakeReplica] = field(default_factory=dict)
@@ -92,7 +94,7 @@ class World:
         for pod in pods:
             name = pod["metadata"]["name"]
             if name not in self.replicas and is_ready(pod):
-                self.replicas[name] = FakeReplica()
+                self.replicas[name] = FakeReplica(running=self.busy)
                 address = f"{self._network}.{len(self.replicas)}"
                 self._serve(address, SERVER_PORT, self.replicas[name].answer)
                 set_address(self.cluster, self.namespace, name, address)
@@ -155,13 +157,15 @@ def set_address(cluster: ApiCluster, namespace: str, pod: str, address: str) -> 
 
 
 @contextmanager
-def world(cluster: ApiCluster, namespace: str) -> Iterator[World]:
+def world(cluster: ApiCluster, namespace: str, *, gateway: bool = False) -> Iterator[World]:
     install_crd(cluster)
     fates(cluster, inspected(**{NAME: TINY}))
     if not cluster.client.get("/api/v1/nodes").get("items"):
         cluster.simulate("cpu", 1)
     made = World(cluster, namespace, NAME)
     try:
+        if gateway:
+            made.start_gateway()
         yield made
     finally:
         made.close()

@@ -9,37 +9,35 @@ from tests.operator.scaling_world import NAME, QUICK, owners_of_replicas, scalin
 
 
 def test_a_service_sleeps_wakes_grows_and_loses_its_least_busy_replicas(api_cluster: ApiCluster, namespace: str) -> None:
-    with world(api_cluster, namespace) as made:
-        made.start_gateway()
-        with scaling(made):
-            apply(api_cluster, service(NAME, namespace, scaling={"min": 0, "max": 3, "metric": "inflight", "target": 4, **QUICK}))
-            made.wait_replicas(1)
-            # Nobody asks: it sleeps, and says that it can be woken.
-            made.wait_replicas(0)
-            asleep = wait_reason(api_cluster, NAME, namespace, "ScaledToZero", "Servable")
-            assert asleep["status"] == "True" and "next request" in asleep["message"]
-            assert status(api_cluster, NAME, namespace)["lastScale"].items() >= {"from": 1, "to": 0, "reason": "Idle"}.items()
-            # The first held request wakes it.
-            made.demand = {"held": 1, "held_since_s": 0.1, "running": 0, "last_request_age_s": 0.1}
-            (first,) = made.wait_replicas(1)
-            made.demand = {"held": 0, "running": 12, "last_request_age_s": 0.1}
-            # It grows as far as its load asks for.
-            made.replicas[first].running = 12
-            names = made.wait_replicas(3)
-            # Fewer requests: the replica with the most of them is the one that stays.
-            made.replicas[names[0]].running, made.replicas[names[1]].running, made.replicas[names[2]].running = 0, 2, 1
-            assert made.wait_replicas(1) == [names[1]]
-            wait(lambda: "ScaledDown" in event_reasons(api_cluster, NAME, namespace))
-            happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
-            assert happened == ["ScaledToZero", "WokeUp", "ScaledUp", "ScaledDown"]
+    with world(api_cluster, namespace, gateway=True) as made, scaling(made):
+        apply(api_cluster, service(NAME, namespace, scaling={"min": 0, "max": 3, "metric": "inflight", "target": 4, **QUICK}))
+        made.wait_replicas(1)
+        # Nobody asks: it sleeps, and says that it can be woken.
+        made.wait_replicas(0)
+        asleep = wait_reason(api_cluster, NAME, namespace, "ScaledToZero", "Servable")
+        assert asleep["status"] == "True" and "next request" in asleep["message"]
+        assert status(api_cluster, NAME, namespace)["lastScale"].items() >= {"from": 1, "to": 0, "reason": "Idle"}.items()
+        # The first held request wakes it.
+        made.demand = {"held": 1, "held_since_s": 0.1, "running": 0, "last_request_age_s": 0.1}
+        (first,) = made.wait_replicas(1)
+        made.demand = {"held": 0, "running": 12, "last_request_age_s": 0.1}
+        # It grows as far as its load asks for.
+        made.replicas[first].running = 12
+        names = made.wait_replicas(3)
+        made.demand = {"held": 0, "running": 3, "last_request_age_s": 0.1}
+        # Fewer requests: the replica with the most of them is the one that stays.
+        made.replicas[names[0]].running, made.replicas[names[1]].running, made.replicas[names[2]].running = 0, 2, 1
+        assert made.wait_replicas(1) == [names[1]]
+        wait(lambda: "ScaledDown" in event_reasons(api_cluster, NAME, namespace))
+        happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
+        assert happened == ["ScaledToZero", "WokeUp", "ScaledUp", "ScaledDown"]
 
 
 def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namespace: str) -> None:
     with world(api_cluster, namespace) as made, scaling(made) as operator:
         apply(api_cluster, service(NAME, namespace, replicas=2, scaling={"max": 4, "metric": "inflight", "target": 4, **QUICK}))
+        made.busy = 4
         names = made.wait_replicas(2)
-        for name in names:
-            made.replicas[name].running = 4
         wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
         # All load is gone, but one replica says nothing any more.
         made.replicas[names[0]].silent = True

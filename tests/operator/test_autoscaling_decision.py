@@ -136,6 +136,10 @@ def test_a_service_sleeps_only_where_it_is_known_that_nobody_asks(
     assert steady(SLEEPY, seconds, 1, *requests, demand=demand).replicas == wanted
 
 
+def test_a_service_does_not_sleep_before_a_replica_has_become_ready() -> None:
+    assert steady(SLEEPY, 600, 1, demand=QUIET, starting=1).replicas == 1
+
+
 def test_a_request_between_two_samples_keeps_a_service_awake() -> None:
     times = [index * EVERY_S for index in range(60)]
     seen = [Observation(t, 1, replicas(t, 0, served=100.0 if t >= 100 else 0.0), QUIET) for t in times]

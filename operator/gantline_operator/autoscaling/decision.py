@@ -141,8 +141,11 @@ def _unknown(policy: Policy, seen: Observation) -> list[Replica]:
 
 
 def _idle(policy: Policy, seen: Observation, memory: Memory) -> bool:
-    """Positively known: by the gateways, every one of them, and by the replicas. Without a gateway nobody could wake the service."""
+    """Known for certain: by every gateway, and by the replicas. Without a gateway nobody could wake the service; before a replica is ready
+    nobody knows that one can be."""
     demand = seen.demand
+    if not any(replica.ready for replica in seen.replicas):
+        return False
     if demand is None or not demand.complete or not demand.gateways or memory.idle_since is None:
         return False
     quiet = demand.quiet_s is None or demand.quiet_s >= policy.zero_after_s

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -171,9 +171,9 @@ class Autoscaler:
 
     # ---- observe ---------------------------------------------------------------------------------------------------------------------
 
-    async def _ask_gateways(self, targets: Iterable[Target]) -> list[Mapping[str, Demand] | None] | None:
+    async def _ask_gateways(self, targets: Collection[Target]) -> list[Mapping[str, Demand] | None] | None:
         """An answer for each gateway, None for one that gave none; None where nobody need be asked."""
-        if not self._namespace or not any(target.policy.min == 0 for target in targets):
+        if not self._namespace or not targets:
             return None
         pods = [read_pod(pod) for pod in await self._client.list(PODS, self._namespace, labelSelector=_GATEWAYS)]
         return list(await asyncio.gather(*(self._ask_gateway(pod) for pod in pods if pod.phase == "Running")))

@@ -1,15 +1,19 @@
-"""Kubernetes' own autoscaler, following the metric that the operator serves through the API server's aggregator."""
+"""Autoscalers that others run: Kubernetes' own, and KEDA by its definition and by what it would ask the operator."""
 
 from __future__ import annotations
 
 import base64
+import json
 import socket
 import ssl
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gantline_devcluster.api_only import ApiCluster, free_port
 from gantline_devcluster.binaries import find
@@ -17,6 +21,7 @@ from gantline_devcluster.binaries import find
 from tests.operator.harness import apply, patch, service, status, wait, wait_reason
 from tests.operator.helm import render
 from tests.operator.scaling_world import NAME, QUICK, owners_of_replicas, scaling, world
+from tests.operator.test_gateway_api import definition
 
 
 @contextmanager
@@ -41,13 +46,13 @@ def custom_metrics(cluster: ApiCluster, namespace: str, port: int) -> Iterator[P
         cluster.client.call("DELETE", f"/apis/apiregistration.k8s.io/v1/apiservices/{api['metadata']['name']}")
 
 
-def test_kubernetes_own_autoscaler_follows_the_same_load_and_hands_over_without_a_trace(api_cluster: ApiCluster, namespace: str) -> None:
-    port = free_port()
+def test_others_follow_the_same_load_and_one_hands_over_to_the_next_without_a_trace(api_cluster: ApiCluster, namespace: str) -> None:
+    port, web = free_port(), free_port()
     wanted = {"controller": "HPA", "max": 3, "metric": "inflight", "target": 4, **QUICK, "downAfter": "0s"}
     with (
-        world(api_cluster, namespace) as made,
+        world(api_cluster, namespace, gateway=True) as made,
         custom_metrics(api_cluster, namespace, port) as folder,
-        scaling(made, custom_metrics_port=port, custom_metrics_certificate=str(folder)),
+        scaling(made, custom_metrics_port=port, custom_metrics_certificate=str(folder), metrics_port=web, load_url="http://operator:8080"),
     ):
         apply(api_cluster, service(NAME, namespace, scaling=wanted))
         (first,) = made.wait_replicas(1)
@@ -73,6 +78,47 @@ def test_kubernetes_own_autoscaler_follows_the_same_load_and_hands_over_without_
         patch(api_cluster, NAME, namespace, {"scaling": {"controller": "KEDA"}})
         wait_reason(api_cluster, NAME, namespace, "KindMissing", "ScalingReady")
         wait_reason(api_cluster, NAME, namespace, "Ready")
+        with keda_definition(api_cluster):
+            patch(api_cluster, NAME, namespace, {"scaling": {"min": 0, "max": 5}})  # a look at it, a minute before the next one
+            wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
+            path = f"/apis/keda.sh/v1alpha1/namespaces/{namespace}/scaledobjects/{NAME}"
+            wait(lambda: api_cluster.client.get(path)["spec"]["maxReplicaCount"] == 5)
+            made_for_keda = api_cluster.client.get(path)["spec"]
+            assert made_for_keda["scaleTargetRef"] == {"apiVersion": "gantline.io/v1alpha1", "kind": "InferenceService", "name": NAME}
+            assert (made_for_keda["minReplicaCount"], made_for_keda["maxReplicaCount"], made_for_keda["cooldownPeriod"]) == (0, 5, 1)
+            # What its trigger asks for is the load; what is not wholly known is no number, since 0 would put the service to sleep.
+            address = urlsplit(made_for_keda["triggers"][0]["metadata"]["url"])
+            assert (address.netloc, address.path) == ("operator:8080", f"/load/{namespace}/{NAME}")
+            load = lambda: get_http(f"http://127.0.0.1:{web}{address.path}")
+            wait(lambda: load() == (200, {"load": 0.75}), what=load)
+            made.replicas[names[2]].silent = True
+            wait(lambda: load()[0] == 503, what=load)
+            assert get_http(f"http://127.0.0.1:{web}/load/{namespace}/another")[0] == 503
+            assert b"gantline_scalings_total" in urllib.request.urlopen(f"http://127.0.0.1:{web}/metrics").read()
+            patch(api_cluster, NAME, namespace, {"scaling": {"controller": "Gantline"}})
+            wait(lambda: not api_cluster.client.get(f"/apis/keda.sh/v1alpha1/namespaces/{namespace}/scaledobjects").get("items"))
+
+
+@contextmanager
+def keda_definition(cluster: ApiCluster) -> Iterator[None]:
+    """KEDA's own definition of its kind, without anybody who acts on it."""
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    item = definition("scaledobjects.yaml")
+    cluster.client.post(path, item)
+    name = item["metadata"]["name"]
+    try:
+        cluster.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s")
+        yield
+    finally:
+        cluster.client.call("DELETE", f"{path}/{name}")
+
+
+def get_http(url: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(url) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 def ask(port: int, certificate: Path | None = None) -> bytes:

@@ -1,0 +1,6 @@
+// Definition of KEDA's kind: a file is taken from it, nothing is compiled.
+module gantline.io/devcluster/keda
+
+go 1.26.0
+
+require github.com/kedacore/keda/v2 v2.21.0
