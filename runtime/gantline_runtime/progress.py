@@ -41,10 +41,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def skip(self, done: float) -> None:
-        """`done` was there at the start: it does not count when the time left is estimated."""
+    def skip(self, done: float, so_far: float | None = None) -> None:
+        """`done` was there at the start, of `so_far` (default: all of it): it does not count when the time left is estimated."""
         self._started_with = done
-        self.show("resuming", done)
+        self.show("resuming", done if so_far is None else so_far)
 
     def show(self, what: str, done: float) -> None:
         if self._bar is not None:

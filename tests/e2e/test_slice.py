@@ -287,7 +287,7 @@ def test_models_of_a_bucket_and_of_a_registry_are_fetched_with_their_secrets(sit
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": "open/sesame", "AWS_ENDPOINT_URL": "http://store.default.svc"}
     login = {"auths": {"registry.default.svc": {"username": USER, "password": "open-sesame"}}}
     servers = {
-        "store": ("tests.runtime.s3_server examples/tiny-model --secret=open/sesame", keys, "Opaque"),
+        "store": ("tests.runtime.s3_server examples/tiny-model --secret=open/sesame --bytes-per-s=1000000", keys, "Opaque"),
         "registry": (
             "tests.runtime.registry_server examples/tiny-model --password=open-sesame",
             {".dockerconfigjson": json.dumps(login)}, "kubernetes.io/dockerconfigjson",
@@ -300,9 +300,15 @@ def test_models_of_a_bucket_and_of_a_registry_are_fetched_with_their_secrets(sit
         remote = service(f"of-{name}", uri, cache={"size": "1Gi"}, replicas=0)
         remote["spec"]["model"]["secretRef"] = {"name": name}
         site.apply(remote)
+    share = lambda: re.search(r"fetching [2-9]\d%", str(site.get("gisvc", "of-store")["status"].get("stages")))
+    site.until("a part is fetched", share)
+    fetches = "gantline.io/service=of-store,gantline.io/role=fetch"
+    site.kubectl("delete", "pod", "-l", fetches, "--force", "--grace-period=0")
     for name in ("of-store", "of-registry"):
         site.until(f"the model of {name} is there", lambda name=name: site.condition(name, "ModelReady").get("reason") == "Fetched")
         assert site.get("gisvc", name)["status"]["model"]["revision"]
+    jobs = sorted(job["metadata"]["name"] for job in site.get("jobs", "-l", fetches)["items"])
+    assert len(jobs) == 2 and '"resuming"' in site.kubectl("logs", f"job/{jobs[1]}"), "the second Job goes on with what the first one left"
     site.kubectl("patch", "secret", "store", "--type=merge", "-p", '{"stringData": {"AWS_SECRET_ACCESS_KEY": "wrong"}}')
     again = service("refused", "s3://models/tiny", replicas=0)
     again["spec"]["model"]["secretRef"] = {"name": "store"}

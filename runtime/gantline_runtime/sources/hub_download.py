@@ -30,7 +30,7 @@ def _bar_class(downloaded: Downloaded) -> type[tqdm[Any]]:
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            downloaded.add(int(kwargs.get("initial", 0) or 0))
+            downloaded.found(int(kwargs.get("initial", 0) or 0))
             kwargs = {key: value for key, value in kwargs.items() if key not in ("name", "log_level")}
             super().__init__(*args, **{**kwargs, "disable": True})
 
@@ -45,7 +45,7 @@ def download_file(model: HubModel, file: RemoteFile, folder: Path, downloaded: D
     """Bring `file` into `folder`, going on with what an earlier process left. Raises SourceError."""
     target = folder / file.name
     if target.exists() and target.stat().st_size == file.size:
-        downloaded.add(file.size)
+        downloaded.found(file.size)
         return
     with hub_errors(f"hf://{model.repository}", model.commit):
         _download(model, file, target, downloaded)

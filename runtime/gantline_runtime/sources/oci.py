@@ -81,7 +81,7 @@ class OciFiles:
     def _fetch_layer(self, layer: Layer, wanted: Sequence[RemoteFile], folder: Path, downloaded: Downloaded) -> None:
         # Whatever has its name already was taken from a verified blob, or will be verified itself.
         if all((folder / file.name).exists() and (folder / file.name).stat().st_size == file.size for file in wanted):
-            downloaded.add(layer.size)
+            downloaded.found(layer.size)
             return
         blob = folder / DOWNLOADS / f"{layer.digest.replace(':', '-')}.{wanted[0].name if layer.path else 'tar'}"
         resume_file(self.service, partial(self._registry.open_blob, layer.digest), blob, layer.size, downloaded)

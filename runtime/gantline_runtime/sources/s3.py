@@ -64,7 +64,7 @@ class S3Files:
     def _download(self, file: RemoteFile, folder: Path, downloaded: Downloaded) -> None:
         target = folder / file.name
         if target.exists() and target.stat().st_size == file.size:
-            downloaded.add(file.size)
+            downloaded.found(file.size)
             return
         # The ETag is in the partial file's name: bytes of a former state are not gone on with.
         passing = folder / DOWNLOADS / f"{file.name}.{hashlib.sha256(self._etags[file.name].encode()).hexdigest()[:16]}"

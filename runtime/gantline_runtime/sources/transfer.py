@@ -21,16 +21,23 @@ OpenRange = Callable[[int, int], AbstractContextManager[Iterable[bytes]]]
 
 
 class Downloaded:
-    """Bytes of all files so far, those that were there at the start included. Any thread may add."""
+    """Bytes of all files so far. Any thread may add."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._bytes, self._lock = progress, 0, threading.Lock()
+        self._progress, self._bytes, self._present, self._lock = progress, 0, 0, threading.Lock()
         self.cancelled = threading.Event()
 
-    def add(self, count: int, what: str = "fetching") -> None:
+    def found(self, count: int) -> None:
+        """So many bytes were there already."""
+        with self._lock:
+            self._bytes, self._present = self._bytes + count, self._present + count
+            if count:
+                self._progress.skip(self._present, self._bytes)
+
+    def add(self, count: int) -> None:
         with self._lock:
             self._bytes += count
-            self._progress.show(what, self._bytes)
+            self._progress.show("fetching", self._bytes)
 
 
 def stream_range(service: Service, open_range: OpenRange, start: int, end: int) -> Iterator[bytes]:
@@ -65,7 +72,7 @@ def resume_file(service: Service, open_range: OpenRange, path: Path, size: int, 
             stream.truncate(0)
             stream.seek(0)
         present = stream.tell()
-        downloaded.add(present)
+        downloaded.found(present)
         for piece in stream_range(service, open_range, present, size):
             _write_all(stream.write, piece)
             downloaded.add(len(piece))
