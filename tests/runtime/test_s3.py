@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from gantline_runtime.sources.uri import S3Location
 from gantline_runtime.termination import Reason
 
 from tests.runtime.checkpoint_files import model_files
-from tests.runtime.fetching import kill_mid_download, last_word, names
+from tests.runtime.fetching import kill_mid_download, last_word, names, start_fetch, wait_for_bytes
 from tests.runtime.s3_server import ACCESS_KEY, Store, serve_store
 
 FILES = {**model_files({"vocab_size": 4000}), "tokenizer.json": b"{}", "pytorch_model.bin": b"\x80", "modeling.py": b"import os"}
@@ -142,6 +143,22 @@ def test_a_killed_download_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
         assert fetch(tmp_path / "model") == 0
     assert store.starts("safetensors") == [150_000]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_a_fetch_that_is_told_to_go_leaves_at_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    with store_with(monkeypatch, bytes_per_s=200_000) as store:
+        monkeypatch.undo()  # the server's own pace needs a sleep that sleeps
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        process = start_fetch(URI, target, log=subprocess.DEVNULL)
+        wait_for_bytes(target.with_name("model.partial"), 50_000)
+        process.terminate()
+        assert process.wait(30) == 143
+        store.bytes_per_s = 0
+        store.requests.clear()
+        monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("there is nobody to wait for"))
+        assert fetch(target) == 0
+    assert store.starts("safetensors")[0] >= 50_000
 
 
 def test_a_disk_that_fills_up_is_said_to_be_full_and_the_rest_comes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
