@@ -171,11 +171,12 @@ def get(cluster: ApiCluster, kind: str, name: str, namespace: str) -> Object:
 
 
 def items(cluster: ApiCluster, plural: str, namespace: str) -> list[Object]:
-    found = cluster.client.get(_path(plural, namespace)).get("items") or []
+    found = cluster.client.get(path_of(plural, namespace)).get("items") or []
     return sorted(found, key=lambda item: item["metadata"]["name"])
 
 
-def _path(plural: str, namespace: str) -> str:
+def path_of(plural: str, namespace: str) -> str:
+    """Of the objects of a kind in the namespace."""
     group = {
         "jobs": "/apis/batch/v1",
         "deployments": "/apis/apps/v1",
@@ -191,7 +192,7 @@ def _path(plural: str, namespace: str) -> str:
 
 
 def status(cluster: ApiCluster, name: str, namespace: str) -> Object:
-    found: Object = cluster.client.get(f"{_path('inferenceservices', namespace)}/{name}").get("status") or {}
+    found: Object = cluster.client.get(f"{path_of('inferenceservices', namespace)}/{name}").get("status") or {}
     return found
 
 
@@ -254,7 +255,7 @@ def assert_converged(cluster: ApiCluster, name: str, namespace: str, expected: l
     wait_reason(cluster, name, namespace, "Ready")
     wait(lambda: children(cluster, namespace) == expected, what=lambda: (children(cluster, namespace), expected))
     wait(lambda: settled(cluster, namespace, quiet_s), what=lambda: "resourceVersions keep moving")
-    parent = cluster.client.get(f"{_path('inferenceservices', namespace)}/{name}")
+    parent = cluster.client.get(f"{path_of('inferenceservices', namespace)}/{name}")
     assert parent["status"]["observedGeneration"] == parent["metadata"]["generation"]
     assert {item["observedGeneration"] for item in parent["status"]["conditions"]} == {parent["metadata"]["generation"]}
     for plural in KINDS[:-1]:
@@ -338,14 +339,14 @@ def inspected(**models: Object) -> list[tuple[str, str, str, str, Object]]:
     return [("inspect", name, "complete", answer(facts=facts), {}) for name, facts in models.items()]
 
 
-def gpu_nodes(cluster: ApiCluster, namespace: str, profile: str, count: int = 1) -> Object:
+def gpu_nodes(cluster: ApiCluster, namespace: str, profile: str, count: int = 1, *, name: str = "") -> Object:
     """Nodes for one test alone; the spec that goes there. Services of a test before, which are being deleted, keep off.
 
     Their names were never used before: kwok takes a minute to notice a node that comes back under its old name.
     """
     nodes = profiles.load(profile, count)
     for node in nodes:
-        node["metadata"]["name"] += namespace.removeprefix("test")
+        node["metadata"]["name"] += namespace.removeprefix("test") + name
         node["metadata"]["labels"] |= {"for": namespace, "kubernetes.io/hostname": node["metadata"]["name"]}
     add_nodes(cluster.client, nodes)
     return {"accelerator": {"resource": "auto", "nodeSelector": {"for": namespace}}}

@@ -34,7 +34,9 @@ Name = tuple[str, str]
 _KEPT_REVISIONS = 3
 
 
-def assert_at_rest(cluster: ApiCluster, *namespaces: str, settings: OperatorSettings = SETTINGS, quiet_s: float = 1.0) -> None:
+def assert_at_rest(
+    cluster: ApiCluster, *namespaces: str, settings: OperatorSettings = SETTINGS, quiet_s: float = 1.0, timeout_s: float = 60.0
+) -> None:
     """Waits until all services of the namespaces are as they should be; fails with what is not."""
     found: list[str] = ["nothing was looked at yet"]
 
@@ -47,8 +49,8 @@ def assert_at_rest(cluster: ApiCluster, *namespaces: str, settings: OperatorSett
         time.sleep(quiet_s)
         return [versions(cluster, namespace) for namespace in namespaces] == before and good()
 
-    wait(good, what=lambda: "\n".join(found), every_s=0.4)  # each look is some twenty requests
-    wait(still, what=lambda: "\n".join(found) or "resourceVersions keep moving")
+    wait(good, what=lambda: "\n".join(found), timeout_s=timeout_s, every_s=0.4)  # each look is some twenty requests
+    wait(still, what=lambda: "\n".join(found) or "resourceVersions keep moving", timeout_s=timeout_s)
 
 
 def assert_gone(cluster: ApiCluster, *namespaces: str) -> None:

@@ -110,7 +110,7 @@ def test_a_service_that_is_made_anew_adopts_what_it_left_behind_and_restarts_not
 
 def test_names_that_strangers_took_are_told_and_theirs_stay(cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every kind of child, before the service came; one has a controller of its own and labels like ours."""
-    monkeypatch.setattr(apply_module.Problem, "retry_s", 0.5)
+    monkeypatch.setattr(apply_module.Problem.__init__, "__defaults__", (0.5,))
     labels = {"app.kubernetes.io/managed-by": "gantline-operator", "gantline.io/service": "tiny"}
     owner = {"apiVersion": "v1", "kind": "Node", "name": "cpu-0", "controller": True}
     owner["uid"] = cluster.client.get("/api/v1/nodes/cpu-0")["metadata"]["uid"]

@@ -130,10 +130,12 @@ def test_a_definition_that_is_late_tightened_or_gone_and_outages_of_the_api_serv
             patch(cluster, "tiny", "default", {"replicas": 7})
             wait(lambda: seen("tiny"))
             assert "stages" not in status(cluster, "tiny", "default")
-            cluster.kubectl("delete", "crd", "inferenceservices.gantline.io")
-            install_crd(cluster)
-            if operator.dead.wait(3):  # as the kubelet would
-                operator = Operator(cluster).__enter__()
+        doomed = Operator(cluster).__enter__()
+        wait(lambda: doomed.writes)
+        cluster.kubectl("delete", "crd", "inferenceservices.gantline.io")
+        assert doomed.dead.wait(60), "it ends, to be started anew by the kubelet and wait for its definition"
+        install_crd(cluster)
+        with Operator(cluster):
             apply(cluster, service("again", "default"))
             wait(lambda: seen("again"))
 
@@ -214,7 +216,6 @@ def test_a_full_disk_is_told_and_tried_again_until_there_is_room(
 def test_a_quota_that_refuses_a_child_is_a_condition_and_heals(
     cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(apply_module, "_SLOW_RETRY_S", 1.0)
     path = f"/api/v1/namespaces/{namespace}/resourcequotas"
     cluster.client.post(path, {"metadata": {"name": "tight"}, "spec": {"hard": {"count/deployments.apps": "0"}}})
     wait(lambda: cluster.client.get(f"{path}/tight").get("status", {}).get("hard"))
@@ -251,7 +252,7 @@ def test_the_operator_works_under_the_charts_own_rights_and_waits_for_one_that_i
     cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Namespaced, without a look at nodes: the least that the chart can be installed with. Its Service is the fourth of five children."""
-    monkeypatch.setattr(apply_module.Problem, "retry_s", 0.5)
+    monkeypatch.setattr(apply_module.Problem.__init__, "__defaults__", (0.5,))
     from tests.operator.helm import render
 
     values = {"rbac": {"scope": "namespace", "readNodes": False, "userRoles": False}, "watchNamespaces": [namespace]}
@@ -265,7 +266,7 @@ def test_the_operator_works_under_the_charts_own_rights_and_waits_for_one_that_i
         item["metadata"].setdefault("namespace", namespace)
     lacking = [without_services(item) if item["kind"] == "Role" else item for item in objects]
     apply(cluster, *lacking)
-    account = next(item["metadata"]["name"] for item in objects if item["kind"] == "ServiceAccount")
+    account = "gantline"
     kubeconfig: Path = cluster.service_account_kubeconfig(namespace, account)
     with Operator(cluster, replace(SETTINGS, watch_namespaces=(namespace,)), kubeconfig=kubeconfig):
         apply(cluster, service("tiny", namespace))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.operator.harness import (
     inspected,
     install_crd,
     patch,
+    path_of,
     remove_gpu_nodes,
     server_pods,
     service,
@@ -35,6 +37,7 @@ from tests.operator.harness import (
     wait,
     wait_reason,
 )
+from tests.operator.oracle import assert_at_rest
 from tests.operator.planning import accepted, cluster_of, spec_of
 from tests.operator.test_status import pod
 
@@ -56,6 +59,7 @@ def broken(reason: Reason, restarts: int) -> Any:
         (GOOD, COMING, [broken(Reason.ENGINE_CRASH_LOOP, 2)], GOOD),
         (GOOD, COMING, [broken(Reason.ENGINE_CRASH_LOOP, 3)], RolloutRecord("r0", "r1", "It is broken.")),
         (GOOD, COMING, [broken(Reason.INVALID_CONFIGURATION, 1)], RolloutRecord("r0", "r1", "It is broken.")),
+        (GOOD, COMING, [broken(Reason.SMOKE_REQUEST_FAILED, 1)], RolloutRecord("r0", "r1", "It is broken.")),
         (GOOD, COMING, [broken(Reason.WAITING_FOR_CAPACITY, 9)], GOOD),
         (GOOD, LATE, [broken(Reason.WAITING_FOR_CAPACITY, 0)], GOOD),
         (GOOD, LATE, [broken(Reason.IMAGE_PULL_FAILED, 0)], RolloutRecord("r0", "r1", "It is broken.")),
@@ -115,7 +119,7 @@ def test_a_revision_of_an_earlier_release_goes_on_as_it_began() -> None:
 @pytest.fixture(scope="module")
 def world(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
     install_crd(api_cluster)
-    fates(api_cluster, inspected(**dict.fromkeys(("chat", "keeps", "tight"), TINY), gpu=FACTS))
+    fates(api_cluster, inspected(**dict.fromkeys(("chat", "keeps", "slow"), TINY), gpu=FACTS))
     if not api_cluster.client.get("/api/v1/nodes").get("items"):
         api_cluster.simulate("cpu", 1)
     yield api_cluster
@@ -157,6 +161,42 @@ def _ready_of(cluster: ApiCluster, name: str, namespace: str, revision: str) -> 
     pods = server_pods(cluster, name, namespace)
     marks = {pod["metadata"]["labels"]["gantline.io/revision"] for pod in pods}
     return found if found["revision"] == revision and marks == {revision} and found["readyReplicas"] == 1 else None
+
+
+def test_a_revision_that_is_late_or_fails_its_smoke_request_is_rolled_back_while_the_service_stays_servable(
+    world: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that comes while the service is paused is not even tried."""
+    rendering = importlib.import_module("gantline_operator.resources.serving")
+    monkeypatch.setattr(rendering, "startup_budget_s", lambda plan: 5)
+    monkeypatch.setattr(rendering, "_PULL_ALLOWANCE_S", 0)
+    smoke = answer("SmokeRequestFailed", message="the smoke request failed: no token came back")
+    path = path_of("inferenceservices", namespace)
+
+    def servable(wanted: Callable[[dict[str, Any]], object]) -> bool:
+        conditions = {item["type"]: item for item in status(world, "slow", namespace)["conditions"]}
+        assert conditions["Servable"]["status"] == "True"
+        return bool(wanted(conditions))
+
+    with serving(world, namespace):
+        apply(world, service("slow", namespace))
+        wait_reason(world, "slow", namespace, "Ready")
+        good = status(world, "slow", namespace)["revision"]
+        ends = (("never-ready", "", "predicted time"), ("crash-loop", smoke, "no token came back"))
+        for number, (how, message, words) in enumerate(ends):
+            fates(world, [("server", "slow", how, message, {})])
+            patch(world, "slow", namespace, {"engine": {"maxBatchSize": 3 + number}})
+            rolled_back = lambda found, words=words: found["Ready"]["reason"] == "RolledBack" and words in found["Ready"]["message"]
+            wait(lambda wanted=rolled_back: servable(wanted))
+            wait(lambda: _ready_of(world, "slow", namespace, good), what=lambda: status(world, "slow", namespace))
+            assert_at_rest(world, namespace)
+        assert event_reasons(world, "slow", namespace).count("RolledBack") == 2, "it does not flap"
+        before = {pod["metadata"]["uid"] for pod in server_pods(world, "slow", namespace)}
+        world.kubectl("annotate", "gisvc/slow", "-n", namespace, "gantline.io/paused=true")
+        world.client.call("PATCH", f"{path}/slow", {"spec": {"engine": {"maxBatchSize": 9}}}, content_type="application/merge-patch+json")
+        wait(lambda: servable(lambda found: found["Ready"]["reason"] == "Paused" and found["Ready"]["observedGeneration"] == 4))
+        assert {pod["metadata"]["uid"] for pod in server_pods(world, "slow", namespace)} == before
+        fates(world, [("server", "slow", "ready", "", {})])
 
 
 def test_without_auto_rollback_a_broken_revision_stays(world: ApiCluster, namespace: str) -> None:

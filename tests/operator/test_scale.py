@@ -1,10 +1,24 @@
-"""Many services: a restarted operator looks at all of them and changes nothing. Figures are benchmarks/operator_scale.py's."""
+"""Many services: a restarted operator changes nothing, and churn ends as it should. Figures are benchmarks/operator_scale.py's."""
 
 from __future__ import annotations
 
 from gantline_devcluster.api_only import ApiCluster
 
-from tests.operator.harness import TINY, apply, fates, inspected, install_crd, items, service, serving, versions, wait, wait_reason
+from tests.operator.churn import Churn
+from tests.operator.harness import (
+    TINY,
+    apply,
+    fates,
+    inspected,
+    install_crd,
+    items,
+    remove_gpu_nodes,
+    service,
+    serving,
+    versions,
+    wait,
+    wait_reason,
+)
 
 NAMES = [f"many{index}" for index in range(12)]
 
@@ -25,3 +39,18 @@ def test_a_restarted_operator_verifies_everything_and_writes_no_change(api_clust
         wait(lambda: sum("/deployments/" in path for _, path in operator.writes) >= len(NAMES))
         # All that it applied was as it stood: not one resourceVersion moved, no event was sent.
         assert versions(api_cluster, namespace) == before
+
+
+def test_churn_ends_with_what_the_specs_ask_for(api_cluster: ApiCluster, namespace: str) -> None:
+    """Seconds of what `python -m tests.operator.churn` does for half an hour."""
+    install_crd(api_cluster)
+    if not api_cluster.client.get("/api/v1/nodes").get("items"):
+        api_cluster.simulate("cpu", 1)
+    try:
+        with Churn(api_cluster, namespace, services=5, seed=1) as churn:
+            for _ in range(30):
+                churn.step()
+            churn.settle()
+            assert len(churn.done) >= 8, churn.done
+    finally:
+        remove_gpu_nodes(api_cluster, namespace)

@@ -11,7 +11,7 @@ from gantline_operator.apply import Problem
 from gantline_operator.conditions import Reason
 from gantline_operator.pod_state import PodState, Trouble, read_pod
 from gantline_operator.stages import Create, Failed, Record, Running
-from gantline_operator.status import Findings, Rollout, build_status, read_rollout
+from gantline_operator.status import Findings, Rollout, build_conditions, build_status, read_rollout
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 MODEL = {"source": "s", "architecture": "LlamaForCausalLM", "weightBytes": 2_000_000_000}
@@ -155,6 +155,24 @@ NEW = replace(SERVING, pods=[], rollout=None, revision="", current=False, model=
 def test_each_finding_has_its_reason(found: Findings, expected: dict[str, str]) -> None:
     reasons = {kind: reason for kind, (_, reason) in brief(found).items()}
     assert {kind: reasons.get(kind) for kind in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "revision", "expected"),
+    [
+        ({}, "r1", ("False", "it never started")),
+        ({"good": "r1"}, "r1", ("True", "The last start succeeded")),
+        ({"good": "r0"}, "r1", ("True", "The last start succeeded")),
+        ({"good": "r0", "failed": "r1"}, "r1", ("False", "the last start failed")),
+        ({"good": "r0", "failed": "r1"}, "r0", ("True", "The last start succeeded")),
+    ],
+)
+def test_at_zero_a_service_is_servable_if_its_last_start_succeeded(
+    record: dict[str, str], revision: str, expected: tuple[str, str]
+) -> None:
+    found = replace(SERVING, rollout=Rollout(True, 0, 0, 0, 0), pods=[], rollout_record=record, revision=revision)
+    [condition] = [item for item in build_conditions(found) if item.type.value == "Servable"]
+    assert condition.status == expected[0] and expected[1] in condition.message
 
 
 def test_a_failed_update_says_that_the_old_revision_still_serves() -> None:
