@@ -81,7 +81,10 @@ def _caller(key: ApiKey) -> Caller:
 
 
 class KeyCheck:
-    """Sets the key for the request, and its name for the log. Raises ApiError 401."""
+    """Sets the key for the request, and its name for the log. Raises ApiError 401.
+
+    A key of the gateway's goes no further. Where it has none, what clients send is left to replicas that ask for keys of their own.
+    """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
@@ -91,4 +94,6 @@ class KeyCheck:
         if scope["type"] == "http":
             key = self._access.identify(Headers(scope=scope).get("authorization", ""))
             scope["state"] |= {_STATE: key, "api_key": key.name}
+            if key is not ANYONE:
+                scope["headers"] = [header for header in scope["headers"] if header[0] != b"authorization"]
         await self._app(scope, receive, send)

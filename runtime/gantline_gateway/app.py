@@ -48,10 +48,10 @@ _MAX_SESSION_BYTES = 256
 _NOT_PASSED_ON = frozenset(
     {
         "host", "content-length", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-        "transfer-encoding", "upgrade", "expect", "x-request-id", HEADER, CALLER, "authorization",
+        "transfer-encoding", "upgrade", "expect", "x-request-id", HEADER, CALLER,
     }
 )  # fmt: skip
-"""Of the connection to the client, or set anew, or meant for the gateway alone."""
+"""Of the connection to the client, or set anew."""
 
 Visible = Callable[[Scope, Service], bool]
 """Whether who sent a request may know and use a service."""

@@ -11,6 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from gantline_gateway.access import Access, KeyCheck
+from gantline_gateway.key_sources import FileKeys
+from gantline_runtime.server.reloading import Reloader
+from starlette.types import Receive, Scope, Send
 
 from tests.gateway.gateway_process import GatewayProcess, gateway, write_services
 from tests.runtime.server_process import ServerProcess, wait_until
@@ -81,6 +85,23 @@ def test_with_a_key_an_unchanged_client_works_and_the_log_has_its_name_alone(gua
     assert client.chat.completions.create(**CHAT).choices[0].message.content == "Hello there"
     wait_until(lambda: any(entry.get("api_key") == "alice" for entry in guarded.logs), what="the log line")
     assert not [entry for entry in guarded.logs if ALICE in str(entry)]
+
+
+@pytest.mark.parametrize("needed", [True, False])
+async def test_a_key_of_the_gateways_goes_no_further_and_others_are_left_to_the_replicas(keys: Path, needed: bool) -> None:
+    passed_on: list[tuple[bytes, bytes]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        passed_on.extend(scope["headers"])
+
+    headers = [(b"authorization", f"Bearer {ALICE}".encode()), (b"x-other", b"1")]
+    check = KeyCheck(app, Access(FileKeys(keys, Reloader()) if needed else None))
+    await check({"type": "http", "headers": headers, "state": {}}, _nothing, _nothing)
+    assert passed_on == (headers[1:] if needed else headers)
+
+
+async def _nothing(*_: Any) -> Any:
+    return None
 
 
 def test_a_key_sees_and_uses_the_models_that_it_may(guarded: GatewayProcess) -> None:
