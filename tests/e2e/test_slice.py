@@ -131,11 +131,13 @@ def test_logs_of_operator_job_and_runtime_can_be_read(site: Site) -> None:
     assert site.kubectl("logs", "deployment/chat")
 
 
-def test_the_operator_is_no_admin(site: Site) -> None:
+def test_the_operator_is_no_admin_and_the_gateway_only_reads(site: Site) -> None:
     account = "--as=system:serviceaccount:gantline-system:gantline"
     for what in ("get secrets", "create pods --subresource=exec", "delete nodes", "create clusterroles", "create rolebindings"):
         assert site.kubectl("auth", "can-i", *what.split(), account, check=False).strip() == "no", what
     assert site.kubectl("auth", "can-i", "patch", "inferenceservices.gantline.io", "--subresource=status", account).strip() == "yes"
+    for what in ("get secrets", "get pods", "patch inferenceservices.gantline.io"):
+        assert site.kubectl("auth", "can-i", *what.split(), f"{account}-gateway", check=False).strip() == "no", what
 
 
 def test_a_killed_runtime_comes_back(site: Site) -> None:
