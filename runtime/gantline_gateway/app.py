@@ -112,20 +112,22 @@ class Gateway:
         self._check_state()
         headers = Headers(scope=scope)
         check_content_type(headers)
-        share = self.bodies.reserve(_expected_bytes(headers, self.max_body_bytes))
+        share, cut = self.bodies.reserve(_expected_bytes(headers, self.max_body_bytes)), self.running.begin()
         try:
             body = await read_body(Request(scope, receive), self.max_body_bytes)
             share.resize(len(body))
-            await self._answer(self._begin(scope, headers, body, Answer(scope, receive, send), share, began_at), scope, receive)
+            exchange = self._begin(scope, headers, body, Answer(scope, receive, send), share, began_at)
+            await self._answer(exchange, scope, receive, cut)
         finally:
+            self.running.end(cut)
             share.release()
 
-    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, cut: asyncio.Future[None]) -> None:
         traffic = self.traffic.of(exchange.service.key)
         traffic.last_request_at = self.traffic.clock()
         scope.setdefault("state", {})["exchange"] = exchange
         try:
-            await self._run(exchange, receive)
+            await self._run(exchange, receive, cut)
         finally:
             traffic.last_request_at = self.traffic.clock()
             traffic.outcomes[exchange.outcome or "failed"] += 1
@@ -155,9 +157,8 @@ class Gateway:
             session=(headers.get("x-session-id") or question.cache_key).encode()[:_MAX_SESSION_BYTES],
         )
 
-    async def _run(self, exchange: Exchange, receive: Receive) -> None:
+    async def _run(self, exchange: Exchange, receive: Receive, cut: asyncio.Future[None]) -> None:
         """Until it is answered, the client leaves, or a drain cuts it off."""
-        cut = self.running.begin()
         work = asyncio.ensure_future(self._handler()(exchange))
         leaving = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -172,7 +173,6 @@ class Gateway:
                 exchange.outcome = "left"
                 raise ClientLeft
         finally:
-            self.running.end(cut)
             leaving.cancel()
             await _stop(work)
 

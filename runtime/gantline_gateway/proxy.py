@@ -1,8 +1,8 @@
 """One request from its question to the end of its answer: pick a replica, hold while there is none, send, try again, pass on.
 
-What has not begun to stream may be sent to another replica: after a refused connection and after a 503 or 429, which a replica answers
-before it does anything, as often as there are others; after a broken connection, which may have been this very request's fault, at most
-`resets` times. After the first byte nothing is tried again: a stream ends with an error event.
+What has not begun to stream may be sent to another replica: after a refused connection and after a 503, which a replica answers before it
+does anything, as often as there are others; after a 429 twice; after a broken connection, which may have been this very request's fault, at
+most `max_resets` times. After the first byte nothing is tried again: a stream ends with an error event.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ _SUSPICION_S = 5.0
 """For so long a replica that could not be reached is asked only where there is no other."""
 _WHOLE_BYTES = 1 << 20
 """Answers up to this size are taken in whole before anything is sent on, so that they can be had from another replica."""
-_ENGINE_DEAD = "engine_dead"
-_NOT_NOW = frozenset({"draining", "not_ready", "shutting_down", _ENGINE_DEAD, "queue_full"})
-"""Codes with which a replica of status 429 or 503 has done nothing for the request."""
+_MOST_BUSY = 2
+"""After so many full queues, the next one's refusal is passed on: where all are full, asking all of them makes it worse."""
+_QUEUE_FULL, _ENGINE_DEAD = "queue_full", "engine_dead"
+_NOT_NOW = frozenset({"draining", "not_ready", "shutting_down", _ENGINE_DEAD})
+"""Codes of a 503 with which a replica has done nothing for the request."""
 _NOT_PASSED_ON = frozenset({HEADER.encode(), b"x-request-id", b"date", b"server"})
 """Of the replica's headers: ours has its own."""
 
@@ -51,6 +53,7 @@ class _Attempts:
     failed: dict[str, str] = field(default_factory=dict)
     """Replicas that are not asked again before something changes, and why."""
     resets: int = 0
+    num_busy: int = 0
     refusal: tuple[UpstreamAnswer, bytes] | None = None
     """The latest 429: it is passed on where nobody else has room."""
 
@@ -151,10 +154,12 @@ class Proxy:
         code = read_error(answer.status, body).code if answer.status >= 400 else ""
         if answer.status == 500 and code == _ENGINE_DEAD:
             raise Broken("its engine died")
-        if answer.status in (429, 503) and code in _NOT_NOW:
-            if answer.status == 429:
-                attempts.refusal = (answer, body)
-            _give_up(attempts, replica, traffic, "busy" if answer.status == 429 else "not_ready", code)
+        if answer.status == 503 and code in _NOT_NOW:
+            _give_up(attempts, replica, traffic, "not_ready", code)
+            return False
+        if answer.status == 429 and code == _QUEUE_FULL and attempts.num_busy < _MOST_BUSY:
+            attempts.refusal, attempts.num_busy = (answer, body), attempts.num_busy + 1
+            _give_up(attempts, replica, traffic, "busy", code)
             return False
         await self._pass_on_whole(exchange, answer, body)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,14 +24,22 @@ def replicas() -> Iterator[dict[str, ScriptedReplica]]:
 
 
 @pytest.fixture(scope="module")
+def crowd() -> Iterator[list[ScriptedReplica]]:
+    """Replicas that are all busy."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(scripted("busy"))["busy"] for _ in range(5)]
+
+
+@pytest.fixture(scope="module")
 def troubled(
-    tmp_path_factory: pytest.TempPathFactory, echo: ServerProcess, replicas: dict[str, ScriptedReplica]
+    tmp_path_factory: pytest.TempPathFactory, echo: ServerProcess, replicas: dict[str, ScriptedReplica], crowd: list[ScriptedReplica]
 ) -> Iterator[GatewayProcess]:
     """For each script a service whose only replica has it, and another that has `echo` beside it."""
     beside = [{"name": f"{name}-and-good", "servedName": "echo", "replicas": [item.url, echo.url]} for name, item in replicas.items()]
     alone = [{"name": name, "replicas": [item.url]} for name, item in replicas.items()]
+    full = {"name": "crowd", "replicas": [item.url for item in crowd]}
     gone = {"name": "gone-and-good", "servedName": "echo", "replicas": [closed_url(), echo.url]}
-    file = write_services(tmp_path_factory.mktemp("troubled") / "services.json", *beside, *alone, gone)
+    file = write_services(tmp_path_factory.mktemp("troubled") / "services.json", *beside, *alone, gone, full)
     with gateway(file, "--max-resets=1", "--hold-timeout=0.5", "--hold-silence=60") as process:
         yield process
 
@@ -66,6 +75,11 @@ def test_a_replica_that_takes_no_connection_is_made_good_and_then_avoided(troubl
 def test_a_full_queue_everywhere_is_passed_on_with_its_retry_after(troubled: GatewayProcess) -> None:
     answer = ask(troubled, "busy")
     assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (429, "7", "queue_full")
+
+
+def test_where_all_are_busy_not_all_are_asked(troubled: GatewayProcess, crowd: list[ScriptedReplica]) -> None:
+    assert ask(troubled, "crowd").status_code == 429
+    assert sum(replica.requests for replica in crowd) == 3
 
 
 def test_a_request_that_breaks_connections_does_not_go_around_all_replicas(
