@@ -23,7 +23,7 @@ from typing import Any
 
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine_loop import StepTimes
-from gantline_runtime.messages import EngineRequest, TokenOutput
+from gantline_runtime.messages import EngineRequest, FinishReason, TokenLogprobs, TokenOutput
 
 ROOT = Path(__file__).resolve().parents[1]
 _MODEL = ROOT / "examples" / "tiny-model"
@@ -47,13 +47,18 @@ class InstantEngine:
 
     def __init__(self, model_dir: str, config: EngineConfig, on_progress: Callable[[Any], None] | None = None) -> None:
         self._left: dict[str, int] = {}
+        self._scored: set[str] = set()
+        """Requests that want log-probabilities, as the server's own first one does."""
         rate = float(os.environ.get("GANTLINE_STEPS_PER_SECOND", "0"))
         self._period, self._next = (1 / rate if rate else 0.0), 0.0
 
     def add_request(self, request: EngineRequest) -> None:
         self._left[request.request_id] = request.sampling.max_new_tokens
+        if request.sampling.num_logprobs is not None:
+            self._scored.add(request.request_id)
 
     def abort(self, request_id: str) -> bool:
+        self._scored.discard(request_id)
         return self._left.pop(request_id, None) is not None
 
     def has_work(self) -> bool:
@@ -67,11 +72,19 @@ class InstantEngine:
             self._left[name] = left - 1
             if left == 1:
                 del self._left[name]
-            outputs.append(TokenOutput(request_id=name, token_ids=[300 + left % 1000], finish_reason="length" if left == 1 else None))
+            logprobs = [TokenLogprobs(-0.1, [], [])] if name in self._scored else None
+            reason: FinishReason | None = "length" if left == 1 else None
+            outputs.append(TokenOutput(request_id=name, token_ids=[300 + left % 1000], logprobs=logprobs, finish_reason=reason))
         return outputs
 
     def stats(self) -> Any:
         return _Nothing()
+
+    def prefix_marks(self) -> list[int]:
+        return []
+
+    def take_prefix_changes(self) -> tuple[list[int], list[int]]:
+        return [], []
 
     def close(self) -> None:
         pass
