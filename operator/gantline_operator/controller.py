@@ -80,6 +80,7 @@ class Controller:
             scaling=self.targets,
             calibration=lambda: self.measuring.calibration,
             report=lambda start: self.measuring.report(start),
+            device_failed=lambda node: self.metrics.device_failures.labels(node).inc(),
             cache_seen=self._note_cache,
             cache_awaited=self._await_cache,
             evicted=self._count_eviction,

@@ -41,6 +41,9 @@ class Metrics:
         self.duration = Histogram("gantline_reconcile_seconds", "Time of one reconcile.", registry=self.registry, buckets=_LATENCY_S)
         self.plan_duration = Histogram("gantline_plan_seconds", "Time of one plan.", registry=self.registry, buckets=_LATENCY_S)
 
+        self.device_failures = Counter(
+            "gantline_gpu_failures", "Pods that were replaced since a GPU failed, by node.", ["node"], registry=self.registry
+        )
         self.evictions = Counter("gantline_cache_evictions", "Artefacts removed from cache volumes to make room.", registry=self.registry)
         self.evicted_bytes = Counter("gantline_cache_evicted_bytes", "Bytes of these.", registry=self.registry)
 

@@ -17,6 +17,7 @@ A paused service (gantline.io/paused) goes the same way, but none of its childre
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +28,13 @@ from gantline_operator.calibration import key_of
 from gantline_operator.client import Forbidden, KindMissing, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.measuring import Start
+from gantline_operator.observe import PODS
 from gantline_operator.plan import Plan
 from gantline_operator.plan_status import from_status, to_status
 from gantline_operator.pod_state import Trouble
 from gantline_operator.preparation import Preparation
 from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, sentence
+from gantline_operator.replacement import choose_replacement
 from gantline_operator.resources import ModelLocation
 from gantline_operator.rollback import RolloutRecord, advance
 from gantline_operator.rollout_strategy import Strategy, choose_strategy
@@ -39,6 +42,8 @@ from gantline_operator.spec import SpecError, parse_service
 from gantline_operator.status import first_started, read_rollout, write_time
 
 __all__ = ["Reconcile"]
+
+_log = logging.getLogger(__name__)
 
 _REVISIONS = next(kind for kind in CHILD_KINDS if kind.kind == "ControllerRevision")
 _KEPT_REVISIONS = 3
@@ -98,6 +103,7 @@ class Reconcile(Preparation):
         except resources.MissingImage as error:
             self._found["plan_trouble"] = Trouble(Reason.NO_RUNTIME_IMAGE, sentence(str(error)))
             await self._keep_serving()
+        await self._replace_broken()
         await self._autoscale()
         await self._let_go()
         await self._retire_jobs()
@@ -117,6 +123,26 @@ class Reconcile(Preparation):
         self._found["rollout_record"] = {**self._found["rollout_record"], **record.to_status()}
         if record.gives_up(mark):
             self._look_again(0.0)  # the decision is written down first: a restart in between must come to the same
+
+    async def _replace_broken(self) -> None:
+        """A pod whose GPU failed goes, so that its successor gets another one."""
+        pod = choose_replacement(self.server_pods) if not (self.paused or self.spec.suspend) else None
+        if pod is None:
+            return
+        now = self.cluster.now()
+        due = self.memory.replacements.due(now)
+        if due > now:
+            self._look_again((due - now).total_seconds())
+            return
+        self.cluster.count(PODS.kind, "delete")
+        try:
+            await self.cluster.client.delete(PODS, self.namespace, pod.name, uid=pod.uid)
+        except Forbidden as error:  # a role of an earlier release: the kubelet restarts it in place, as it did then
+            _log.warning("%s: pod %s is not replaced: %s", self.key, pod.name, error)
+            return
+        self.memory.replacements = self.memory.replacements.after(now)
+        self.cluster.device_failed(pod.node)
+        _log.warning("%s: replaced pod %s, whose GPU failed on node %s", self.key, pod.name, pod.node)
 
     def _learn(self, model: ModelFacts, planned: Plan) -> None:
         """How the revision's first pod came up, from itself. Once it is in the status nobody is asked again."""

@@ -22,6 +22,7 @@ from gantline_operator.measuring import Start
 from gantline_operator.observe import PODS
 from gantline_operator.plan import Plan
 from gantline_operator.pod_state import PodState, read_pod
+from gantline_operator.replacement import Replacements
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.stages import Record
@@ -49,6 +50,8 @@ class Memory:
     """Generation and revision that were pruned last."""
     planned: tuple[int, str] = (0, "")
     """Generation and inputs of the plan whose pods have their nodes."""
+    replacements: Replacements = Replacements()
+    """Of pods whose GPU failed."""
     handed_over: int = 0
     """Generation of which it is known that no other controller's autoscaler is left."""
     welcomed: bool = False
@@ -83,6 +86,8 @@ class Cluster:
     """What starts of models have measured."""
     report: Callable[[Start], PodReport | None] = lambda start: None
     """What a pod says of its start; None as long as it has not been asked, or does not answer."""
+    device_failed: Callable[[str], None] = lambda node: None
+    """Told of each pod that was replaced since a GPU of this node failed."""
     cache_seen: Callable[[tuple[str, str], Ledger, int | None], None] = lambda claim, ledger, limit_bytes: None
     """Told of what a claim (namespace, name) holds, for /metrics and for those that wait for another one's write."""
     cache_awaited: Callable[[str, str], None] = lambda service, claim: None

@@ -353,12 +353,21 @@ def _serving_trouble(found: Findings) -> Trouble | None:
     broken = [pod for pod in found.server_pods if pod.trouble and pod.trouble.reason not in UNPLACED and pod.phase != "Failed"]
     newest_first = sorted(broken, key=lambda pod: (pod.revision != found.revision, pod.name))
     if newest_first:
-        return newest_first[0].trouble
+        return _with_node(newest_first[0])
     late = rollout is not None and rollout.deadline_passed and not rollout.complete
     if late and any(pod.phase == "Running" and not pod.ready for pod in found.server_pods):
         cure = "See the pod's log; a slower volume than planned for is the usual cause."
         return Trouble(Reason.PROBE_TIMEOUT, "A pod runs but has not become ready within the predicted time.", cure)
     return None
+
+
+def _with_node(pod: PodState) -> Trouble | None:
+    """Of a GPU that failed it is of interest where it is: the pod is somewhere else soon."""
+    trouble = pod.trouble
+    if trouble is None or trouble.reason is not Reason.CUDA_ERROR:
+        return trouble
+    cure = f"{trouble.cure} The pod is replaced; see the kernel's log of the node (Xid), and drain it if this repeats.".strip()
+    return Trouble(trouble.reason, f"A GPU of node {pod.node} failed: {trouble.message}", cure)
 
 
 def _progressing(found: Findings, ready: Condition) -> Condition:

@@ -73,6 +73,19 @@ def test_the_model_was_quantized_in_a_job_and_the_result_is_judged(site: Site) -
     assert any(artefact["hash"] in argument for argument in arguments), arguments
 
 
+def test_what_its_start_took_is_told_and_kept_and_its_cache_is_noted(site: Site) -> None:
+    site.until("the pod has told", lambda: "weights" in site.get("gisvc", "chat")["status"]["startup"].get("phases", {}))
+    data = site.kubectl("get", "configmap", "gantline-calibration", "-n", "gantline-system", "-o", "jsonpath={.data.measurements}")
+    learnt = json.loads(data)
+    (measured,) = (item for key, item in learnt.items() if "/cpu/1/awq4/" in key)
+    assert 0 < measured["ratios"]["context"] < 1.5 and measured["loadSeconds"] > 0
+    note = json.loads(site.get("pvc", "chat-cache")["metadata"]["annotations"]["gantline.io/cache"])
+    (name, entry), *rest = note["artefacts"].items()
+    assert name.startswith("awq-") and entry["made"] and entry["users"][0].startswith("chat.") and not rest
+    verified = site.kubectl("exec", "deployment/chat", "--", "gantline", "verify", f"/mnt/cache/{name}")
+    assert "as they were published" in verified
+
+
 def test_wait_for_ready_returns_at_once(site: Site) -> None:
     site.kubectl("wait", "--for=condition=Ready", "gisvc/chat", "--timeout=5s")
 

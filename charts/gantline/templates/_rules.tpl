@@ -39,11 +39,11 @@
 - apiGroups: [inference.networking.k8s.io]
   resources: [inferencepools]
   verbs: [get, list, create, patch, delete]
-# `patch` is for one annotation, by which the least loaded pods go first when there are to be fewer. Whoever may make Deployments may run
-# any pod already, so it adds no power.
+# `patch` is for one annotation, by which the least loaded pods go first when there are to be fewer; `delete` for a pod whose GPU failed.
+# Whoever may make Deployments may run and delete any pod already, so they add no power.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, patch]
+  verbs: [get, list, watch, patch, delete]
 # Where scaling.controller names another controller than Gantline.
 - apiGroups: [autoscaling]
   resources: [horizontalpodautoscalers]
