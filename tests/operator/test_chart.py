@@ -137,7 +137,7 @@ def test_the_operator_may_do_to_each_kind_of_child_what_it_does(name: str) -> No
         assert granted[kind.api_version.rpartition("/")[0], kind.plural] == wanted, kind
     assert granted["gantline.io", "inferenceservices"] == {"get", "list", "watch"}, "the spec belongs to its author"
     assert granted["gantline.io", "inferenceservices/scale"] == {"get", "patch"}
-    assert granted["", "pods"] == {"get", "list", "watch", "patch"}
+    assert granted["", "pods"] == {"get", "list", "watch", "patch", "delete"}
     assert granted["gantline.io", "inferenceservices/status"] == {"patch"} and granted["events.k8s.io", "events"] == {"create"}
 
 
