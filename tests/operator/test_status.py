@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 from gantline_operator.apply import Problem
+from gantline_operator.autoscaling.policy import Policy
+from gantline_operator.autoscaling.targets import Report
 from gantline_operator.conditions import Reason
+from gantline_operator.events import transitions
 from gantline_operator.pod_state import PodState, Trouble, read_pod
 from gantline_operator.stages import Create, Failed, Record, Running
 from gantline_operator.status import Findings, Rollout, build_conditions, build_status, read_rollout
@@ -51,6 +54,34 @@ def conditions(found: Findings) -> dict[str, Any]:
 
 def brief(found: Findings) -> dict[str, tuple[str, str]]:
     return {kind: (item["status"], item["reason"]) for kind, item in conditions(found).items()}
+
+
+ASLEEP = replace(
+    SERVING, rollout=Rollout(True, 0, 0, 0, 0), pods=[], scaling=Policy(min=0, max=2), rollout_record={"good": "r1"}
+)  # fmt: skip
+
+
+def test_a_service_that_can_be_woken_is_servable_at_zero_and_says_what_wakes_it() -> None:
+    assert brief(ASLEEP)["Servable"] == ("True", "ScaledToZero") and brief(ASLEEP)["Ready"] == ("False", "ScaledToZero")
+    assert brief(ASLEEP)["ScalingReady"] == ("True", "ScalingActive")
+    assert "the next request starts one" in conditions(ASLEEP)["Servable"]["message"]
+    assert "the next request" not in conditions(replace(ASLEEP, scaling=Policy(min=1, max=2)))["Servable"]["message"]
+
+
+def test_what_stands_in_the_way_of_scaling_stands_in_its_condition_alone() -> None:
+    trouble = Trouble(Reason.METRICS_UNKNOWN, "Some load is not known.")
+    found = brief(replace(SERVING, scaling=Policy(max=2), scaling_report=Report(trouble=trouble)))
+    assert found["ScalingReady"] == ("False", "MetricsUnknown") and found["Ready"] == ("True", "Ready") and "Degraded" not in found
+
+
+def test_the_last_scaling_stays_in_the_status_for_as_long_as_the_spec_has_scaling() -> None:
+    last = {"at": "2026-11-21T10:00:00Z", "from": 1, "to": 0, "reason": "Idle", "inputs": "load 0.00"}
+    before = {"lastScale": last}
+    assert build_status(ASLEEP, before, NOW)["lastScale"] == last
+    assert "lastScale" not in build_status(SERVING, before, NOW)
+    told = [(event.reason, event.note) for event in transitions({}, {"lastScale": last})]
+    assert told == [("ScaledToZero", "From 1 to 0 replicas, Idle: load 0.00.")]
+    assert transitions(before, before) == []
 
 
 def test_a_service_that_serves_is_ready_and_has_no_inapplicable_condition() -> None:

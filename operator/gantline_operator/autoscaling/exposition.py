@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,18 +14,16 @@ __all__ = ["add_demands", "parse_demand", "parse_sample"]
 
 _RUNNING, _WAITING = "gantline_num_requests_running", "gantline_num_requests_waiting"
 _USAGE, _SERVED = "gantline_kv_cache_usage_perc", "gantline_prompt_tokens_total"
-_NAMES = frozenset({_RUNNING, _WAITING, _USAGE, _SERVED})
+_NAMES = (_RUNNING, _WAITING, _USAGE, _SERVED)
+_LINE = re.compile(rf"^({'|'.join(_NAMES)}) (\S+)", re.MULTILINE)
 _MOST = 1e15
 _MOST_SERVICES = 20_000
 
 
 def parse_sample(text: str, at: float) -> Sample | None:
     """A replica's sample from Prometheus' text format; None where one of the four series is missing or no number."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(" ")
-        if name in _NAMES and (value := _number(rest.partition(" ")[0])) is not None:
-            found[name] = value
+    values = {match[1]: _number(match[2]) for match in _LINE.finditer(text)}
+    found = {name: value for name, value in values.items() if value is not None}
     if len(found) < len(_NAMES):
         return None
     return Sample(at, int(found[_RUNNING]), int(found[_WAITING]), min(1.0, found[_USAGE]), found[_SERVED])
