@@ -18,13 +18,16 @@ from gantline_runtime.sizing import GIB
 from gantline_operator.cloud_labels import CloudGpu, from_cloud
 from gantline_operator.quantities import parse_quantity
 
-__all__ = ["AMD", "ASCEND_PREFIX", "NVIDIA", "Device", "Labels", "numbers", "read_devices", "vendor_of"]
+__all__ = ["AMD", "ASCEND_PREFIX", "DEVICE_CLASS_PREFIX", "NVIDIA", "Device", "Labels", "numbers", "read_devices", "vendor_of"]
 
 Labels = Mapping[str, str]
 
 NVIDIA, AMD, ASCEND_PREFIX = "nvidia.com/gpu", "amd.com/gpu", "huawei.com/Ascend"
+DEVICE_CLASS_PREFIX = "deviceclass.resource.kubernetes.io/"
+"""Before the name of a DeviceClass, a resource for which the scheduler makes a claim (`dynamic_devices.py`)."""
 _MIB = 1 << 20
 _MIG = re.compile(r"nvidia\.com/mig-(\d+g\.(\d+)gb(?:\.[a-z0-9.]+)?)")
+_DEVICE_CLASSES = ("gpu.nvidia.com", "mig.nvidia.com")
 _MIG_PRODUCT = re.compile(r"MIG-\d+g\.\d+gb")
 
 _ASCEND_GIB = {"910b4": 32, "910b": 64, "910_93": 64, "910c": 64, "910a": 32, "910": 32, "310p": 24, "310": 8}
@@ -70,7 +73,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def vendor_of(resource: str) -> str:
     """The vendor of an extended resource, or an empty text where it is no accelerator that we know."""
-    if resource == NVIDIA or _MIG.fullmatch(resource):
+    if resource == NVIDIA or _MIG.fullmatch(resource) or resource.removeprefix(DEVICE_CLASS_PREFIX) in _DEVICE_CLASSES:
         return "nvidia"
     if resource == AMD:
         return "amd"

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,11 @@ class Client:
 
     async def get(self, resource: Resource, namespace: str | None, name: str, *, subresource: str = "") -> Object:
         return await self._json("GET", resource.path(namespace, name, subresource))
+
+    async def version(self) -> tuple[int, ...]:
+        """The API server's, such as (1, 36)."""
+        found = await self._json("GET", "/version")
+        return tuple(int(digits) for part in ("major", "minor") if (digits := re.sub(r"\D.*", "", str(found.get(part, "")))))
 
     async def serves(self, resource: Resource) -> bool:
         """Whether the cluster knows the kind."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from gantline_operator.client import ApiError, Client, Forbidden, Gone, KindMissing, NotFound, Object, Resource
+from gantline_operator.dynamic_devices import ANY_CLASS_SINCE, Claim, DeviceClass, DynamicFacts, Slice, read_claim, read_class, read_slice
 from gantline_operator.facts import ClusterFacts, NodeFacts, PodUse, Reservation, cluster_facts, read_node, reduce_pod
 from gantline_operator.fields import SpecError
 from gantline_operator.inventory import Inventory, parse_inventory
@@ -28,6 +29,10 @@ __all__ = ["CONFIG_MAPS", "NODES", "PODS", "ClusterView", "Mirror"]
 NODES = Resource("v1", "Node", "nodes")
 PODS = Resource("v1", "Pod", "pods")
 CONFIG_MAPS = Resource("v1", "ConfigMap", "configmaps")
+SLICES, DEVICE_CLASSES, CLAIMS = (
+    Resource("resource.k8s.io/v1", kind, plural)
+    for kind, plural in (("ResourceSlice", "resourceslices"), ("DeviceClass", "deviceclasses"), ("ResourceClaim", "resourceclaims"))
+)
 
 T = TypeVar("T")
 
@@ -129,10 +134,16 @@ class ClusterView:
         self._nodes: Mirror[Object] = Mirror(client, NODES, _trimmed_node, changed)
         self._pods: Mirror[PodUse] = Mirror(client, PODS, reduce_pod, changed)
         self._node_facts: dict[str, tuple[Object, NodeFacts]] = {}
+        self._slices: Mirror[Slice] = Mirror(client, SLICES, read_slice, self._dynamic_changed)
+        self._classes: Mirror[DeviceClass] = Mirror(client, DEVICE_CLASSES, read_class, self._dynamic_changed)
+        self._claims: Mirror[Claim] = Mirror(client, CLAIMS, read_claim, self._dynamic_changed)
+        self._dynamic: DynamicFacts | None = None
+        self._any_class = False
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             if self._settings.observe_nodes == "auto":
+                tasks.create_task(self._watch_dynamic(tasks))
                 tasks.create_task(self._nodes.run())
                 tasks.create_task(self._pods.run())
             if self._settings.inventory_configmap:
@@ -143,11 +154,14 @@ class ClusterView:
         if self._settings.observe_nodes == "auto":
             await self._nodes.known.wait()
             await self._pods.known.wait()
+            await self._slices.known.wait()
+            await self._classes.known.wait()
 
     def facts(self, reservations: Iterable[Reservation], credit: Collection[str]) -> ClusterFacts:
         """The cluster as it is now, less what is planned for other services, as if the pods with the uids in `credit` were gone."""
-        nodes = None if self._nodes.items is None else [self._read(uid, node) for uid, node in self._nodes.items.items()]
-        pods = None if self._pods.items is None else self._pods.items.values()
+        dynamic = self._dynamic_facts()
+        nodes = None if self._nodes.items is None else [dynamic.add_to(self._read(uid, node)) for uid, node in self._nodes.items.items()]
+        pods = None if self._pods.items is None else [*self._pods.items.values(), *dynamic.uses]
         return cluster_facts(nodes, pods, reservations=reservations, inventory=self._inventory, credit=credit)
 
     def bound_pods(self) -> Counter[str]:
@@ -165,6 +179,34 @@ class ClusterView:
             result = read_node(node, self._inventory)
             self._node_facts[uid] = (node, result)
         return result
+
+    async def _watch_dynamic(self, tasks: asyncio.TaskGroup) -> None:
+        """Where the cluster knows dynamic resources; asked once, as it comes with an upgrade of the API server."""
+        failures = 0
+        while True:
+            try:
+                served = await self._client.serves(SLICES)
+                self._any_class = await self._client.version() >= ANY_CLASS_SINCE
+                break
+            except ApiError as error:
+                failures += 1
+                await asyncio.sleep(max(error.retry_after_s, backoff_s(failures, random.random(), cap_s=30.0)))
+        for mirror in (self._slices, self._classes, self._claims):
+            if served:
+                tasks.create_task(mirror.run())
+            else:
+                mirror.known.set()
+
+    def _dynamic_changed(self) -> None:
+        self._dynamic = None
+        self._changed()
+
+    def _dynamic_facts(self) -> DynamicFacts:
+        """Put together once for each change: a thousand nodes have thousands of devices."""
+        if self._dynamic is None:
+            slices, classes, claims = self._slices.items or {}, self._classes.items or {}, self._claims.items or {}
+            self._dynamic = DynamicFacts(slices.values(), classes.values(), claims.values(), any_class=self._any_class)
+        return self._dynamic
 
     async def _poll_inventory(self) -> None:
         while True:

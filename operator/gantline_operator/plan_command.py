@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ import yaml
 from gantline_runtime.errors import ConfigurationError, GantlineError, SourceError
 from gantline_runtime.model_facts import ModelFacts
 
+from gantline_operator.dynamic_devices import DynamicFacts, read_claim, read_class, read_slice
 from gantline_operator.facts import PodUse, Reservation, cluster_facts, read_node, reduce_pod
 from gantline_operator.fields import SpecError
 from gantline_operator.inventory import POOLS_KEY, Inventory, parse_inventory
@@ -66,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError(str(error), cure=error.cure) from None
     images = _parse_images(args.images)
     observed = _observe(args)
-    nodes = [read_node(node, inventory) for node in observed.nodes]
-    uses = [use for use in map(reduce_pod, observed.pods) if use is not None]
+    nodes = [observed.dynamic.add_to(read_node(node, inventory)) for node in observed.nodes]
+    uses = [*(use for use in map(reduce_pod, observed.pods) if use is not None), *observed.dynamic.uses]
     taken = _reserved(observed.services, uses, {f"{namespace}/{name}" for namespace, name, _ in services})
     reports = []
     for namespace, name, spec in services:
@@ -184,6 +186,7 @@ class _Observed:
     nodes: list[Object]
     pods: list[Object]
     services: dict[str, Object]
+    dynamic: DynamicFacts
 
 
 def _observe(args: argparse.Namespace) -> _Observed:
@@ -193,11 +196,25 @@ def _observe(args: argparse.Namespace) -> _Observed:
     nodes = [document for document in documents if document.get("kind") == "Node"]
     if not nodes:
         raise ConfigurationError(f"{args.nodes} holds no Node", cure="Give the output of `kubectl get nodes -o yaml`.")
-    return _Observed(nodes, [document for document in documents if document.get("kind") == "Pod"], {})
+    pods = [document for document in documents if document.get("kind") == "Pod"]
+    return _Observed(nodes, pods, {}, _dynamic(documents))
+
+
+def _dynamic(items: Iterable[Object], *, any_class: bool = True) -> DynamicFacts:
+    """Of ResourceSlices, DeviceClasses and ResourceClaims among `items`."""
+    kinds: dict[str, list[Object]] = {"ResourceSlice": [], "DeviceClass": [], "ResourceClaim": []}
+    for item in items:
+        kinds.get(str(item.get("kind")), []).append(item)
+    slices = (found for found in map(read_slice, kinds["ResourceSlice"]) if found is not None)
+    classes = (found for found in map(read_class, kinds["DeviceClass"]) if found is not None)
+    claims = (found for found in map(read_claim, kinds["ResourceClaim"]) if found is not None)
+    return DynamicFacts(slices, classes, claims, any_class=any_class)
 
 
 async def _read_cluster(kubeconfig: str | None, context: str | None) -> _Observed:
-    from gantline_operator.client import ApiError, KindMissing, Resource, connect
+    from gantline_operator.client import ApiError, Forbidden, KindMissing, Resource, connect
+    from gantline_operator.dynamic_devices import ANY_CLASS_SINCE
+    from gantline_operator.observe import CLAIMS, DEVICE_CLASSES, SLICES
 
     try:
         client = await connect(kubeconfig, context)
@@ -210,12 +227,18 @@ async def _read_cluster(kubeconfig: str | None, context: str | None) -> _Observe
             services = await client.list(Resource(f"{GROUP}/{VERSION}", KIND, PLURAL))
         except KindMissing:
             services = []
+        dynamic = []
+        for resource in (SLICES, DEVICE_CLASSES, CLAIMS):
+            with contextlib.suppress(KindMissing, Forbidden):
+                dynamic += [{"kind": resource.kind, **item} for item in await client.list(resource)]
+        any_class = await client.version() >= ANY_CLASS_SINCE
     except ApiError as error:
         raise SourceError(f"the cluster gives no answer: {error}", cure="You need the right to list nodes and pods.") from None
     finally:
         await client.close()
     whole = [{"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, **service} for service in services]
-    return _Observed(nodes, pods, {f"{item['metadata']['namespace']}/{item['metadata']['name']}": item for item in whole})
+    by_name = {f"{item['metadata']['namespace']}/{item['metadata']['name']}": item for item in whole}
+    return _Observed(nodes, pods, by_name, _dynamic(dynamic, any_class=any_class))
 
 
 def _find_facts(args: argparse.Namespace, spec: InferenceServiceSpec, recorded: Object | None) -> ModelFacts:

@@ -8,7 +8,14 @@ from gantline_devcluster.client import Client
 
 Object = dict[str, Any]
 
-CLUSTER_WIDE = ("ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Namespace", "APIService")
+CLUSTER_WIDE = (
+    "APIService",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "CustomResourceDefinition",
+    "Namespace",
+    "ValidatingWebhookConfiguration",
+)
 
 
 def path_of(item: Object) -> str:

@@ -107,7 +107,7 @@ def site(api_cluster: ApiCluster) -> Iterator[Site]:
     port = free_port()
     objects = chart_objects(namespace, port)
     for item in objects:
-        if item["kind"] == "ValidatingWebhookConfiguration":
+        if item["kind"] == "ValidatingWebhookConfiguration":  # as Helm does, under another field manager than the operator's
             cluster.client.post(CONFIGURATIONS, item)
         else:
             put(cluster.client, item)
