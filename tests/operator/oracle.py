@@ -49,7 +49,7 @@ def assert_at_rest(
         time.sleep(quiet_s)
         return [versions(cluster, namespace) for namespace in namespaces] == before and good()
 
-    wait(good, what=lambda: "\n".join(found), timeout_s=timeout_s, every_s=0.4)  # each look is some twenty requests
+    wait(good, what=lambda: "\n".join(found), timeout_s=timeout_s, every_s=0.8)  # each look is some twenty requests
     wait(still, what=lambda: "\n".join(found) or "resourceVersions keep moving", timeout_s=timeout_s)
 
 

@@ -34,6 +34,7 @@ from tests.operator.harness import (
     wait,
     wait_reason,
 )
+from tests.operator.killing import in_the_full_matrix
 from tests.operator.oracle import assert_at_rest, assert_gone, faults_of
 
 
@@ -166,6 +167,7 @@ def test_a_plan_stands_while_nodes_are_cordoned_and_lose_their_labels_and_moves_
         assert status(cluster, "gpu", namespace)["plan"]["product"] == "NVIDIA-H100-80GB-HBM3"
 
 
+@in_the_full_matrix
 def test_a_namespace_that_ends_takes_its_services_with_it_and_troubles_no_other(cluster: ApiCluster, namespace: str) -> None:
     ending = f"{namespace}-ending"
     cluster.client.post("/api/v1/namespaces", {"metadata": {"name": ending}})

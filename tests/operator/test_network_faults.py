@@ -5,7 +5,6 @@ The suite shortens the operator's patience, so that it can be outwaited; GANTLIN
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -38,9 +37,9 @@ from tests.operator.harness import (
     wait,
     wait_reason,
 )
+from tests.operator.killing import FULL, in_the_full_matrix
 from tests.operator.oracle import assert_at_rest, assert_gone
 
-FULL = os.environ.get("GANTLINE_FULL_MATRIX") == "1"
 ANSWER_S, SILENCE_S = (30.0, 75.0) if FULL else (1.0, 2.0)
 """How long the operator waits for an answer, and for the next word of a watch."""
 
@@ -105,6 +104,7 @@ def test_refused_late_and_lost_answers_are_outlasted(world: ApiCluster, network:
     assert kinds[0].met == 6 and kinds[1].met
 
 
+@in_the_full_matrix
 def test_a_server_that_asks_for_patience_gets_it(world: ApiCluster, network: FaultyNetwork, namespace: str) -> None:
     """429 with Retry-After, as API priority and fairness answers where a client asks too much."""
     refused = Fault("status", lambda request: "/serviceaccounts/tiny-runtime" in request.path, 429, retry_after="2", times=1)
@@ -160,6 +160,7 @@ def test_connections_that_fall_silent_are_given_up_and_made_anew(world: ApiClust
         assert_gone(world, namespace)
 
 
+@in_the_full_matrix
 def test_two_operators_and_a_stranger_who_write_at_once_end_as_one(world: ApiCluster, namespace: str) -> None:
     """As in the moment of an upgrade, with somebody at the keyboard who takes fields over."""
     stop = threading.Event()
