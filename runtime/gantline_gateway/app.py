@@ -236,7 +236,10 @@ class _Observer:
         except Exception as error:
             if status:
                 raise  # too late for another answer: the connection is cut, so that nobody takes a part for the whole
-            await respond(_known(error, request_id))(scope, receive, observed_send)
+            known = _known(error, request_id)
+            if "exchange" not in scope["state"]:
+                self._gateway.traffic.unserved[known.code or str(known.status)] += 1
+            await respond(known)(scope, receive, observed_send)
         finally:
             _record(scope, request_id, status, asyncio.get_running_loop().time() - began)
 

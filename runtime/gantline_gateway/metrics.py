@@ -37,6 +37,12 @@ class Metrics(Collector):
         build.add_metric([self._version], 1)
         yield build
         yield self._replicas()
+        unserved = CounterMetricFamily(
+            "gantline_gateway_unserved", "Requests that reached no service, by the error's code.", labels=["code"]
+        )
+        for code, count in sorted(self._traffic.unserved.items()):
+            unserved.add_metric([code], count)
+        yield unserved
         known = [(tuple(key.split("/", 1)), traffic) for key, traffic in self._traffic.known()]
         yield from _counters(known)
         yield from _gauges(known)

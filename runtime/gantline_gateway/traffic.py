@@ -91,6 +91,8 @@ class Traffic:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._services: dict[str, ServiceTraffic] = {}
+        self.unserved: Counter[str] = Counter()
+        """Requests that were refused before it was known whose they are, by the error's code."""
 
     def of(self, key: str) -> ServiceTraffic:
         found = self._services.get(key)

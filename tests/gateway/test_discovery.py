@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -19,6 +20,7 @@ from gantline_gateway.cluster_objects import ENDPOINTS, SERVICES
 from gantline_gateway.directory import Directory
 from gantline_gateway.discovery import Discovery
 
+from tests.gateway.gateway_process import GatewayProcess
 from tests.operator.applying import apply
 from tests.operator.definition import wait_until_served
 from tests.runtime.server_process import wait_until
@@ -195,3 +197,22 @@ def test_slices_that_kubernetes_makes_are_found_by_the_labels_of_their_service(d
     path = f"/apis/{ENDPOINTS.api_version}/namespaces/{namespace}/{ENDPOINTS.plural}?labelSelector={quote(ENDPOINTS.selector)}"
     wait_until(lambda: bool(client.get(path)["items"]), what="the slice")
     assert client.get(path)["items"][0]["metadata"]["labels"]["kubernetes.io/service-name"] == "real"
+
+
+def test_a_gateway_offers_what_the_api_server_has_and_holds_for_what_is_woken(defined: ApiCluster, namespace: str) -> None:
+    scaling = {"min": 0, "max": 1}
+    apply(defined.client, service(namespace, "sleeper", scaling=scaling, replicas=0))
+    apply(defined.client, service(namespace, "stopped", replicas=0))
+    process = GatewayProcess(f"--watch-namespaces={namespace}", "--drain-delay=0", KUBECONFIG=str(defined.kubeconfig)).wait_listening()
+    try:
+        wait_until(lambda: process.internal("/readyz").status_code == 200, what="the services to be known")
+        assert [card["id"] for card in process.get("/v1/models").json()["data"]] == ["sleeper", "stopped"]
+        answer = process.post("/v1/completions", {"model": "stopped", "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scaled_to_zero")
+        with ThreadPoolExecutor() as pool:
+            held = pool.submit(process.post, "/v1/completions", {"model": "sleeper", "prompt": "x"})
+            process.wait_demand(f"{namespace}/sleeper", held=1)
+            delete(defined, namespace, "sleeper")
+            assert (held.result().status_code, held.result().json()["error"]["code"]) == (404, "model_not_found")
+    finally:
+        process.stop()

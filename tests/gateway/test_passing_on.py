@@ -14,7 +14,7 @@ from gantline_gateway.app import FORWARDED
 from gantline_runtime.server.routes import ROUTES
 
 from tests.gateway.gateway_process import GatewayProcess
-from tests.runtime.server_process import ServerProcess, wait_until
+from tests.runtime.server_process import ServerProcess, read_metric, wait_until
 
 CHAT: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": "Hello there"}]}
 QUESTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -98,6 +98,8 @@ def test_what_is_no_request_is_refused_in_the_one_shape(shared: GatewayProcess) 
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert "'echo'" in cases[3][2].json()["error"]["message"]
+    page = shared.internal("/metrics").text
+    assert all(read_metric(page, "gantline_gateway_unserved_total", code=code) >= 1 for _, code, _ in cases)
 
 
 def test_a_request_whose_head_never_ends_is_given_up(shared: GatewayProcess) -> None:
