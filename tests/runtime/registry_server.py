@@ -113,6 +113,14 @@ class _Handler(FaultyHandler):
         else:
             self.send(404)
 
+    def do_POST(self) -> None:
+        """A token for an identity token, as registries of clouds hand them out."""
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        if form.get("grant_type") == ["refresh_token"] and form.get("refresh_token") == [self.state.password] and "service" in form:
+            self._hand_out("access_token")
+        else:
+            self.send(401)
+
     def _origin(self, host: str = "") -> str:
         return f"{self.state.url.partition('://')[0] or 'http'}://{host or self.headers['Host']}"
 
@@ -130,14 +138,16 @@ class _Handler(FaultyHandler):
         return "Basic " + base64.b64encode(f"{USER}:{self.state.password}".encode()).decode()
 
     def _token(self, query: Mapping[str, list[str]]) -> None:
-        images = self.state
         wanted = {"service": ["tests"], "scope": [f"repository:{REPOSITORY}:pull"]}
         if self.headers.get("Authorization") != self._basic() or query != wanted:
             self.send(401)
             return
-        token = f"token-{len(images.tokens)}"
-        images.tokens[token] = images.token_lasts
-        self.send(200, {"Content-Type": "application/json"}, json.dumps({"token": token}).encode())
+        self._hand_out("token")
+
+    def _hand_out(self, name: str) -> None:
+        token = f"token-{len(self.state.tokens)}"
+        self.state.tokens[token] = self.state.token_lasts
+        self.send(200, {"Content-Type": "application/json"}, json.dumps({name: token}).encode())
 
 
 def main() -> None:

@@ -201,6 +201,14 @@ def test_passwords_expiring_tokens_and_bad_moments_are_lived_with(
     assert names(tmp_path / "model") == KEPT
 
 
+def test_an_identity_token_in_the_place_of_a_password_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    with registry(password=PASSWORD) as images:
+        _oras(images)
+        entry = {"auth": base64.b64encode(b"00000000:").decode(), "identitytoken": PASSWORD}
+        monkeypatch.setenv("DOCKER_AUTH_CONFIG", json.dumps({"auths": {images.url.removeprefix("http://"): entry}}))
+        assert cli.main(["inspect", uri(images)]) == 0
+
+
 @pytest.mark.parametrize("push", [_oras, _kitops])
 def test_a_killed_download_goes_on_where_it_stopped(push: Callable[[Images], str], tmp_path: Path) -> None:
     with registry(stall_after=150_000) as images:
