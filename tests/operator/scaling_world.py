@@ -21,6 +21,7 @@ from tests.operator.harness import TINY, Operator, fates, inspected, install_crd
 
 Object = dict[str, Any]
 SERVER_PORT = 8000
+GATEWAY = {"app.kubernetes.io/component": "gateway", "app.kubernetes.io/part-of": "gantline"}
 NAME = "elastic"
 QUICK = {"downAfter": "1s", "zeroAfter": "1s"}
 
@@ -120,7 +121,7 @@ class World:
         self.gateway_port = self._serve("127.0.0.1", 0, self._say)
         containers = [{"name": "gateway", "image": "registry.example/gateway:test"}]
         body = {
-            "metadata": {"name": "gateway", "labels": {"app.kubernetes.io/component": "gateway"}},
+            "metadata": {"name": "gateway", "labels": GATEWAY},
             "spec": {"containers": containers, "tolerations": [{"operator": "Exists"}]},
         }
         self.cluster.client.post(f"/api/v1/namespaces/{self.namespace}/pods", body)
@@ -129,7 +130,8 @@ class World:
         set_address(self.cluster, self.namespace, "gateway", "127.0.0.1")
 
     def _say(self, path: str) -> str | None:
-        return json.dumps({"services": {f"{self.namespace}/{self.service}": self.demand} if self.demand else {}})
+        nothing = {"held": 0, "held_since_s": 0.0, "running": 0, "last_request_age_s": None}
+        return json.dumps({"services": {f"{self.namespace}/{self.service}": {**nothing, **self.demand}}})
 
     def _serve(self, address: str, port: int, answer: Callable[[str], str | None]) -> int:
         server = answering(address, port, answer)

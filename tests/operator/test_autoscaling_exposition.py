@@ -6,6 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from gantline_gateway.catalog import Catalog, Service
+from gantline_gateway.demand import describe_demand
+from gantline_gateway.directory import Directory
+from gantline_gateway.traffic import Traffic
 from gantline_operator.autoscaling.exposition import add_demands, parse_demand, parse_sample
 from gantline_operator.autoscaling.observation import Demand, Sample
 from gantline_runtime.engine_messages import EngineReport
@@ -34,12 +38,23 @@ def test_a_sample_with_a_number_that_is_none_is_no_sample(change: str) -> None:
 
 
 def test_what_gateways_say_is_added_up_and_one_that_is_silent_is_remembered() -> None:
-    first, second = parse_demand(json.dumps({"services": {"a/b": GOOD}})), parse_demand(json.dumps({"services": {}}))
+    quiet = {"held": 0, "held_since_s": 0.0, "running": 0, "last_request_age_s": None}
+    first, second = (parse_demand(json.dumps({"services": {"a/b": said}})) for said in (GOOD, quiet))
     assert add_demands([first, second], "a/b") == Demand(held=3, running=8, quiet_s=0.25, complete=True, gateways=2)
     assert add_demands([first, first], "a/b") == Demand(held=6, running=16, quiet_s=0.25, complete=True, gateways=2)
     assert add_demands([first, None], "a/b").complete is False
+    assert add_demands([first, {}], "a/b").complete is False, "it does not know the service"
     assert add_demands([], "a/b") == Demand(complete=True, gateways=0)
     assert add_demands([second], "a/b") == Demand(quiet_s=None)
+
+
+def test_what_a_gateway_says_is_understood() -> None:
+    directory, traffic = Directory(), Traffic(clock=lambda: 100.0)
+    directory.publish(Catalog((Service("a", "busy"), Service("a", "quiet"), Service("b", "unasked"))))
+    traffic.of("a/busy").running, traffic.of("a/busy").held[7] = 2, 95.0
+    traffic.of("a/quiet").last_request_at = 40.0
+    said = parse_demand(json.dumps(describe_demand(directory, traffic)))
+    assert said == {"a/busy": Demand(1, 2, 0.0), "a/quiet": Demand(0, 0, 60.0), "b/unasked": Demand(0, 0, None)}
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def parse_demand(text: str) -> dict[str, Demand] | None:
 
 
 def add_demands(answers: Iterable[Mapping[str, Demand] | None], service: str) -> Demand:
-    """What all gateways together say of a service; None stands for one that did not answer."""
+    """What all gateways together say of a service; None stands for one that did not answer. They list every service that they know: one
+    that does not list it would not hold a request for it either, so nothing is known from that one."""
     asked = list(answers)
     known = [answer[service] for answer in asked if answer is not None and service in answer]
     quiet = [demand.quiet_s for demand in known if demand.quiet_s is not None]
@@ -54,7 +55,7 @@ def add_demands(answers: Iterable[Mapping[str, Demand] | None], service: str) ->
         held=sum(demand.held for demand in known),
         running=sum(demand.running for demand in known),
         quiet_s=min(quiet, default=None),
-        complete=None not in asked,
+        complete=len(known) == len(asked),
         gateways=len(asked),
     )
 

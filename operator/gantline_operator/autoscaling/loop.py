@@ -39,7 +39,7 @@ SCALE_MANAGER = "gantline-autoscaler"
 _log = logging.getLogger(__name__)
 
 _SERVICES = Resource("gantline.io/v1alpha1", "InferenceService", "inferenceservices")
-_GATEWAYS = "app.kubernetes.io/component=gateway"
+_GATEWAYS = "app.kubernetes.io/component=gateway,app.kubernetes.io/part-of=gantline"
 _WAKE_S = 1.0
 _TROUBLE_AFTER = 6
 """Looks for which metrics may be unknown before the status says so."""
@@ -158,7 +158,7 @@ class Autoscaler:
             del self._services[key]
         demands, _ = await asyncio.gather(self._ask_gateways(targets), asyncio.gather(*(self._sample(target) for target in targets)))
         for target in targets:
-            await self._decide(target, add_demands(demands, target.key) if demands is not None else None)
+            await self._decide_alone(target, add_demands(demands, target.key) if demands is not None else None)
 
     async def wake(self) -> None:
         """Looks at services at zero alone."""
@@ -167,7 +167,7 @@ class Autoscaler:
         for target in targets:
             demand = add_demands(demands, target.key) if demands is not None else None
             if demand is not None and demand.held:
-                await self._decide(target, demand)
+                await self._decide_alone(target, demand)
 
     # ---- observe ---------------------------------------------------------------------------------------------------------------------
 
@@ -201,6 +201,13 @@ class Autoscaler:
         return service
 
     # ---- decide ----------------------------------------------------------------------------------------------------------------------
+
+    async def _decide_alone(self, target: Target, demand: Demand | None) -> None:
+        """A defect that one service brings to light must not keep the others from being looked at."""
+        try:
+            await self._decide(target, demand)
+        except Exception:
+            _log.exception("%s: its replicas are left as they are", target.key)
 
     async def _decide(self, target: Target, demand: Demand | None) -> None:
         service = self._service(target)
