@@ -2,7 +2,8 @@
 
 Real servers whose caches each hold a part of the prefixes that prompts share, and whose model takes time for every prompt token that is not
 cached. The same requests are sent twice, by the same number of clients: through a real gateway, and to the servers in turns. Printed: the
-share of prompt tokens that caches had (by the servers' own counts), requests and prompt tokens a second, and the gateway's ratio to turns.
+share of prompt tokens that caches had (by the servers' own counts), requests and prompt tokens a second, the busiest replica's share of the
+requests, and the gateway's ratio to turns.
 Exit code 1 below `--must` times the hit rate of turns.
 """
 
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Outcome:
     hit_rate: float
     requests_per_s: float
     prompt_tokens_per_s: float
+    busiest: float = 0.0
+    """Share of all requests that the busiest replica had."""
 
 
 def make_requests(setting: Setting, seed: int = 0) -> list[dict[str, Any]]:
@@ -161,6 +164,13 @@ async def _client(clients: int) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+def _busiest(urls: Sequence[str]) -> float:
+    name = "gantline_request_success_total"
+    pages = [httpx.get(f"{url}/metrics", timeout=60).text.splitlines() for url in urls]
+    counts = [sum(float(line.split()[-1]) for line in page if line.startswith(name)) for page in pages]
+    return max(counts) / sum(counts)
+
+
 def compare(setting: Setting) -> tuple[Outcome, Outcome]:
     """(through the gateway, in turns), each on servers of its own, one after the other."""
     requests = make_requests(setting)
@@ -168,8 +178,10 @@ def compare(setting: Setting) -> tuple[Outcome, Outcome]:
         folder = Path(name)
         with serving(setting, folder) as urls, gateway(urls, folder) as url:
             routed = asyncio.run(send(requests, lambda: url, setting.clients))
+            routed = replace(routed, busiest=_busiest(urls))
         with serving(setting, folder) as urls:
             in_turns = asyncio.run(send(requests, turns(urls), setting.clients))
+            in_turns = replace(in_turns, busiest=_busiest(urls))
     return routed, in_turns
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gantline_runtime.prompt_prefixes import CUTS, NO_PREFIXES, CachedPrefixes, PromptPrefixes, first_prefixes
+from gantline_runtime.prompt_prefixes import CUTS, MOST_TOLD, NO_PREFIXES, CachedPrefixes, PromptPrefixes, first_prefixes
 
 from gantline_gateway.catalog import Service
 from gantline_gateway.exchange import Exchange
@@ -59,6 +59,8 @@ class PrefixIndex:
             known.present.update(told.added)
             known.present.difference_update(told.removed)
         known.cursor = told.cursor
+        if len(known.present) > 2 * MOST_TOLD:  # more than any server tells of at once: it forgot to tell what went
+            self.forget(replica)
 
     def expect(self, replica: str, hashes: Sequence[int]) -> None:
         """The replica is given a prompt with these beginnings."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gantline_gateway.catalog import Service
 from gantline_gateway.prefixes import EXPECTED_S, MOST_EXPECTED, PrefixIndex, name_replica
-from gantline_runtime.prompt_prefixes import SCHEME, CachedPrefixes, first_prefixes
+from gantline_runtime.prompt_prefixes import MOST_TOLD, SCHEME, CachedPrefixes, first_prefixes
 
 from benchmarks.prefix_routing import Setting, make_requests, send, turns
 from tests.gateway.gateway_process import GatewayProcess, gateway, write_services
@@ -95,5 +95,8 @@ def test_a_replica_holds_what_it_told_and_for_a_while_what_it_was_given() -> Non
     assert index.count(a, [7, 8, 9]) == 0 and index.count(a, [3]) == 1
     index.expect(a, list(range(100, 100 + MOST_EXPECTED + 5)))
     assert index.count(a, [104]) == 0 and index.count(a, [105]) == 1
+    index.take(a, _told(list(range(2 * MOST_TOLD + 1))))
+    assert index.count(a, [3]) == 0 and index.cursor(a) == "", "it is asked for the whole again"
+    index.take(a, _told([3]))
     index.forget_all_but([])
     assert index.count(a, [3]) == 0
