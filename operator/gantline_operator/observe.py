@@ -76,7 +76,7 @@ class Mirror(Generic[T]):
             except Gone:
                 continue
             except (Forbidden, KindMissing) as error:
-                _log.warning("Not allowed to list %s, capacity stays unknown: %s", self._resource.plural, error)
+                _log.warning("Not allowed to list %s, so that what they tell of capacity stays unknown: %s", self._resource.plural, error)
                 self._replace(None)
                 await asyncio.sleep(_REFUSED_RETRY_S * random.uniform(0.8, 1.2))
             except ApiError as error:

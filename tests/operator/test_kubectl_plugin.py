@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.binaries import find
 from gantline_operator.conditions import Reason
 from gantline_operator.kubectl.command import main
+from gantline_operator.kubectl.explain import explain
 from gantline_operator.kubectl.timeline import about
 from gantline_operator.kubectl.top import Sample, read_metrics
+from gantline_operator.pod_state import read_pod
 from gantline_operator.reasons import look_up
 
 from tests.operator.harness import (
@@ -158,6 +161,47 @@ def test_every_reason_has_its_meaning_and_its_cure() -> None:
         found = look_up(reason)
         assert found is not None and found.means and found.cure and "](" not in found.means + found.cure, reason
     assert look_up("Unheard") is None
+
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def told(conditions: list[tuple[str, str, str, str]], pods: list[Object] | None = None, generation: int = 1, **status: Any) -> list[str]:
+    """What is said of a service with these conditions (type, status, reason, message) and pods."""
+    listed = [dict(zip(("type", "status", "reason", "message"), item, strict=True)) for item in conditions]
+    metadata = {"name": "chat", "namespace": "team", "generation": generation}
+    found = {"metadata": metadata, "spec": {"replicas": 2}, "status": {"observedGeneration": 1, "conditions": listed, **status}}
+    return explain(found, [read_pod(pod) for pod in pods or []], NOW)
+
+
+def test_a_rollout_that_fails_while_others_serve_is_told_with_the_pods_words() -> None:
+    waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
+    containers = [{"name": "server", "ready": False, "restartCount": 0, "state": {"waiting": waiting}}]
+    marks = {"gantline.io/role": "server", "gantline.io/service": "chat"}
+    metadata = {"name": "chat-x", "uid": "u", "creationTimestamp": "2026-01-01T11:50:00Z", "labels": marks}
+    pod = {"metadata": metadata, "spec": {"nodeName": "n1"}, "status": {"phase": "Pending", "containerStatuses": containers}}
+    lines = told(
+        [("Ready", "False", "ImagePullFailed", "no such image"), ("Servable", "True", "Available", ""), ("Progressing", "False", "x", "y"),
+         ("Degraded", "True", "ImagePullFailed", "no such image")],
+        [pod], generation=2, readyReplicas=1, url="http://chat.team.svc",
+    )  # fmt: skip
+    assert lines[:4] == [
+        "team/chat is not ready (ImagePullFailed): the image is not there, or not for us.",
+        "The operator has not looked at the newest spec yet; what follows is about the one before.",
+        "Meanwhile 1 of 2 replicas answer at http://chat.team.svc.",
+        "Ready: no such image",
+    ]
+    assert lines[4].startswith("Pod chat-x on n1 (10m old): ImagePullFailed: ") and lines[5].startswith("Next: check `runtime.images`")
+    assert len(lines) == 6, "nothing twice, and nothing of what is as it should be"
+
+
+def test_a_job_at_work_is_named_with_its_progress_and_what_is_degraded_has_a_next_step_though_ready() -> None:
+    stage = {"name": "fetch", "state": "Running", "job": "chat-fetch-1", "progress": "41 %"}
+    lines = told([("Ready", "False", "Fetching", "The model is being downloaded.")], stages=[stage])
+    assert "At work: fetch, Job chat-fetch-1: 41 %. Its log: kubectl logs job/chat-fetch-1" in lines and lines[-1].startswith("Next: wait")
+    calm = told([("Ready", "True", "Ready", ""), ("Degraded", "True", "Forbidden", "a quota")], readyReplicas=2, url="u")
+    assert calm[0] == "team/chat is ready: 2 of 2 replicas answer at u." and calm[-1] == "Next: grant it, or raise the quota."
+    assert told([("Ready", "False", "OfTomorrow", "?")])[0].endswith("(OfTomorrow): a reason that this release does not know.")
 
 
 def event(kind: str, name: str, at: str, **more: Any) -> Object:

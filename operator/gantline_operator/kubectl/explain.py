@@ -55,7 +55,7 @@ def _summary(title: str, service: Object, status: Mapping[str, Any], conditions:
     if status.get("observedGeneration", 0) < service["metadata"].get("generation", 0):
         yield "The operator has not looked at the newest spec yet; what follows is about the one before."
     if ready["status"] != "True" and conditions.get("Servable", {}).get("status") == "True":
-        yield f"Meanwhile {status.get('readyReplicas', 0)} replicas answer at {status.get('url', 'its Service')}."
+        yield f"Meanwhile {status.get('readyReplicas', 0)} of {wanted} replicas answer at {status.get('url', 'its Service')}."
 
 
 def _standing_in_the_way(conditions: Mapping[str, Any]) -> Iterable[str]:
