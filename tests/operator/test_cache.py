@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster
+from gantline_operator.eviction import artefacts_of_pods
+from gantline_operator.resources import fetch_hash
+from gantline_operator.spec import parse_service
 
 from tests.operator.harness import (
     TINY,
@@ -141,3 +147,54 @@ def test_what_nobody_uses_makes_room_what_is_served_stays_and_what_went_is_fetch
     assert event_reasons(cluster, "first", namespace).count("FetchStarted") == 2
     assert served(cluster, "first", namespace) == old
     assert set(note(cluster, namespace)["artefacts"]) == {old}
+
+
+@pytest.mark.skipif(not os.environ.get("GANTLINE_FULL_MATRIX"), reason="a minute and a half; GANTLINE_FULL_MATRIX=1")
+def test_whatever_services_do_to_a_cache_nothing_that_a_pod_has_is_ever_evicted(cluster: ApiCluster, namespace: str) -> None:
+    """Eight services over five models in a volume for two, suspended, woken, deleted and made again at random, for a minute."""
+    chance = random.Random(7)
+    claim(cluster, namespace, limit="150Mi")
+    names, uris = [f"s{number}" for number in range(8)], [f"hf://org/m{number}" for number in range(5)]
+    folders = [f"fetch-{fetch_hash(parse_service(shared('x', namespace, uri=uri))[1], 'abc')}" for uri in uris]
+    gone = answer(artefact={"kind": "evict", "evicted": folders, "found": {}})
+    facts = {**TINY, "revision": "abc"}
+    roles = (("inspect", answer(facts=facts)), ("fetch", FETCHED), ("evict", gone))
+    fates(cluster, [(role, name, "complete", message, {}) for name in names for role, message in roles])
+
+    def make(name: str, uri: str) -> None:
+        cluster.kubectl("delete", "gisvc", name, "-n", namespace, "--ignore-not-found")
+        apply(cluster, shared(name, namespace, uri=uri))
+
+    evicted: list[str] = []
+    with serving(cluster, namespace):
+        for name in names:
+            make(name, chance.choice(uris))
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            name = chance.choice(names)
+            if chance.random() < 0.3:
+                make(name, chance.choice(uris))
+            else:
+                patch(cluster, name, namespace, {"suspend": chance.random() < 0.5})
+            evicted += check_evictions(cluster, namespace, evicted)
+        print(len(evicted), "evictions")
+        assert evicted, "there was something to evict"
+        for number, name in enumerate(names):
+            make(name, uris[number % 2])
+        for name in names:
+            wait_reason(cluster, name, namespace, "Ready", timeout_s=240)
+        check_evictions(cluster, namespace, evicted)
+        entries = note(cluster, namespace)["artefacts"]
+        assert {user.partition(".")[0] for entry in entries.values() for user in entry.get("users", [])} == set(names)
+
+
+def check_evictions(cluster: ApiCluster, namespace: str, known: list[str]) -> list[str]:
+    """New evict Jobs by name, none of which names what a pod that was there before it has."""
+    found = [item for item in items(cluster, "jobs", namespace) if item["metadata"]["labels"]["gantline.io/role"] == "evict"]
+    new = [job for job in found if job["metadata"]["name"] not in known]
+    pods = [pod for pod in items(cluster, "pods", namespace) if pod["metadata"]["labels"]["gantline.io/role"] == "server"]
+    for job in new:
+        going = set(job["spec"]["template"]["spec"]["containers"][0]["args"][2:])
+        held = artefacts_of_pods([pod for pod in pods if pod["metadata"]["creationTimestamp"] <= job["metadata"]["creationTimestamp"]])
+        assert not going & held, (going & held, job["metadata"]["name"])
+    return [job["metadata"]["name"] for job in new]
