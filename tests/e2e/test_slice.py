@@ -104,7 +104,7 @@ def test_a_bad_request_gets_openais_error_shape_through_the_service(site: Site) 
     assert set(json.loads(done.stdout)["error"]) == {"message", "type", "param", "code"}
 
 
-def test_scaling_follows_kubectl_down_to_zero_and_back_and_requests_wait_meanwhile(site: Site) -> None:
+def test_scaling_follows_kubectl_down_to_zero_and_a_waiting_request_wakes_what_may_be_woken(site: Site) -> None:
     site.kubectl("scale", "gisvc/chat", "--replicas=2")
     site.until("two replicas are ready", lambda: site.get("gisvc", "chat")["status"].get("readyReplicas") == 2, 180)
     assert site.kubectl("get", "gisvc/chat", "-o", "jsonpath={.status.selector}")
@@ -114,8 +114,10 @@ def test_scaling_follows_kubectl_down_to_zero_and_back_and_requests_wait_meanwhi
     assert [model.id for model in client.models.list()] == ["chat"]
     with pytest.raises(InternalServerError, match="nothing wakes it"):
         client.completions.create(model="chat", prompt="The licence")
-    site.kubectl("scale", "gisvc/chat", "--replicas=1")
+    site.kubectl("patch", "gisvc/chat", "--type=merge", "-p", '{"spec": {"scaling": {"min": 0, "max": 2}}}')
     site.until("the gateway takes requests again", lambda: streamed(client))
+    assert site.get("gisvc", "chat")["spec"]["replicas"] == 1
+    site.kubectl("patch", "gisvc/chat", "--type=merge", "-p", '{"spec": {"scaling": null}}')
     last = json.loads(site.kubectl("logs", "-n", "gantline-system", "deployment/gantline-gateway", "--tail=1"))
     assert last["outcome"] == "ok" and last["held_seconds"] > 1, "it was held until there was a replica"
 
