@@ -107,7 +107,8 @@ class WaitingRoom:
         if service.suspended:
             raise ApiError(503, f"The service {key!r} is suspended: set spec.suspend to false to have it answer.", code="suspended")
         if service.wanted == 0 and not service.usable and not service.wakes:
-            message = f"The service {key!r} has been scaled to zero, and nothing wakes it: scale it up, or give it spec.scaling with min: 0."
+            cure = "scale it up, or give it spec.scaling with min: 0."
+            message = f"The service {key!r} has been scaled to zero, and nothing wakes it: {cure}"
             raise ApiError(503, message, code="scaled_to_zero")
         return service
 
