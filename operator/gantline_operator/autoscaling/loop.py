@@ -103,6 +103,7 @@ class Autoscaler:
         self._clock = clock
         self._scraper = Scraper()
         self._services: dict[str, _Service] = {}
+        self._gateways: list[PodState] | None = None
 
     async def run(self) -> None:
         """Until cancelled. What goes wrong with one service or one look is logged, and tried again with the next."""
@@ -156,27 +157,33 @@ class Autoscaler:
         targets = list(self._targets.all.values())
         for key in set(self._services) - {target.key for target in targets}:
             del self._services[key]
-        demands, _ = await asyncio.gather(self._ask_gateways(targets), asyncio.gather(*(self._sample(target) for target in targets)))
+        await self._find_gateways(targets)
+        demands, _ = await asyncio.gather(self._ask_gateways(), asyncio.gather(*(self._sample(target) for target in targets)))
         for target in targets:
             await self._decide_alone(target, add_demands(demands, target.key) if demands is not None else None)
 
     async def wake(self) -> None:
-        """Looks at services at zero alone."""
-        targets = [target for target in self._targets.all.values() if target.current == 0]
-        demands = await self._ask_gateways(targets)
-        for target in targets:
+        """Looks at services at zero alone, with the gateways that the last look found."""
+        demands = await self._ask_gateways()
+        for target in [target for target in self._targets.all.values() if target.current == 0]:
             demand = add_demands(demands, target.key) if demands is not None else None
             if demand is not None and demand.held:
                 await self._decide_alone(target, demand)
 
     # ---- observe ---------------------------------------------------------------------------------------------------------------------
 
-    async def _ask_gateways(self, targets: Collection[Target]) -> list[Mapping[str, Demand] | None] | None:
-        """An answer for each gateway, None for one that gave none; None where nobody need be asked."""
+    async def _find_gateways(self, targets: Collection[Target]) -> None:
         if not self._namespace or not targets:
-            return None
+            self._gateways = None
+            return
         pods = [read_pod(pod) for pod in await self._client.list(PODS, self._namespace, labelSelector=_GATEWAYS)]
-        return list(await asyncio.gather(*(self._ask_gateway(pod) for pod in pods if pod.phase == "Running")))
+        self._gateways = [pod for pod in pods if pod.phase == "Running"]
+
+    async def _ask_gateways(self) -> list[Mapping[str, Demand] | None] | None:
+        """An answer for each gateway, None for one that gave none; None where nobody need be asked."""
+        if self._gateways is None:
+            return None
+        return list(await asyncio.gather(*(self._ask_gateway(pod) for pod in self._gateways)))
 
     async def _ask_gateway(self, pod: PodState) -> Mapping[str, Demand] | None:
         text = await self._scraper.fetch(pod.address, self._gateway_port, "/demand")
