@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from gantline_gateway.balance import LOAD_FACTOR, SLACK_TOKENS, Candidate, choose
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 NAMES = [f"pod-{i}" for i in range(8)]
@@ -15,6 +15,7 @@ candidates = st.lists(
 )
 
 
+@settings(max_examples=40)
 @given(candidates, st.binary(max_size=8), st.binary(max_size=8), st.integers(0, 9))
 def test_the_choice_is_one_of_the_candidates_whatever_their_order_and_never_much_busier_than_the_mean(
     found: list[Candidate], prefix: bytes, session: bytes, turn: int

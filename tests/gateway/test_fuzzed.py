@@ -14,7 +14,7 @@ from tests.gateway.gateway_process import GatewayProcess
 from tests.runtime.fuzzing import BODIES, GARBAGE, mutated_request
 from tests.runtime.server_process import ServerProcess
 
-COUNT = int(os.environ.get("GANTLINE_FUZZ", "2400")) // 20
+COUNT = int(os.environ.get("GANTLINE_FUZZ", "2400")) // 40
 OWN = {"missing_parameter", "model_not_found", "ambiguous_model", "invalid_json", "invalid_value", "body_too_large"}
 """Codes with which the gateway answers by itself."""
 
