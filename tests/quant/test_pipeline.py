@@ -17,6 +17,7 @@ from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.errors import GantlineError
 from gantline_runtime.sizing import awq_weight_bytes
 from gantline_runtime.termination import Reason
+from gantline_runtime.volume_lock import LOCKS
 from safetensors.torch import load_file, save_file
 
 from tests.quant.models import CONFIGURATION_NAMES, TINY, write_model
@@ -267,7 +268,7 @@ def test_a_copy_that_is_worse_than_allowed_is_not_published(tmp_path: Path, monk
     assert cli.main(command(tmp_path / "target", "0.001")) == 65
     message = termination.parse((tmp_path / "last-word").read_text())
     assert message is not None and message.reason == Reason.QUALITY_GATE_FAILED and message.cure
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last-word"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCKS, "last-word"], "nothing but the lock that it held"
 
 
 def test_the_command_leaves_facts_and_perplexity_for_the_operator(
