@@ -143,9 +143,9 @@ class OperatorProcess:
 class Sightings:
     """When a process of its own first saw an object for each service: a watcher in this one would wait for its own requests."""
 
-    def __init__(self, cluster: ApiCluster, path: str, count: int, *, bound: bool = False) -> None:
+    def __init__(self, cluster: ApiCluster, path: str, names: list[str], *, bound: bool = False) -> None:
         version = cluster.client.get(path)["metadata"]["resourceVersion"]
-        arguments = [str(cluster.kubeconfig), path, version, str(count), "bound" if bound else ""]
+        arguments = [str(cluster.kubeconfig), path, version, ",".join(names), "bound" if bound else ""]
         self._process = subprocess.Popen([sys.executable, "-c", _WATCH, *arguments], stdout=subprocess.PIPE, text=True)
         time.sleep(2)
 
@@ -163,16 +163,16 @@ _WATCH = """
 import sys, time
 from pathlib import Path
 from gantline_devcluster.client import ApiError, Client
-kubeconfig, path, version, count, bound = sys.argv[1:]
-seen = set()
-while len(seen) < int(count):
+kubeconfig, path, version, names, bound = sys.argv[1:]
+wanted = set(names.split(","))
+while wanted:
     for event in Client(Path(kubeconfig)).watch(path, version):
         version = event["object"]["metadata"]["resourceVersion"]
         name = event["object"]["metadata"].get("labels", {}).get("gantline.io/service")
-        if name and name not in seen and (not bound or event["object"]["spec"].get("nodeName")):
-            seen.add(name)
+        if name in wanted and (not bound or event["object"]["spec"].get("nodeName")):
+            wanted.remove(name)
             print(name, time.time(), flush=True)
-            if len(seen) == int(count):
+            if not wanted:
                 break
 """
 

@@ -88,12 +88,12 @@ def measure(cluster: ApiCluster, operator: OperatorProcess, options: argparse.Na
 
 def _first_children(cluster: ApiCluster, names: list[str], pace_s: float) -> dict[str, float]:
     """From the answer to a service's POST to the sight of its first child."""
-    return _timed(cluster, Sightings(cluster, ACCOUNTS, len(names)), names, pace_s, "first child")
+    return _timed(cluster, Sightings(cluster, ACCOUNTS, names), names, pace_s, "first child")
 
 
 def _bound(cluster: ApiCluster, names: list[str], pace_s: float) -> dict[str, float]:
     """From the answer to a service's POST to the sight of its pod with a node."""
-    return _timed(cluster, Sightings(cluster, SERVERS, len(names), bound=True), names, pace_s, "pod bound")
+    return _timed(cluster, Sightings(cluster, SERVERS, names, bound=True), names, pace_s, "pod bound")
 
 
 def _timed(cluster: ApiCluster, sightings: Sightings, names: list[str], pace_s: float, what: str) -> dict[str, float]:

@@ -79,7 +79,7 @@ def assert_whole(cluster: ApiCluster, namespace: str, name: str = "tiny") -> Non
 
 def test_a_real_process_that_is_killed_is_continued_by_the_next(cluster: ApiCluster, namespace: str) -> None:
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("GANTLINE_")},
         "KUBECONFIG": str(cluster.kubeconfig),
         "GANTLINE_WATCH_NAMESPACES": namespace,
         "GANTLINE_IMAGE_CPU": SETTINGS.image_cpu,

@@ -144,6 +144,7 @@ def test_what_happened_while_watches_were_cut_is_seen_after_a_forced_relist(
         assert not operator.dead.is_set()
 
 
+@in_the_full_matrix
 def test_connections_that_fall_silent_are_given_up_and_made_anew(world: ApiCluster, network: FaultyNetwork, namespace: str) -> None:
     with _operator(world, network, namespace) as operator:
         apply(world, service("tiny", namespace))
