@@ -134,6 +134,14 @@ def _json(body: bytes) -> Object:
     return value if isinstance(value, dict) else {}
 
 
+def _object(body: bytes) -> Object:
+    """What an API server answers where all is well. Raises Unavailable for less: an answer cut off on the way, or somebody else's page."""
+    found = _json(body)
+    if not found:
+        raise Unavailable(f"The answer is no JSON object, or was cut off: {body[:100]!r}")
+    return found
+
+
 @dataclass(frozen=True)
 class Resource:
     """Where the objects of one kind live."""
@@ -234,7 +242,7 @@ class Client:
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE_S)
         async with self._response("GET", resource.path(namespace), query=query, limits=limits) as response:
             async for line in _lines(response):
-                event = _json(line)
+                event = _object(line)
                 if event.get("type") == "ERROR":
                     status = event.get("object", {})
                     raise translated(int(status.get("code", 500)), json.dumps(status).encode())
@@ -269,7 +277,7 @@ class Client:
             await self._json("DELETE", resource.path(namespace, name), body=body)
 
     async def _json(self, method: str, path: str, **arguments: Any) -> Object:
-        return _json(await self._send(method, path, **arguments))
+        return _object(await self._send(method, path, **arguments))
 
     async def _send(self, method: str, path: str, **arguments: Any) -> bytes:
         timeout_s = self._timeout_s if method == "GET" else min(self._timeout_s, self._write_left_s())

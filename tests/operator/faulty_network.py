@@ -30,9 +30,9 @@ _MAX_BODY = 16 << 20
 class Fault:
     """Of requests that `where` picks, the next `times`: `status` is answered in the server's place; `late`, the request is passed on after
     `delay_s`; `lost`, it is passed on and the connection cut instead of the answer; `expired`, a watch is told that its version is too old,
-    as an API server says it: within the stream."""
+    as an API server says it: within the stream; `truncated`, a good answer breaks off."""
 
-    kind: Literal["status", "late", "lost", "expired"]
+    kind: Literal["status", "late", "lost", "expired", "truncated"]
     where: Callable[[web.BaseRequest], bool]
     status: int = 503
     retry_after: str = ""
@@ -141,6 +141,8 @@ class FaultyNetwork:
                 return await self._forward(request)
             if fault.kind == "status":
                 return _refusal(fault.status, fault.retry_after)
+            if fault.kind == "truncated":
+                return web.Response(text='{"kind": "List", "items": [{', content_type="application/json")
             if fault.kind == "expired":
                 return web.Response(text=json.dumps({"type": "ERROR", "object": _status(410)}) + "\n", content_type="application/json")
             if fault.kind == "late":

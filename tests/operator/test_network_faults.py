@@ -92,6 +92,7 @@ def test_refused_late_and_lost_answers_are_outlasted(world: ApiCluster, network:
         Fault("status", every_other, 503, times=6),
         Fault("lost", lambda request: is_write(request) and every_other(request), times=6),
         Fault("late", every_other, delay_s=ANSWER_S * 1.3, times=2),
+        Fault("truncated", lambda request: request.method == "GET" and "/inferenceservices/" in request.path, times=2),
         Fault("status", every_other, 429, retry_after="1", times=4),
     )
     with network.fault(*kinds), _operator(world, network, namespace) as operator:
