@@ -19,6 +19,7 @@ from gantline_operator import controller as controller_module
 from gantline_operator import stages
 from gantline_operator.conditions import Reason
 
+from tests.operator.definition import wait_until_established
 from tests.operator.harness import (
     FACTS,
     SETTINGS,
@@ -148,7 +149,7 @@ def tighten(cluster: ApiCluster) -> None:
     del schema["status"]["properties"]["stages"]
     schema["spec"]["properties"]["model"]["properties"]["uri"]["pattern"] = "^hf://"
     cluster.client.call("PUT", path, definition)
-    cluster.kubectl("wait", "--for=condition=Established", "crd/inferenceservices.gantline.io")
+    wait_until_established(cluster, "inferenceservices.gantline.io")
 
 
 def test_a_service_deleted_and_created_again_under_its_name_gets_its_own_children(cluster: ApiCluster, namespace: str) -> None:

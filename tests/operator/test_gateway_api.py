@@ -14,6 +14,7 @@ from gantline_devcluster.client import ApiError
 from gantline_devcluster.errors import DevclusterError
 
 from tests.operator.applying import apply as apply_object
+from tests.operator.definition import wait_until_established
 from tests.operator.harness import TINY, apply, fates, inspected, install_crd, items, service, serving, wait, wait_reason
 from tests.operator.helm import render
 
@@ -60,7 +61,7 @@ def gateway_api(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
         api_cluster.client.post(path, item)
     names = [item["metadata"]["name"] for item in definitions]
     try:
-        api_cluster.kubectl("wait", "--for=condition=Established", *[f"crd/{name}" for name in names], "--timeout=30s")
+        wait_until_established(api_cluster, *names)
         yield api_cluster
     finally:
         for name in names:

@@ -15,6 +15,7 @@ from gantline_operator.conditions import ConditionType, Reason
 from gantline_operator.metrics import Metrics
 from prometheus_client import generate_latest
 
+from tests.operator.definition import wait_until_established
 from tests.operator.helm import CHART, MINIMUM, render, run_helm
 from tests.operator.render_cases import CASES
 
@@ -119,7 +120,7 @@ def test_auto_asks_the_api_server_itself(api_cluster: ApiCluster, namespace: str
     }
     api_cluster.client.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition)
     try:
-        api_cluster.kubectl("wait", "--for=condition=Established", "crd/podmonitors.monitoring.coreos.com", "--timeout=30s")
+        wait_until_established(api_cluster, "podmonitors.monitoring.coreos.com")
         rendered = run_helm(*command, values=MINIMUM)
         assert rendered.returncode == 0, rendered.stderr
         assert "kind: PodMonitor" in rendered.stdout and "kind: PrometheusRule" not in rendered.stdout

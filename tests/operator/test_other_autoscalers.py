@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from gantline_devcluster.api_only import ApiCluster, free_port
 from gantline_devcluster.binaries import find
 
+from tests.operator.definition import wait_until_established
 from tests.operator.harness import apply, patch, service, status, wait, wait_reason
 from tests.operator.helm import render
 from tests.operator.scaling_world import NAME, QUICK, owners_of_replicas, scaling, world
@@ -107,7 +108,7 @@ def keda_definition(cluster: ApiCluster) -> Iterator[None]:
     cluster.client.post(path, item)
     name = item["metadata"]["name"]
     try:
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s")
+        wait_until_established(cluster, name)
         yield
     finally:
         cluster.client.call("DELETE", f"{path}/{name}")
