@@ -31,6 +31,8 @@ SERVICE = "chat"
 GATEWAY = "gantline-gateway"
 QUESTION = "What does os.path.join do?"
 READY_TIMEOUT_S = 600
+GATEWAY_TIMEOUT_S = 60
+"""A gateway with long streams to finish is not waited for any longer."""
 WORKS = {"Fetching": "fetch", "Quantizing": "quantize", "Starting": "server"}
 """Reason of Ready -> the role of the pod whose log tells how far the work is."""
 LOOK_INTO_LOGS_EVERY = 5
@@ -214,6 +216,16 @@ def install_chart(tools: Tools, ticker: Ticker) -> None:
         tools.helm, "upgrade", "--install", "gantline", "charts/gantline", "--namespace", NAMESPACE, "--create-namespace",
         "--values", str(file), "--wait", "--timeout", "5m", log="helm", ticker=ticker,
     )  # fmt: skip
+    wait_until_alone(tools, ticker)
+
+
+def wait_until_alone(tools: Tools, ticker: Ticker) -> None:
+    """Until gateways that this installation replaced are gone: they may have other settings, and be asked for a moment yet."""
+    deadline = time.monotonic() + GATEWAY_TIMEOUT_S
+    marks = ("-n", NAMESPACE, "-l", "app.kubernetes.io/component=gateway")
+    while any("deletionTimestamp" in pod["metadata"] for pod in tools.get("pods", *marks)["items"]) and time.monotonic() < deadline:
+        ticker.detail = "a gateway that was replaced finishes what it has"
+        time.sleep(0.2)
 
 
 def wait_until_ready(tools: Tools, ticker: Ticker) -> None:

@@ -23,13 +23,14 @@ _CURE = "Copy or quantize the model again; if it answers elsewhere, report this 
 
 async def ask(engine: EngineClient, prompt_ids: list[int]) -> None:
     """Raises GantlineError (SmokeRequestFailed) for an answer that no client should get, EngineUnavailable if the engine is gone."""
-    group, outputs = engine.open_group(), list[TokenOutput]()
-    requests = _requests(prompt_ids)
+    outputs = list[TokenOutput]()
     try:
-        for request in requests:
+        for request in _requests(prompt_ids):  # one by one: where each step raises, two in a step would look like an engine that is lost
+            group, ended = engine.open_group(), False
             group.submit(request)
-        while sum(output.finish_reason is not None for output in outputs) < len(requests):
-            outputs += await group.next()
+            while not ended:
+                outputs += await group.next()
+                ended = outputs[-1].finish_reason is not None
     except RequestFailed as error:
         raise _failed(f"the engine refused it: {error}") from error
     if problem := judge(outputs):
