@@ -44,6 +44,8 @@ def hierarchies(mountinfo: str | None = None) -> list[Hierarchy]:
 def enter(name: str) -> None:
     """Put this process into the group `name` of every tree, made if need be. Raises OSError."""
     for tree in hierarchies():
+        if tree.point == ROOT and tree.kind == "cgroup2":
+            delegate_controllers(ROOT)  # an init system hands down only what its own units need, often neither cpu nor cpuset
         group = tree.point / name
         group.mkdir(exist_ok=True)
         if tree.kind == "cgroup" and "cpuset" in tree.options.split(","):
