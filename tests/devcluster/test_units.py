@@ -367,6 +367,16 @@ def test_control_group_trees_of_both_versions_are_found() -> None:
     assert cgroups.hierarchies(MOUNTS_V2) == [cgroups.Hierarchy(Path("/sys/fs/cgroup"), "cgroup2", "")]
 
 
+def test_the_tree_of_version_2_hands_down_what_an_init_system_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd enables a controller for its units alone; without `cpu` in the node's group no pod's sandbox starts."""
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "hierarchies", lambda: [cgroups.Hierarchy(tmp_path, "cgroup2", "")])
+    (tmp_path / "cgroup.controllers").write_text("cpu\n")
+    cgroups.enter("node")
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu"
+    assert (tmp_path / "node/cgroup.procs").read_text() == "0"
+
+
 def claim(**annotations: str) -> dict[str, Any]:
     keys = {"provisioner": "volume.kubernetes.io/storage-provisioner", "node": provisioner.SELECTED_NODE}
     metadata = {"name": "data", "namespace": "ns", "uid": "u1", "annotations": {keys[k]: v for k, v in annotations.items()}}
