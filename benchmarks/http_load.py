@@ -12,29 +12,33 @@ import multiprocessing
 import statistics
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["HttpRun", "run_over_http", "served_name"]
+__all__ = ["HttpRun", "Prompt", "run_over_http", "served_name"]
 
 _CLIENTS = 4
 _LINE_BYTES = 1 << 20
 
-Requests = list[tuple[list[int], int]]
+Prompt = list[int] | str
+Requests = Sequence[tuple[Prompt, int]]
 
 
 @dataclass(frozen=True)
 class HttpRun:
-    """Seconds of the whole, and of each request the time to its first event and between its events (mean)."""
+    """Seconds of the whole, of each request the time to its first event and between its events (mean), and events of all."""
 
     seconds: float
     first_s: list[float]
     between_s: list[float]
+    events: int
 
     def summary(self) -> dict[str, float]:
         return {
             "seconds": round(self.seconds, 3),
             "first_ms_median": round(statistics.median(self.first_s) * 1e3, 1),
+            "events": self.events,
             "between_ms_median": round(statistics.median(self.between_s) * 1e3, 2) if self.between_s else 0.0,
         }
 
@@ -55,25 +59,26 @@ def run_over_http(port: int, requests: Requests, clients: int = _CLIENTS) -> Htt
         parts = pool.starmap(_client, [(port, bodies[i::clients], counts[i::clients]) for i in range(clients)], chunksize=1)
         seconds = time.perf_counter() - started
     times = [entry for part in parts for entry in part]
-    return HttpRun(seconds, [first for first, _ in times], [between for _, between in times if between])
+    firsts, betweens, events = zip(*times, strict=True)
+    return HttpRun(seconds, list(firsts), [between for between in betweens if between], sum(events))
 
 
-def _body(name: str, prompt: list[int], count: int) -> dict[str, Any]:
+def _body(name: str, prompt: Prompt, count: int) -> dict[str, Any]:
     return {
         "model": name, "prompt": prompt, "max_tokens": count, "temperature": 0.0, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
 
 
-def _client(port: int, bodies: list[bytes], counts: list[int]) -> list[tuple[float, float]]:
-    async def run() -> list[tuple[float, float]]:
+def _client(port: int, bodies: list[bytes], counts: list[int]) -> list[tuple[float, float, int]]:
+    async def run() -> list[tuple[float, float, int]]:
         return await asyncio.gather(*(_stream(port, body, count) for body, count in zip(bodies, counts, strict=True)))
 
     return asyncio.run(run())
 
 
-async def _stream(port: int, body: bytes, count: int) -> tuple[float, float]:
-    """(seconds to the first event, mean seconds between events)."""
+async def _stream(port: int, body: bytes, count: int) -> tuple[float, float, int]:
+    """(seconds to the first event, mean seconds between events, events)."""
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_LINE_BYTES)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -93,4 +98,4 @@ async def _stream(port: int, body: bytes, count: int) -> tuple[float, float]:
     got = ((json.loads(usage[6:]) if usage else {}).get("usage") or {}).get("completion_tokens")
     if got != count:
         raise RuntimeError(f"a request for {count} tokens ended with {got}")
-    return first - started, (last - first) / (num_events - 1) if num_events > 1 else 0.0
+    return first - started, (last - first) / (num_events - 1) if num_events > 1 else 0.0, num_events

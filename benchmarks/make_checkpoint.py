@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from benchmarks.workloads import LLAMA_31_8B
 
 
-def make(target: Path, config: dict[str, Any], seed: int = 0) -> None:
-    """Random weights for `config` (a Llama, Mistral, Qwen2 or Qwen3 config.json) into `target`."""
+def make(target: Path, config: dict[str, Any], seed: int = 0, tokenizer: Path | None = None) -> None:
+    """Random weights for `config` (a Llama, Mistral, Qwen2 or Qwen3 config.json) into `target`, with `tokenizer` or one of words."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     partial = target.with_name(target.name + ".partial")
@@ -46,7 +46,7 @@ def make(target: Path, config: dict[str, Any], seed: int = 0) -> None:
     (partial / "config.json").write_text(json.dumps(config))
     stops = {"bos_token_id": config.get("bos_token_id", 0), "eos_token_id": config.get("eos_token_id", 1)}
     (partial / "generation_config.json").write_text(json.dumps(stops))
-    _save_tokenizer(partial, config)
+    _save_tokenizer(partial, config, tokenizer)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
@@ -70,14 +70,20 @@ def _layer(config: dict[str, Any], prefix: str, normal: Any) -> dict[str, torch.
     return tensors | {f"{prefix}{name}.weight": torch.ones(size, dtype=torch.bfloat16) for name, size in ones.items()}
 
 
-def _save_tokenizer(target: Path, config: dict[str, Any]) -> None:
-    """A word-level tokenizer of the right vocabulary: token i is the word `ti`."""
+def _save_tokenizer(target: Path, config: dict[str, Any], given: Path | None) -> None:
+    """`given`, or a word-level tokenizer of the right vocabulary: token i is the word `ti`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(config["vocab_size"])}, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if given is None:
+        tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(config["vocab_size"])}, unk_token="t0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        tokenizer = Tokenizer.from_file(str(given))
+        if tokenizer.get_vocab_size() > config["vocab_size"]:
+            raise ValueError(f"{given} has {tokenizer.get_vocab_size()} tokens, the model {config['vocab_size']}")
     tokenizer.save(str(target / "tokenizer.json"))
-    names = {"bos_token": f"t{config.get('bos_token_id', 0)}", "eos_token": f"t{config.get('eos_token_id', 1)}"}
+    ends = {"bos_token": config.get("bos_token_id", 0), "eos_token": config.get("eos_token_id", 1)}
+    names = {name: tokenizer.id_to_token(number) for name, number in ends.items()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["max_position_embeddings"], **names}
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
 
@@ -86,9 +92,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
     parser.add_argument("--layers", type=int, default=LLAMA_31_8B["num_hidden_layers"], help="fewer layers for a quick try")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, as benchmarks.trained_tokenizer makes (default: words)")
     options = parser.parse_args()
     started = time.monotonic()
-    make(options.target, {**LLAMA_31_8B, "num_hidden_layers": options.layers})
+    make(options.target, {**LLAMA_31_8B, "num_hidden_layers": options.layers}, tokenizer=options.tokenizer)
     print(f"checkpoint {options.target}: {time.monotonic() - started:.1f} s", flush=True)
 
 

@@ -3,7 +3,8 @@
 Greedy, end-of-sequence ignored, requests in order of arrival, prefix reuse on but the cache emptied before every timed repeat; the warm-up
 is the first 64 requests of `chat`. Each figure is the median of the repeats, all of them recorded, and counts only with its check
 (`checks.py`): 8 requests of the timed run are teacher-forced through transformers in float32. The last accepted run of a row stays in
-results/h200.json. --http runs the same work through the server instead, and records nothing.
+results/h200.json. --http runs the same work through the server instead, and records nothing; with --text its prompts are text of the same
+lengths, which needs a checkpoint with a real tokenizer (`make_checkpoint --tokenizer`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from gantline_runtime import garbage
 from gantline_runtime.config import EngineConfig, to_arguments
@@ -29,8 +31,9 @@ from gantline_runtime.engine import EngineStats, LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams
 
 from benchmarks import ceilings, checks, workloads
-from benchmarks.http_load import run_over_http
+from benchmarks.http_load import Prompt, run_over_http
 from benchmarks.serving import running_server
+from benchmarks.trained_tokenizer import text_prompts
 from benchmarks.workloads import Workload
 
 _WARM_UP_REQUESTS = 64
@@ -135,19 +138,28 @@ def measure_all(model: Path, config: EngineConfig, names: list[str], repeats: in
     return results
 
 
-def measure_over_http(model: Path, flags: list[str], names: list[str], repeats: int) -> None:
+def measure_over_http(model: Path, flags: list[str], names: list[str], repeats: int, text: bool) -> None:
     """Print the figures of each workload through the server. Tokens are counted, not judged: the engine's own rows are.
 
-    The cache cannot be emptied through the server, so each repeat's prompts begin with another token, and share what they shared before.
+    The cache cannot be emptied through the server, so each repeat's prompts begin with another token, and share what they shared before;
+    prompts of text differ from their beginnings.
     """
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")) if text else None
     with running_server(model, flags) as port:
         run_over_http(port, workloads.build("chat").requests[:_WARM_UP_REQUESTS])
         for name in names:
             requests = workloads.build(name).requests
-            runs = [run_over_http(port, [([repeat, *prompt[1:]], count) for prompt, count in requests]) for repeat in range(1, repeats + 1)]
+            runs = [run_over_http(port, _repeated(requests, repeat, tokenizer)) for repeat in range(1, repeats + 1)]
             seconds = statistics.median(run.seconds for run in runs)
             rate = sum(count for _, count in requests) / seconds
             print(f"{name} over HTTP", json.dumps({"out_tok_s": round(rate, 1), "runs": [run.summary() for run in runs]}), flush=True)
+
+
+def _repeated(requests: list[tuple[list[int], int]], repeat: int, tokenizer: tokenizers.Tokenizer | None) -> list[tuple[Prompt, int]]:
+    if tokenizer is None:
+        return [([repeat, *prompt[1:]], count) for prompt, count in requests]
+    texts = text_prompts(tokenizer, [len(prompt) for prompt, _ in requests], seed=repeat)
+    return [(text, count) for text, (_, count) in zip(texts, requests, strict=True)]
 
 
 def _versions() -> dict[str, str]:
@@ -175,12 +187,14 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--http", action="store_true", help="through `gantline serve`, every request an HTTP stream; nothing is recorded")
+    parser.add_argument("--text", action="store_true", help="with --http: prompts of text, for a checkpoint with a real tokenizer")
+    parser.add_argument("--api-workers", type=int, default=1, help="with --http")
     parser.add_argument("--out", type=Path, help="write the accepted rows into this JSON file")
     options = parser.parse_args()
     config = EngineConfig(backend=options.backend, dtype="bfloat16", max_batch_size=256, max_waiting=4096, eager_mode=options.eager)
     if options.http:
-        flags = to_arguments(config) if torch.cuda.is_available() else []
-        measure_over_http(options.model, flags, options.workload, options.repeats)
+        flags = [f"--api-workers={options.api_workers}", *(to_arguments(config) if torch.cuda.is_available() else [])]
+        measure_over_http(options.model, flags, options.workload, options.repeats, options.text)
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = measure_all(options.model, replace(config, session_len=None), options.workload, options.repeats, device)

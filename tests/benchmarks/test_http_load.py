@@ -24,6 +24,12 @@ def test_every_request_of_a_load_over_http_is_streamed_to_its_end(port: int) -> 
     assert len(run.first_s) == 6 and 0 < min(run.first_s) <= max(run.first_s) < run.seconds
     assert len(run.between_s) == 6
     assert run.summary()["between_ms_median"] > 0
+    assert sum(range(3, 9)) - 6 <= run.events <= sum(range(3, 9)) + 6
+
+
+def test_prompts_may_be_text(port: int) -> None:
+    run = run_over_http(port, [("a word", 3), ("two words", 4)], clients=1)
+    assert len(run.first_s) == 2
 
 
 def test_a_refused_request_fails_the_load(port: int) -> None:
