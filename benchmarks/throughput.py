@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from gantline_runtime import garbage
 from gantline_runtime.config import EngineConfig, to_arguments
@@ -33,7 +32,7 @@ from gantline_runtime.messages import EngineRequest, SamplingParams
 from benchmarks import ceilings, checks, workloads
 from benchmarks.http_load import Prompt, run_over_http
 from benchmarks.serving import running_server
-from benchmarks.trained_tokenizer import text_prompts
+from benchmarks.trained_tokenizer import TextPrompts
 from benchmarks.workloads import Workload
 
 _WARM_UP_REQUESTS = 64
@@ -144,22 +143,22 @@ def measure_over_http(model: Path, flags: list[str], names: list[str], repeats: 
     The cache cannot be emptied through the server, so each repeat's prompts begin with another token, and share what they shared before;
     prompts of text differ from their beginnings.
     """
-    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")) if text else None
+    texts = TextPrompts(model / "tokenizer.json") if text else None
     with running_server(model, flags) as port:
         run_over_http(port, workloads.build("chat").requests[:_WARM_UP_REQUESTS])
         for name in names:
             requests = workloads.build(name).requests
-            runs = [run_over_http(port, _repeated(requests, repeat, tokenizer)) for repeat in range(1, repeats + 1)]
+            runs = [run_over_http(port, _repeated(requests, repeat, texts)) for repeat in range(1, repeats + 1)]
             seconds = statistics.median(run.seconds for run in runs)
             rate = sum(count for _, count in requests) / seconds
             print(f"{name} over HTTP", json.dumps({"out_tok_s": round(rate, 1), "runs": [run.summary() for run in runs]}), flush=True)
 
 
-def _repeated(requests: list[tuple[list[int], int]], repeat: int, tokenizer: tokenizers.Tokenizer | None) -> list[tuple[Prompt, int]]:
-    if tokenizer is None:
+def _repeated(requests: list[tuple[list[int], int]], repeat: int, texts: TextPrompts | None) -> list[tuple[Prompt, int]]:
+    if texts is None:
         return [([repeat, *prompt[1:]], count) for prompt, count in requests]
-    texts = text_prompts(tokenizer, [len(prompt) for prompt, _ in requests], seed=repeat)
-    return [(text, count) for text, (_, count) in zip(texts, requests, strict=True)]
+    prompts = texts.cut([len(prompt) for prompt, _ in requests], seed=repeat)
+    return [(prompt, count) for prompt, (_, count) in zip(prompts, requests, strict=True)]
 
 
 def _versions() -> dict[str, str]:

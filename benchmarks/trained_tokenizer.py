@@ -18,7 +18,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["LLAMA_3_SPECIAL", "VOCABULARY", "text_prompts", "train"]
+__all__ = ["LLAMA_3_SPECIAL", "VOCABULARY", "TextPrompts", "train"]
 
 VOCABULARY = 128_000
 LLAMA_3_SPECIAL = 256
@@ -44,14 +44,19 @@ def train(limit_bytes: int, vocabulary: int = VOCABULARY, special: int = LLAMA_3
     return tokenizer
 
 
-def text_prompts(tokenizer: tokenizers.Tokenizer, lengths: Sequence[int], seed: int = 0, limit_bytes: int = 8 << 20) -> list[str]:
-    """Texts of `lengths` tokens each (a few more or less, where a cut falls into a character or a word), cut from `limit_bytes` of text."""
-    rng = random.Random(seed)
-    ids: list[int] = []
-    for text in _texts(limit_bytes):
-        ids += tokenizer.encode(text, add_special_tokens=False).ids
-    starts = [rng.randrange(len(ids) - length) for length in lengths]
-    return [tokenizer.decode(ids[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
+class TextPrompts:
+    """Prompts of text for the tokenizer in `file`, cut from anywhere in `limit_bytes` of it."""
+
+    def __init__(self, file: Path, limit_bytes: int = 2 << 20) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        encodings = self._tokenizer.encode_batch(list(_texts(limit_bytes)), add_special_tokens=False)
+        self._ids = [i for encoding in encodings for i in encoding.ids]
+
+    def cut(self, lengths: Sequence[int], seed: int = 0) -> list[str]:
+        """Texts of `lengths` tokens each: a few more or less, where a cut falls into a character or a word."""
+        rng = random.Random(seed)
+        starts = [rng.randrange(len(self._ids) - length) for length in lengths]
+        return [self._tokenizer.decode(self._ids[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
 
 
 def _texts(limit_bytes: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import make_checkpoint
-from benchmarks.trained_tokenizer import text_prompts, train
+from benchmarks.trained_tokenizer import TextPrompts, train
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -23,12 +23,13 @@ def test_it_has_the_size_asked_for_and_makes_prompts_of_the_lengths_asked_for(tm
     assert tokenizer.get_vocab_size() == 1056
     text = "naïve Größe 東京 🦜\n\tdef f(x): return 'it’s' + x\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    lengths = [16, 100, 300, 100]
-    prompts = text_prompts(tokenizer, lengths, seed=1, limit_bytes=300_000)
-    assert [pytest.approx(len(tokenizer.encode(prompt).ids), abs=3) for prompt in prompts] == lengths and prompts[1] != prompts[3]
-    assert prompts != text_prompts(tokenizer, lengths, seed=2, limit_bytes=300_000)
-
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    lengths = [16, 100, 300, 100]
+    texts = TextPrompts(tmp_path / "tokenizer.json", 300_000)
+    prompts = texts.cut(lengths, seed=1)
+    assert [pytest.approx(len(tokenizer.encode(prompt).ids), abs=3) for prompt in prompts] == lengths and prompts[1] != prompts[3]
+    assert prompts != texts.cut(lengths, seed=2)
+
     make_checkpoint.make(tmp_path / "model", CONFIG, tokenizer=tmp_path / "tokenizer.json")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert loaded.decode(loaded(text)["input_ids"]) == text and loaded.eos_token == "<|special_9|>"
