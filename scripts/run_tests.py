@@ -8,8 +8,9 @@
 Each stream tells how far it is, and its output is printed whole when it ends. Arguments go to every pytest:
 `scripts/run_tests.py -k scale`.
 
-Most of these tests are real servers and clusters that share two cores. One that fails is run once more when all streams have ended, with
-the machine to itself: what passes then is named as unsteady, to be mended, and does not fail the suite; more than UNSTEADY_LIMIT do.
+Most of these tests are real servers and clusters that share two cores. When all streams have ended, the files of what failed are run once
+more with the machine to themselves: a test that fails once is named as unsteady, to be mended, and does not fail the suite; more than
+UNSTEADY_LIMIT do, and so does one that fails twice.
 Exit code 0 where all streams passed, or what failed passed so.
 """
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,17 +35,16 @@ SHARE = re.compile(r"\[ *(\d+%)\]$")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
-def streams(arguments: list[str]) -> dict[str, list[str]]:
-    """Each stream's command. Where the marked tests live is held by tests/conftest.py."""
+def streams(arguments: list[str], files: list[str] | None = None) -> dict[str, list[str]]:
+    """Each stream's command, over `files` or all of its tests. Where the marked tests live is held by tests/conftest.py."""
     workers = ["-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "worksteal"]
+    api_server = [f"tests/{part}" for part in API_SERVER]
     commands = {
-        "node": [*PYTEST, "tests/e2e", "tests/devcluster", "-m", "node and not gpu", *arguments],
-        "api-server": [*PYTEST, *(f"tests/{part}" for part in API_SERVER), "-m", "apiserver and not node and not gpu", *arguments],
-        "rest": ["nice", "-n", "5", *PYTEST, "tests", *workers, "-m", "not apiserver and not node and not gpu", *arguments],
+        "node": [*PYTEST, *(files or ["tests/e2e", "tests/devcluster"]), "-m", "node and not gpu", *arguments],
+        "api-server": [*PYTEST, *(files or api_server), "-m", "apiserver and not node and not gpu", *arguments],
+        "rest": ["nice", "-n", "5", *PYTEST, *(files or ["tests"]), *workers, "-m", "not apiserver and not node and not gpu", *arguments],
     }
-    for name, command in commands.items():  # each remembers its own failures
-        command += ["-o", f"cache_dir=.pytest_cache/{name}"]
-    return commands if arguments else {"check": ["make", "--no-print-directory", "check"], **commands}
+    return commands if arguments or files else {"check": ["make", "--no-print-directory", "check"], **commands}
 
 
 class Stream(threading.Thread):
@@ -58,7 +59,6 @@ class Stream(threading.Thread):
             start_new_session=True, text=True, errors="replace",
         )  # fmt: skip
         self._began = time.monotonic()
-        self.command = command
         self.output = ""
         self.code = -1
         self.seconds = 0.0
@@ -76,7 +76,7 @@ class Stream(threading.Thread):
     @property
     def failed(self) -> list[str]:
         """The tests that failed, or could not be set up, as pytest's summary names them."""
-        return FAILED.findall(self.output) if self.code == TESTS_FAILED and "pytest" in self.command else []
+        return FAILED.findall(self.output) if self.code == TESTS_FAILED else []
 
     def _say(self, text: str) -> None:
         with self.printing:
@@ -88,22 +88,26 @@ class Stream(threading.Thread):
             self._process.send_signal(signal.SIGINT)
 
 
-def run_again(running: list[Stream], failed: list[Stream], environment: dict[str, str]) -> list[Stream]:
-    """Run each stream's failed tests once more, one stream after the other. Returns the streams that have failed for good."""
-    unsteady = [test for stream in failed for test in stream.failed]
+def run_again(failed: list[Stream], environment: dict[str, str], begun: Callable[[Stream], None]) -> list[Stream]:
+    """Run the files of what failed once more, one stream after the other. Returns the streams that have failed for good.
+
+    Whole files: some tell one story from test to test.
+    """
+    unsteady = {test for stream in failed for test in stream.failed}
     if not all(stream.failed for stream in failed) or len(unsteady) > UNSTEADY_LIMIT:
         return failed
-    still = []
     for stream in failed:
-        again = Stream(f"{stream.name}, again", [*stream.command, "--last-failed", "--last-failed-no-failures=none"], environment)
-        running.append(again)
+        files = sorted({test.partition("::")[0] for test in stream.failed})
+        again = Stream(f"{stream.name}, again", streams([], files)[stream.name], environment)
+        begun(again)
         again.start()
         again.join()
-        if again.code:
-            still.append(again)
-    if not still:
-        print("unsteady, passed when run again:", *unsteady, sep="\n    ")
-    return still
+        twice = set(stream.failed) & set(again.failed)
+        if twice or (again.code and not again.failed):
+            return [again]
+        unsteady |= set(again.failed)
+    print("unsteady, failed once of two runs:", *sorted(unsteady), sep="\n    ")
+    return []
 
 
 def main(arguments: list[str]) -> int:
@@ -126,7 +130,7 @@ def main(arguments: list[str]) -> int:
     good = (0, NOTHING_SELECTED) if arguments else (0,)
     failed = [stream for stream in running if stream.code not in good]
     if failed and not arguments and not interrupted.is_set():
-        failed = run_again(running, failed, environment)
+        failed = run_again(failed, environment, running.append)
     print(", ".join(f"{stream.name} {stream.seconds:.0f} s" for stream in running))
     print(f"failed: {', '.join(stream.name for stream in failed)}" if failed else "all passed")
     return 1 if failed else 0
