@@ -27,7 +27,7 @@ check: venv ## lint, types, import contracts
 unit: venv ## the tests that need neither API server nor node
 	$(VENV)/bin/pytest -q -m "not apiserver and not node and not gpu" tests
 
-test: venv cluster-binaries ## the whole suite; what CI runs
+test: venv cluster-binaries kernels ## the whole suite; what CI runs
 	@$(PYTHON) scripts/run_tests.py
 
 test-oldest: venv ## the tests that talk to an API server, on the oldest Kubernetes that upstream supports (built once, minutes)
