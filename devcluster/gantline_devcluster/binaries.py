@@ -22,6 +22,7 @@ from gantline_devcluster.errors import DevclusterError
 GO_SOURCES = Path(__file__).resolve().parents[1] / "go"
 _CNI = "github.com/containernetworking/plugins/plugins"
 _CONTAINERD = "github.com/containerd/containerd/v2/cmd"
+_KEDA = "github.com/kedacore/keda/v2"
 # One fixed date: `kubectl version` needs some date, and a build must not depend on the day.
 _BUILD_DATE = "2026-01-01T00:00:00Z"
 
@@ -104,6 +105,33 @@ KUBERNETES_OLDEST = Module(
     stamps=_STAMPS,
     versioned="k8s.io/kubernetes",
 )
+KEDA = Module(
+    "keda-operator",
+    # By the names that they have in KEDA's images: clients are known by them, also as owners of fields.
+    {"keda": f"{_KEDA}/cmd/operator", "keda-adapter": f"{_KEDA}/cmd/adapter"},
+    stamps=(f"{_KEDA}/version.Version={{version}}",),
+    versioned=_KEDA,
+)
+KEDA_MANIFESTS = Module(
+    "keda",
+    {
+        "scaledobjects.yaml": "config/crd/bases/keda.sh_scaledobjects.yaml",
+        **{
+            f"keda-{name}.yaml": f"config/crd/bases/{name}.yaml"
+            for name in (
+                "keda.sh_scaledjobs", "keda.sh_triggerauthentications", "keda.sh_clustertriggerauthentications",
+                "eventing.keda.sh_cloudeventsources", "eventing.keda.sh_clustercloudeventsources",
+            )
+        },
+        **{
+            f"keda-{folder}-{name}.yaml": f"config/{folder}/{name}.yaml"
+            for folder in ("rbac", "metrics-server")
+            for name in ("role", "role_binding")
+        },
+    },
+    versioned=_KEDA,
+    copied=True,
+)
 MODULES = (
     Module("tools", {"keys": "./cmd/keys", "pause": "./cmd/pause"}),
     Module("etcd", {"etcd": "go.etcd.io/etcd/server/v3"}, versioned="go.etcd.io/etcd/server/v3"),
@@ -149,20 +177,17 @@ MODULES = (
         copied=True,
     ),
     KUBERNETES_OLDEST,
-    Module(
-        "keda",
-        {"scaledobjects.yaml": "config/crd/bases/keda.sh_scaledobjects.yaml"},
-        versioned="github.com/kedacore/keda/v2",
-        copied=True,
-    ),
+    KEDA_MANIFESTS,
+    KEDA,
 )  # fmt: skip
 
 _API = frozenset({"keys", "etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler"})
 _EVERYTHING = frozenset(name for module in MODULES for name in module.binaries)
 _REHEARSAL = frozenset({"registry", "devices"})
-_DEFINITIONS = frozenset(name for module in MODULES for name in module.binaries if module.copied)
+_KEDA_ONLY = frozenset({*KEDA.binaries, *KEDA_MANIFESTS.binaries} - {"scaledobjects.yaml"})
+_DEFINITIONS = frozenset(name for module in MODULES for name in module.binaries if module.copied) - _KEDA_ONLY
 _OLDEST = frozenset(KUBERNETES_OLDEST.binaries)
-_NODE = _EVERYTHING - _REHEARSAL - _DEFINITIONS - _OLDEST - {"kwok"}
+_NODE = _EVERYTHING - _REHEARSAL - _DEFINITIONS - _OLDEST - _KEDA_ONLY - {"kwok"}
 SETS: dict[str, frozenset[str]] = {
     "client": frozenset({"kubectl", "helm"}),
     "api": _API,
@@ -171,6 +196,7 @@ SETS: dict[str, frozenset[str]] = {
     "suite": _NODE | {"kwok"} | _DEFINITIONS,
     "rehearsal": _NODE | _REHEARSAL,
     "oldest": (_API | {"kwok"} | _OLDEST) - {"kube-apiserver", "kube-controller-manager", "kube-scheduler"},
+    "keda": _API | {"kwok"} | _DEFINITIONS | _KEDA_ONLY,
     "all": _EVERYTHING,
 }
 
@@ -184,7 +210,7 @@ def find(name: str) -> Path:
     module = next(m for m in MODULES if name in m.binaries)
     path = module.folder / name
     if not path.exists():
-        smallest = next(title for title in ("api", "test", "node", "rehearsal", "oldest") if name in SETS[title])
+        smallest = next(title for title in ("api", "test", "node", "rehearsal", "oldest", "keda") if name in SETS[title])
         raise DevclusterError(f"{name} {module.version} is not built yet", f"Run: python -m gantline_devcluster build --set {smallest}")
     return path
 

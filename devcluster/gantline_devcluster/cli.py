@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made = add("build", run_build, "compile Kubernetes and its parts into the cache (once for each version)")
     sets = (
         "client: kubectl and helm; api: no node; test: api and kwok; node: what `up` needs; suite: node and test; "
-        "rehearsal: node and a registry; all (default)"
+        "rehearsal: node and a registry; oldest: the oldest Kubernetes; keda: test and KEDA; all (default)"
     )
     made.add_argument("--set", choices=sorted(SETS), default="all", help=sets)
     add("binaries", lambda _: print(collected()), "print the folder of the built binaries: kubectl, helm, ...")

@@ -1,4 +1,4 @@
-// Definition of KEDA's kind: a file is taken from it, nothing is compiled.
+// What KEDA is installed with: files are taken from it, nothing is compiled.
 module gantline.io/devcluster/keda
 
 go 1.26.0
