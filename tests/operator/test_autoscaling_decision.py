@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from gantline_operator.autoscaling.decision import Decision, Memory, ScaleReason, decide, owned
+from gantline_operator.autoscaling.decision import Decision, Memory, ScaleReason, decide, owned, told_load
 from gantline_operator.autoscaling.observation import Demand, Observation, Replica, Sample
 from gantline_operator.autoscaling.policy import Policy
 from hypothesis import given, settings
@@ -233,6 +233,38 @@ def test_a_full_cache_with_a_queue_asks_for_more_than_a_full_cache() -> None:
 def test_only_the_named_controller_changes_replicas(controller: str, current: int, wanted: int, written: int) -> None:
     policy = replace(SLEEPY, controller=controller)
     assert owned(policy, current, Decision(wanted, ScaleReason.STEADY, "")) == written
+
+
+ASLEEP, HELD = Demand(quiet_s=900.0), Demand(held=1, quiet_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "current", "requests", "more", "demand", "told"),
+    [
+        (0, 1, [6], {}, ASLEEP, 0.75),
+        # nobody asks: told for sure only once a poll cannot have missed it
+        (0, 1, [0], {}, ASLEEP, 0.001),
+        (10, 1, [0], {}, ASLEEP, 0.001),
+        (15, 1, [0], {}, ASLEEP, 0.0),
+        # what only starts is not put to sleep, and what an operator knows nothing of yet is not woken
+        (600, 1, [], {"starting": 1}, ASLEEP, 0.001),
+        (0, 0, [], {}, ASLEEP, 0.0),
+        (0, 0, [], {}, Demand(running=3), 0.0),
+        (0, 0, [], {}, HELD, 0.125),
+        # the unknown is no number
+        (600, 2, [0, None], {}, ASLEEP, None),
+        (600, 1, [0], {}, None, None),
+        (600, 1, [0], {}, replace(ASLEEP, complete=False), None),
+    ],
+)
+def test_what_keda_is_told_is_zero_only_where_a_service_may_sleep(
+    seconds: float, current: int, requests: list[int | None], more: dict[str, int], demand: Demand | None, told: float | None
+) -> None:
+    policy, memory = replace(SLEEPY, controller="KEDA"), Memory()
+    for now in (index * EVERY_S for index in range(int(seconds / EVERY_S) + 1)):
+        seen = Observation(now, current, replicas(now, *requests, **more), demand)
+        memory = decide(policy, seen, memory)[1]
+    assert told_load(policy, seen, memory) == told
 
 
 # ---- whatever is observed ------------------------------------------------------------------------------------------------------------

@@ -26,9 +26,13 @@ from gantline_operator.autoscaling.load import prove, replica_load, request_load
 from gantline_operator.autoscaling.observation import Observation, Replica
 from gantline_operator.autoscaling.policy import Policy
 
-__all__ = ["Decision", "Memory", "ScaleReason", "decide", "owned"]
+__all__ = ["Decision", "Memory", "ScaleReason", "decide", "owned", "told_load"]
 
 _ROUNDING = 1e-9  # 3 * 0.1 / 0.1 is more than 3
+_SOME = 0.001
+"""More than nothing, also once it is rounded."""
+_TOLD_S = 15.0
+"""How long it is told that somebody asked: three of KEDA's polls, of which one may be late and one fail."""
 
 
 class ScaleReason(StrEnum):
@@ -88,6 +92,23 @@ def owned(policy: Policy, current: int, decision: Decision) -> int:
     if policy.controller == "HPA" and current == 1 and decision.replicas == 0:
         return 0
     return current
+
+
+def told_load(policy: Policy, seen: Observation, memory: Memory) -> float | None:
+    """A service's load in replicas' worth for whoever scales it by that alone (KEDA), `memory` being what `decide` made of `seen`. None
+    where it is not wholly known, so that nobody takes the unknown for idle.
+
+    It is 0 only where the service may sleep: a held request alone wakes it, while it starts it stays awake, and whoever asked a moment ago
+    still counts.
+    """
+    if _unknown(policy, seen) or (policy.min == 0 and (seen.demand is None or not seen.demand.complete)):
+        return None
+    load = memory.recent[-1][1]
+    if seen.current == 0:
+        return max(load, _SOME) if seen.demand is not None and seen.demand.held else 0.0
+    starting = not any(replica.ready for replica in seen.replicas)
+    asked = memory.idle_since is None or seen.now - memory.idle_since < _TOLD_S
+    return max(load, _SOME) if starting or asked else load
 
 
 def _choose(policy: Policy, seen: Observation, memory: Memory, load: float) -> tuple[int, ScaleReason]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from gantline_operator.autoscaling.decision import Decision, Memory, ScaleReason, decide, owned
+from gantline_operator.autoscaling.decision import Decision, Memory, ScaleReason, decide, owned, told_load
 from gantline_operator.autoscaling.exposition import add_demands, parse_demand, parse_sample
 from gantline_operator.autoscaling.load import replica_load
 from gantline_operator.autoscaling.observation import Demand, Observation, Replica, Sample
@@ -43,7 +43,6 @@ _GATEWAYS = "app.kubernetes.io/component=gateway,app.kubernetes.io/part-of=gantl
 _WAKE_S = 1.0
 _TROUBLE_AFTER = 6
 """Looks for which metrics may be unknown before the status says so."""
-_SOME = 0.001  # more than nothing
 _COST = "controller.kubernetes.io/pod-deletion-cost"
 _MAX_COST = (1 << 31) - 1
 
@@ -123,20 +122,13 @@ class Autoscaler:
                     await asyncio.sleep(self._interval_s)
 
     def load(self, key: str) -> float | None:
-        """A service's load in replicas' worth, as KEDA asks for it: more than 0 as soon as anybody has asked since the look before. None
-        where it is not known wholly, so that nobody takes what is unknown for idle."""
+        """A service's load in replicas' worth, as KEDA asks for it (`told_load`). None also where the last look is too long ago."""
         target, service = self._targets.all.get(key), self._services.get(key)
         if target is None or service is None or service.seen is None:
             return None
-        seen, policy = service.seen, target.policy
-        late = self._clock() - seen.now > policy.stale_after_s
-        if late or any(replica.unknown(seen.now, policy.stale_after_s) for replica in seen.replicas):
+        if self._clock() - service.seen.now > target.policy.stale_after_s:
             return None
-        if policy.min == 0 and (seen.demand is None or not seen.demand.complete):
-            return None
-        load = service.memory.recent[-1][1]
-        asked = service.memory.idle_since in (None, seen.now)
-        return max(load, _SOME) if asked else load
+        return told_load(target.policy, service.seen, service.memory)
 
     def pod_values(self, namespace: str, metric: str) -> Iterator[PodValue]:
         """The metric's value of each replica in a namespace whose sample is fresh. Raises KeyError for an unknown metric."""

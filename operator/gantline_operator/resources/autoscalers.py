@@ -57,6 +57,8 @@ def _scaled_object(parent: Parent, settings: Settings, policy: Policy) -> Object
             "scaleTargetRef": _target(parent),
             "pollingInterval": 5,
             "cooldownPeriod": int(policy.zero_after_s),
+            # Else one that was made a moment ago would put a service to sleep with its first look.
+            "initialCooldownPeriod": int(policy.zero_after_s),
             "minReplicaCount": policy.min,
             "maxReplicaCount": policy.max,
             "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _behavior(policy)}},
