@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from gantline_operator import resources
@@ -127,10 +126,7 @@ class Controller:
 
     async def _serve_custom_metrics(self) -> None:
         metrics = CustomMetrics(self.autoscaler.pod_values, interval_s=self._settings.scaling_interval_seconds)
-        address, port = self._settings.listen_address, self._settings.custom_metrics_port
-        await serve_custom_metrics(
-            self._client, metrics, address=address, port=port, certificate=Path(self._settings.custom_metrics_certificate)
-        )
+        await serve_custom_metrics(self._client, metrics, self._settings)
 
     def facts_for(self, service: str) -> ClusterFacts:
         """The cluster as a plan for `service` (`namespace/name`) would find it now, its own pods replaced."""

@@ -23,9 +23,12 @@ from typing import Any
 from aiohttp import web
 
 from gantline_operator.autoscaling.loop import POD_METRICS, PodValue
+from gantline_operator.certificates.trust import trust_of_api
+from gantline_operator.certificates.upkeep import Upkeep
 from gantline_operator.client import ApiError, Client, Object
 from gantline_operator.observe import CONFIG_MAPS
 from gantline_operator.resources.naming import pod_selector
+from gantline_operator.settings import OperatorSettings
 
 __all__ = ["API_VERSION", "CustomMetrics", "serve_custom_metrics"]
 
@@ -117,12 +120,14 @@ def _failure(code: int, reason: str, message: str) -> web.Response:
     return web.json_response(status, status=code)
 
 
-async def serve_custom_metrics(client: Client, metrics: CustomMetrics, *, address: str, port: int, certificate: Path) -> None:
-    """Serves until cancelled. While the authority or the certificate is not there, it is tried again, and the log says so."""
+async def serve_custom_metrics(client: Client, metrics: CustomMetrics, settings: OperatorSettings) -> None:
+    """Serves until cancelled. While the authority or a certificate that is given is not there, it is tried again, and the log says so."""
     while True:
         try:
             authority, names = await read_authority(client)
-            context = build_context(certificate, authority)
+            context = build_context(authority)
+            if not settings.custom_metrics_secret:
+                _load(context, Path(settings.custom_metrics_certificate))
             break
         except (ApiError, OSError, ValueError) as error:
             _log.warning("custom.metrics.k8s.io is not served yet, trying again in %.0f s: %s", _RETRY_S, error)
@@ -130,10 +135,20 @@ async def serve_custom_metrics(client: Client, metrics: CustomMetrics, *, addres
     runner = web.AppRunner(metrics.application(names), access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, address, port, ssl_context=context).start()
-        await _reload(context, certificate)
+        await web.TCPSite(runner, settings.listen_address, settings.custom_metrics_port, ssl_context=context).start()
+        await _keep_certificate(client, settings, context)
     finally:
         await runner.cleanup()
+
+
+async def _keep_certificate(client: Client, settings: OperatorSettings, context: ssl.SSLContext) -> None:
+    """For ever. Only who leads serves this API, so what is the operator's own may always be renewed here."""
+    if settings.custom_metrics_secret:
+        group, _, version = API_VERSION.partition("/")
+        trust = trust_of_api(f"{version}.{group}")
+        await Upkeep(client, settings.custom_metrics_secret, trust, settings.custom_metrics_hosts, context, lambda: True).run()
+    else:
+        await _reload(context, Path(settings.custom_metrics_certificate))
 
 
 async def read_authority(client: Client) -> tuple[str, list[str]]:
@@ -149,30 +164,34 @@ async def read_authority(client: Client) -> tuple[str, list[str]]:
     return str(authority), [str(name) for name in json.loads(data.get("requestheader-allowed-names") or "[]")]
 
 
-def build_context(certificate: Path, authority: str) -> ssl.SSLContext:
-    """TLS that admits only who shows a certificate of `authority`. Raises OSError (also for what is no certificate)."""
+def build_context(authority: str) -> ssl.SSLContext:
+    """TLS that admits only who shows a certificate of `authority`; it has none itself yet. Raises OSError for what is no authority."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=authority)
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(certificate / "tls.crt", certificate / "tls.key")
     return context
 
 
-async def _reload(context: ssl.SSLContext, certificate: Path) -> None:
+def _load(context: ssl.SSLContext, folder: Path) -> None:
+    """Raises OSError, also for what is no certificate."""
+    context.load_cert_chain(folder / "tls.crt", folder / "tls.key")
+
+
+async def _reload(context: ssl.SSLContext, folder: Path) -> None:
     """Takes a renewed certificate for new connections, for ever."""
-    last = _stamp(certificate)
+    last = _stamp(folder)
     while True:
         await asyncio.sleep(_RELOAD_S)
-        if (now := _stamp(certificate)) == last:
+        if (now := _stamp(folder)) == last:
             continue
         try:
-            context.load_cert_chain(certificate / "tls.crt", certificate / "tls.key")
+            _load(context, folder)
             last = now
         except OSError as error:
             _log.warning("The renewed certificate of custom.metrics.k8s.io cannot be used: %s", error)
 
 
-def _stamp(certificate: Path) -> tuple[Any, ...]:
+def _stamp(folder: Path) -> tuple[Any, ...]:
     try:
-        return tuple((certificate / name).stat().st_mtime_ns for name in ("tls.crt", "tls.key"))
+        return tuple((folder / name).stat().st_mtime_ns for name in ("tls.crt", "tls.key"))
     except OSError:
         return ()

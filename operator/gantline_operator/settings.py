@@ -97,8 +97,14 @@ class OperatorSettings:
     custom_metrics_port: int = _setting(
         _number(0, 65535), 0, "Port of the API custom.metrics.k8s.io, which HorizontalPodAutoscalers follow; 0 turns it off."
     )
+    custom_metrics_hosts: tuple[str, ...] = _setting(
+        _names, (), "Names or addresses by which the API server reaches that port, separated by commas; its certificate is made for them."
+    )
+    custom_metrics_secret: str = _setting(
+        _object_name, "", "namespace/name of the Secret that keeps that port's certificate, which the operator renews; empty: it is given."
+    )
     custom_metrics_certificate: str = _setting(
-        _text, "/etc/gantline/custom-metrics", "Folder with tls.crt and tls.key of that port; read again when they change."
+        _text, "/etc/gantline/custom-metrics", "Folder with tls.crt and tls.key of that port where they are given; read again at changes."
     )
     lease: str = _setting(
         _object_name, "", "namespace/name of the Lease that says which of several operators works; empty: there is no other operator."
@@ -154,4 +160,7 @@ def from_environment(environment: Mapping[str, str], arguments: Sequence[str] = 
     if settings.webhook_port and not (settings.webhook_hosts and settings.webhook_secret and settings.webhook_configuration):
         message = "the webhook has a port, but no hosts, Secret or configuration"
         raise ConfigurationError(message, reason=Reason.INVALID_CONFIGURATION, cure="Set all GANTLINE_WEBHOOK_* variables, or none.")
+    if settings.custom_metrics_secret and not settings.custom_metrics_hosts:
+        message = "the certificate for custom metrics has a Secret, but no hosts"
+        raise ConfigurationError(message, reason=Reason.INVALID_CONFIGURATION, cure="Set GANTLINE_CUSTOM_METRICS_HOSTS too.")
     return settings

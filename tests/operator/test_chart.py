@@ -120,7 +120,8 @@ def test_rights_have_no_wildcard_no_secret_and_no_exec(name: str) -> None:
     keys = of_kind(objects, "Role", "gantline-gateway-own") if name == "everything" else []
     for rule in rules([item for item in objects if item not in keys]):
         if rule["resources"] == ["secrets"]:
-            assert rule["resourceNames"] == ["gantline-webhook"] and rule["verbs"] == ["get", "patch"] and name == "everything"
+            assert rule["resourceNames"][0] in ("gantline-webhook", "gantline-custom-metrics") and len(rule["resourceNames"]) == 1
+            assert rule["verbs"] == ["get", "patch"] and name == "everything"
             continue
         assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
         assert not {"secrets", "pods/exec", "pods/attach", "pods/portforward", "serviceaccounts/token"} & set(rule["resources"])
@@ -180,22 +181,34 @@ def test_the_operator_understands_every_setting_that_the_chart_gives(name: str) 
                 "gantline-system/app.kubernetes.io/name=gantline-test", "monitoring",
             ),
             inventory_configmap="gantline-system/gantline-inventory", workers=2, resync_seconds=60, job_retention_seconds=600,
-            log_level="debug", scaling_interval_seconds=10, custom_metrics_port=8443, webhook_port=9443,
+            log_level="debug", scaling_interval_seconds=10, custom_metrics_port=8443,
+            custom_metrics_hosts=("gantline-custom-metrics.gantline-system.svc",),
+            custom_metrics_secret="gantline-system/gantline-custom-metrics", webhook_port=9443,
             webhook_hosts=("gantline-webhook.gantline-system.svc",), webhook_secret="gantline-system/gantline-webhook",
             webhook_configuration="gantline-gantline-system", **OF_THE_RELEASE,
         )  # fmt: skip
 
 
-def test_the_custom_metrics_api_is_off_by_default_and_has_a_certificate_of_its_own() -> None:
+def test_the_custom_metrics_api_is_off_by_default_and_its_certificate_is_the_operators_or_given() -> None:
     assert not of_kind(render(), "APIService")
-    objects = render({"customMetrics": {"enabled": True}})
-    service, secret = of_kind(objects, "APIService")[0]["spec"], of_kind(objects, "Secret")[0]
-    assert service["service"] == {"name": "gantline-custom-metrics", "namespace": "gantline-system", "port": 443}
-    assert service["caBundle"] == secret["data"]["ca.crt"] and not service.get("insecureSkipTLSVerify")
+    values = {"customMetrics": {"enabled": True}}
+    objects, given = render(values), operator_environment(values)
+    api = of_kind(objects, "APIService")[0]
+    assert api["spec"]["service"] == {"name": "gantline-custom-metrics", "namespace": "gantline-system", "port": 443}
+    assert api["spec"].keys().isdisjoint({"caBundle", "insecureSkipTLSVerify"}) and "data" not in of_kind(objects, "Secret")[0]
+    secret = of_kind(objects, "Secret")[0]["metadata"]["name"]
+    assert given["GANTLINE_CUSTOM_METRICS_SECRET"] == f"gantline-system/{secret}"
+    assert given["GANTLINE_CUSTOM_METRICS_HOSTS"] == "gantline-custom-metrics.gantline-system.svc"
+    for plural, name in (("secrets", secret), ("apiservices", api["metadata"]["name"])):
+        allowed = [rule for rule in rules(objects) if plural in rule["resources"]]
+        assert [(rule["resourceNames"], rule["verbs"]) for rule in allowed] == [([name], ["get", "patch"])]
+    mine = {"customMetrics": {"enabled": True, "certificate": {"secretName": "mine", "caBundle": "PEM"}}}
+    objects = render(mine)
+    assert not of_kind(objects, "Secret") and of_kind(objects, "APIService")[0]["spec"]["caBundle"] == "UEVN"
     pod = of_kind(objects, "Deployment", "gantline")[0]["spec"]["template"]["spec"]
-    assert {"name": "custom-metrics", "secret": {"secretName": "gantline-custom-metrics"}} in pod["volumes"]
-    given = render({"customMetrics": {"enabled": True, "certificate": {"secretName": "mine", "caBundle": "PEM"}}})
-    assert not of_kind(given, "Secret") and of_kind(given, "APIService")[0]["spec"]["caBundle"] == "UEVN"
+    assert {"name": "custom-metrics", "secret": {"secretName": "mine"}} in pod["volumes"]
+    assert "GANTLINE_CUSTOM_METRICS_SECRET" not in operator_environment(mine)
+    assert not [rule for rule in rules(objects) if {"secrets", "apiservices"} & set(rule["resources"])]
 
 
 def test_defaults_of_the_chart_are_the_operators_own() -> None:

@@ -15,46 +15,122 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
 from gantline_devcluster.binaries import find
+from gantline_operator.certificates import upkeep
 
 from tests.operator.definition import wait_until_established
-from tests.operator.harness import apply, patch, service, status, wait, wait_reason
+from tests.operator.harness import apply, event_reasons, patch, service, status, wait, wait_reason
 from tests.operator.helm import render
 from tests.operator.scaling_world import NAME, QUICK, owners_of_replicas, scaling, world
 from tests.operator.test_gateway_api import definition
 
+APIS = "/apis/apiregistration.k8s.io/v1/apiservices"
+
 
 @contextmanager
-def custom_metrics(cluster: ApiCluster, namespace: str, port: int) -> Iterator[Path]:
-    """The chart's APIService, led to loopback, where a Service of a cluster without a network cannot lead; the certificate's folder."""
-    keys = cluster.folder / "keys"
-    subprocess.run([str(find("keys")), str(keys), f"custom-metrics-{namespace}=gantline-custom-metrics.{namespace}.svc"], check=True)
-    folder = cluster.folder / f"custom-metrics-{namespace}"
-    folder.mkdir(exist_ok=True)
-    for ending in ("crt", "key"):
-        (folder / f"tls.{ending}").write_bytes((keys / f"custom-metrics-{namespace}.{ending}").read_bytes())
-    bundle = base64.b64encode((keys / "ca.crt").read_bytes()).decode()
-    objects = render({"customMetrics": {"enabled": True, "certificate": {"secretName": "tls", "caBundle": "x"}}}, namespace=namespace)
+def custom_metrics(cluster: ApiCluster, namespace: str, *, given: bool = False) -> Iterator[dict[str, Any]]:
+    """The chart's APIService, led to loopback, where a Service of a cluster without a network cannot lead; the operator's settings for it.
+    The certificate is the operator's own, or `given` by whoever installs the chart."""
+    port, name = free_port(), f"gantline-custom-metrics.{namespace}.svc"
+    certificate = {"secretName": "tls", "caBundle": "x"} if given else {}
+    objects = render({"customMetrics": {"enabled": True, "certificate": certificate}}, namespace=namespace)
     api = next(item for item in objects if item["kind"] == "APIService")
-    api["spec"] |= {"caBundle": bundle, "service": {**api["spec"]["service"], "port": port}}
+    api["spec"] |= {"service": {**api["spec"]["service"], "port": port}}
+    if given:
+        keys, folder = cluster.folder / "keys", cluster.folder / f"custom-metrics-{namespace}"
+        subprocess.run([str(find("keys")), str(keys), f"custom-metrics-{namespace}={name}"], check=True)
+        folder.mkdir()
+        for ending in ("crt", "key"):
+            (folder / f"tls.{ending}").write_bytes((keys / f"custom-metrics-{namespace}.{ending}").read_bytes())
+        api["spec"]["caBundle"] = base64.b64encode((keys / "ca.crt").read_bytes()).decode()
+        settings = {"custom_metrics_certificate": str(folder)}
+    else:
+        secret = next(item for item in objects if item["kind"] == "Secret")
+        cluster.client.post(f"/api/v1/namespaces/{namespace}/secrets", secret)
+        settings = {"custom_metrics_hosts": (name,), "custom_metrics_secret": f"{namespace}/{secret['metadata']['name']}"}
     where = {"metadata": {"name": api["spec"]["service"]["name"]}, "spec": {"type": "ExternalName", "externalName": "localhost"}}
     cluster.client.post(f"/api/v1/namespaces/{namespace}/services", where)
-    cluster.client.post("/apis/apiregistration.k8s.io/v1/apiservices", api)
+    cluster.client.post(APIS, api)
     try:
-        yield folder
+        yield {"custom_metrics_port": port, **settings}
     finally:
-        cluster.client.call("DELETE", f"/apis/apiregistration.k8s.io/v1/apiservices/{api['metadata']['name']}")
+        cluster.client.call("DELETE", f"{APIS}/{api['metadata']['name']}")
+
+
+def test_hpa_has_one_to_many_and_gantline_the_step_to_zero_and_back(
+    api_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "_POLL_S", 0.5)
+    monkeypatch.setattr(upkeep, "_SOON_S", 0.2)
+    wanted = {"controller": "HPA", "min": 0, "max": 3, "metric": "inflight", "target": 4, **QUICK, "downAfter": "0s"}
+    with (
+        world(api_cluster, namespace, gateway=True) as made,
+        custom_metrics(api_cluster, namespace) as settings,
+        scaling(made, **settings) as operator,
+    ):
+        apply(api_cluster, service(NAME, namespace, scaling=wanted))
+        made.wait_replicas(1)
+        # Nobody asks: Gantline takes the last one, and the autoscaler rests.
+        made.wait_replicas(0)
+        assert last_scale(api_cluster, namespace) == (1, 0, "Idle")
+        wait(lambda: scaling_active(api_cluster, namespace) == "ScalingDisabled", what=lambda: scaling_active(api_cluster, namespace))
+        # The first held request has Gantline bring one back, and no more than that.
+        made.demand = {"held": 9, "held_since_s": 0.1, "running": 0, "last_request_age_s": 0.1}
+        (first,) = made.wait_replicas(1)
+        assert last_scale(api_cluster, namespace) == (0, 1, "HeldRequests")
+        made.demand = {"held": 0, "running": 12, "last_request_age_s": 0.1}
+        made.replicas[first].running = 12
+        made.wait_replicas(3)
+        # The adapter has another certificate, and is asked on.
+        before = trusted(api_cluster)
+        api_cluster.kubectl("patch", "secret", "gantline-custom-metrics", "-n", namespace, "--type=merge", "-p", '{"data": null}')
+        wait(lambda: trusted(api_cluster) != before)
+        # Nobody asks any more: the autoscaler goes down to one, Gantline to none.
+        made.demand = {}
+        for replica in made.replicas.values():
+            replica.running = 0
+        made.wait_replicas(0)
+        assert last_scale(api_cluster, namespace) == (1, 0, "Idle")
+        happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
+        assert happened == ["ScaledToZero", "WokeUp", "ScaledToZero"]
+        assert sum(path.endswith("/scale") for _, path in operator.writes) == 3, "the rest was the autoscaler's"
+
+
+def last_scale(cluster: ApiCluster, namespace: str) -> tuple[int, int, str]:
+    """What Gantline did last, once its status tells of what there is."""
+    path = f"/apis/gantline.io/v1alpha1/namespaces/{namespace}/inferenceservices/{NAME}"
+
+    def told() -> dict[str, Any] | None:
+        live = cluster.client.get(path)
+        found: dict[str, Any] = live["status"].get("lastScale") or {}
+        return found if found.get("to") == live["spec"]["replicas"] else None
+
+    found = wait(told, what=lambda: cluster.client.get(path)["status"].get("lastScale"))
+    return found["from"], found["to"], found["reason"]
+
+
+def scaling_active(cluster: ApiCluster, namespace: str) -> str:
+    """The reason of that condition of the autoscaler's."""
+    found = cluster.client.get(f"/apis/autoscaling/v2/namespaces/{namespace}/horizontalpodautoscalers/{NAME}")
+    return next((item["reason"] for item in found.get("status", {}).get("conditions") or [] if item["type"] == "ScalingActive"), "")
+
+
+def trusted(cluster: ApiCluster) -> str:
+    """The authorities of the adapter that the API server trusts."""
+    return str(cluster.client.get(f"{APIS}/v1beta2.custom.metrics.k8s.io")["spec"].get("caBundle", ""))
 
 
 def test_others_follow_the_same_load_and_one_hands_over_to_the_next_without_a_trace(api_cluster: ApiCluster, namespace: str) -> None:
-    port, web = free_port(), free_port()
+    web = free_port()
     wanted = {"controller": "HPA", "max": 3, "metric": "inflight", "target": 4, **QUICK, "downAfter": "0s"}
     with (
         world(api_cluster, namespace, gateway=True) as made,
-        custom_metrics(api_cluster, namespace, port) as folder,
-        scaling(made, custom_metrics_port=port, custom_metrics_certificate=str(folder), metrics_port=web, load_url="http://operator:8080"),
+        custom_metrics(api_cluster, namespace, given=True) as settings,
+        scaling(made, **settings, metrics_port=web, load_url="http://operator:8080"),
     ):
+        port = settings["custom_metrics_port"]
         apply(api_cluster, service(NAME, namespace, scaling=wanted))
         (first,) = made.wait_replicas(1)
         made.replicas[first].running = 12

@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
+from gantline_operator.certificates import upkeep
+from gantline_operator.certificates.pairs import make_pair, must_renew
+from gantline_operator.certificates.trust import trust_of_webhooks
 from gantline_operator.client import connect
 from gantline_operator.web import serving_http
-from gantline_operator.webhook import upkeep
 from gantline_operator.webhook.advice import LONGEST, MOST, advise
-from gantline_operator.webhook.certificates import make_pair, must_renew
 from gantline_operator.webhook.server import build_admission
 
 from tests.operator.applying import apply as put
@@ -190,8 +191,8 @@ async def test_a_replica_that_waits_makes_no_certificate_and_serves_the_leaders(
 
     def replica(leads: bool, hosts: tuple[str, ...]) -> upkeep.Upkeep:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        secret, configuration = f"{site.namespace}/gantline-webhook", f"gantline-{site.namespace}"
-        return upkeep.Upkeep(client, secret, configuration, hosts, context, lambda: leads)
+        secret, trust = f"{site.namespace}/gantline-webhook", trust_of_webhooks(f"gantline-{site.namespace}")
+        return upkeep.Upkeep(client, secret, trust, hosts, context, lambda: leads)
 
     wait(lambda: site.kept().get("tls.crt"))
     kept = site.kept()["tls.crt"]

@@ -19,6 +19,11 @@
 - {name: GANTLINE_SCALING_INTERVAL_SECONDS, value: {{ .Values.operator.scalingIntervalSeconds | int | quote }}}
 - {name: GANTLINE_LOAD_URL, value: {{ if .Values.metrics.service }}{{ printf "http://%s-metrics.%s.svc:8080" (include "gantline.fullname" .) .Release.Namespace | quote }}{{ else }}""{{ end }}}
 - {name: GANTLINE_CUSTOM_METRICS_PORT, value: {{ ternary "8443" "0" .Values.customMetrics.enabled | quote }}}
+{{- if and .Values.customMetrics.enabled (not .Values.customMetrics.certificate.secretName) }}
+{{- $name := printf "%s-custom-metrics" (include "gantline.fullname" .) }}
+- {name: GANTLINE_CUSTOM_METRICS_HOSTS, value: "{{ $name }}.{{ .Release.Namespace }}.svc"}
+- {name: GANTLINE_CUSTOM_METRICS_SECRET, value: "{{ .Release.Namespace }}/{{ $name }}"}
+{{- end }}
 - {name: GANTLINE_LEASE, value: "{{ .Release.Namespace }}/{{ include "gantline.fullname" . }}"}
 - {name: GANTLINE_IDENTITY, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: GANTLINE_ADDRESS, valueFrom: {fieldRef: {fieldPath: status.podIP}}}

@@ -8,13 +8,14 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 
 from gantline_operator.background import beside
+from gantline_operator.certificates.trust import trust_of_webhooks
+from gantline_operator.certificates.upkeep import Upkeep
 from gantline_operator.client import Client
 from gantline_operator.controller import Controller
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.web import serving_http
 from gantline_operator.webhook.judge import Reviewer
 from gantline_operator.webhook.server import build_admission
-from gantline_operator.webhook.upkeep import Upkeep
 
 __all__ = ["serving_webhook"]
 
@@ -25,7 +26,8 @@ async def serving_webhook(
 ) -> AsyncIterator[None]:
     """In every replica; who leads also renews the certificate. A failure of ours that is no ApiError sets `stop` and is raised."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    upkeep = Upkeep(client, settings.webhook_secret, settings.webhook_configuration, settings.webhook_hosts, context, leads)
+    trust = trust_of_webhooks(settings.webhook_configuration)
+    upkeep = Upkeep(client, settings.webhook_secret, trust, settings.webhook_hosts, context, leads)
     judge = Reviewer(client, controller, settings.images).judge
 
     def count(result: str) -> None:

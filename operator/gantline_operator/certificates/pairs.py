@@ -1,4 +1,4 @@
-"""The webhook's certificates: an authority that signs one serving certificate, and whose key is thrown away at once.
+"""An authority that signs one serving certificate, and whose key is thrown away at once.
 
 Nobody can sign another one, so a stolen Secret is worth what it is worth until the next rotation. A rotation makes both anew.
 """
@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 __all__ = ["LIFETIME", "Pair", "make_pair", "must_renew"]
 
 LIFETIME = timedelta(days=90)
+_AUTHORITY = "gantline authority"
 _SKEW = timedelta(hours=1)
 """How far the API server's clock may be behind ours."""
 _RENEW_SHARE = 2 / 3
@@ -38,13 +39,13 @@ def make_pair(hosts: Sequence[str], now: datetime, lifetime: timedelta = LIFETIM
     authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     ends = now + lifetime
     authority = (
-        _builder("gantline webhook authority", "gantline webhook authority", authority_key, now, ends)
+        _builder(_AUTHORITY, _AUTHORITY, authority_key, now, ends)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(authority_key, hashes.SHA256())
     )
     certificate = (
-        _builder("gantline webhook", "gantline webhook authority", key, now, ends)
+        _builder("gantline", _AUTHORITY, key, now, ends)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)

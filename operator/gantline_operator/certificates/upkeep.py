@@ -1,4 +1,4 @@
-"""Keeps the webhook's certificate: in a Secret for all replicas, and its authority in the ValidatingWebhookConfiguration.
+"""Keeps a certificate: in a Secret for all replicas, and its authority in the object that the API server reads it from.
 
     good in the Secret ------------------------------> loaded, where it is not yet
     missing, old or for other names (who leads) -----> publish the new authority beside the old one -> write the Secret -> load
@@ -20,14 +20,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from gantline_operator.certificates import pairs
+from gantline_operator.certificates.pairs import Pair, make_pair, must_renew
+from gantline_operator.certificates.trust import Trust
 from gantline_operator.client import ApiError, Client, Object, Resource
-from gantline_operator.webhook import certificates
-from gantline_operator.webhook.certificates import Pair, make_pair, must_renew
 
-__all__ = ["CONFIGURATIONS", "SECRETS", "Upkeep"]
+__all__ = ["Upkeep"]
 
-SECRETS = Resource("v1", "Secret", "secrets")
-CONFIGURATIONS = Resource("admissionregistration.k8s.io/v1", "ValidatingWebhookConfiguration", "validatingwebhookconfigurations")
+_SECRETS = Resource("v1", "Secret", "secrets")
 
 _log = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ _SOON_S, _POLL_S = 2.0, 60.0
 
 
 class Upkeep:
-    """`run` keeps `context` able to answer for `hosts`. It makes neither the Secret (`namespace/name`) nor the configuration: both are the
-    chart's."""
+    """`run` keeps `context` able to answer for `hosts`. It makes neither the Secret (`namespace/name`) nor what is told the authority: both
+    are the chart's. Who does not lead only loads what the Secret holds."""
 
     def __init__(
-        self, client: Client, secret: str, configuration: str, hosts: Sequence[str], context: ssl.SSLContext, leads: Callable[[], bool]
+        self, client: Client, secret: str, trust: Trust, hosts: Sequence[str], context: ssl.SSLContext, leads: Callable[[], bool]
     ) -> None:
         self._client = client
         self._namespace, _, self._secret = secret.partition("/")
-        self._configuration = configuration
+        self._trust = trust
         self._hosts = hosts
         self._context = context
         self._leads = leads
@@ -59,14 +59,14 @@ class Upkeep:
                 failures = 0
             except (ApiError, ssl.SSLError) as error:
                 failures += 1
-                _log.warning("The webhook's certificate cannot be kept, so that nobody may be warned at admission: %s", error)
+                _log.warning("The certificate for %s cannot be kept, so the API server may not connect: %s", ", ".join(self._hosts), error)
             settled = self._loaded and (self._published or not self._leads())
             delay_s = _POLL_S if settled else min(_POLL_S, _SOON_S * 2 ** min(failures, 6))
             await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))
 
     async def look(self) -> None:
         """Once. Raises ApiError where the API server refuses, ssl.SSLError where what the Secret holds does not belong together."""
-        secret = await self._client.get(SECRETS, self._namespace, self._secret)
+        secret = await self._client.get(_SECRETS, self._namespace, self._secret)
         pair = _read(secret)
         if must_renew(pair.certificate, self._hosts, datetime.now(UTC)):
             if not self._leads():
@@ -77,7 +77,7 @@ class Upkeep:
             await self._publish(pair.authority)
 
     async def _renew(self, secret: Object, old: Pair) -> Pair:
-        new = make_pair(self._hosts, datetime.now(UTC), certificates.LIFETIME)
+        new = make_pair(self._hosts, datetime.now(UTC), pairs.LIFETIME)
         pair = Pair(new.authority + _first_certificate(old.authority), new.certificate, new.key)
         await self._publish(pair.authority)
         data = {"ca.crt": pair.authority, "tls.crt": pair.certificate, "tls.key": pair.key}
@@ -85,30 +85,26 @@ class Upkeep:
             "metadata": {"resourceVersion": secret["metadata"]["resourceVersion"]},
             "data": {key: base64.b64encode(text.encode()).decode() for key, text in data.items()},
         }
-        await self._client.patch(SECRETS, self._namespace, self._secret, body)
-        _log.info("The webhook has a new certificate for %s", ", ".join(self._hosts))
+        await self._client.patch(_SECRETS, self._namespace, self._secret, body)
+        _log.info("There is a new certificate for %s", ", ".join(self._hosts))
         return pair
 
     async def _publish(self, authority: str) -> None:
         """By server-side apply, which leaves all but `caBundle` to the chart."""
-        live = await self._client.get(CONFIGURATIONS, None, self._configuration)
+        resource = self._trust.resource
+        live = await self._client.get(resource, None, self._trust.name)
         bundle = base64.b64encode(authority.encode()).decode()
-        hooks = live.get("webhooks") or []
-        if any(hook["clientConfig"].get("caBundle") != bundle for hook in hooks):
-            body = {
-                "apiVersion": CONFIGURATIONS.api_version,
-                "kind": CONFIGURATIONS.kind,
-                "metadata": {"name": self._configuration, "uid": live["metadata"]["uid"]},
-                "webhooks": [{"name": hook["name"], "clientConfig": {"caBundle": bundle}} for hook in hooks],
-            }
-            await self._client.apply(CONFIGURATIONS, body)
+        if any(found != bundle for found in self._trust.bundles(live)):
+            metadata = {"name": self._trust.name, "uid": live["metadata"]["uid"]}
+            whole = {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata, **self._trust.naming(live, bundle)}
+            await self._client.apply(resource, whole)
         self._published = authority
 
     def _load(self, pair: Pair) -> None:
         """New connections are answered with it; those that are open go on."""
         if pair.certificate == self._loaded:
             return
-        descriptor, path = tempfile.mkstemp(prefix="gantline-webhook-")  # 0600; the ssl module reads keys from files only
+        descriptor, path = tempfile.mkstemp(prefix="gantline-certificate-")  # 0600; the ssl module reads keys from files only
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(pair.certificate + pair.key)
