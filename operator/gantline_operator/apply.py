@@ -4,8 +4,12 @@ An object is ours only if its controller reference names our parent's uid: a str
 reported, one of a deleted parent of the same name is waited for. One that has no controller and bears our labels was ours, and is adopted:
 somebody took its owner away, or deleted the service with `--cascade=orphan` to make it anew without touching its pods.
 
-    known to be ours      apply, with its uid as guard: replaced meanwhile -> Conflict, and everything is looked at again
-    not known             get; not there -> apply unforced; ours -> apply; else -> a problem
+    as last seen          apply, guarded by the uid and resourceVersion that it had; changed meanwhile -> as not known
+    not known             get; not there -> apply unforced; ours -> apply, guarded by what was found; else -> a problem
+
+The guard is what makes `--cascade=orphan` safe: the garbage collector takes our reference off a child while a reconcile may be about to
+apply it. Without the guard the reference would come back, and the child would go with its parent. For the same reason a child is given a
+reference that it lacks only after the parent was asked for once more.
 
 Jobs and claims are immutable: they are created and never applied again. Pruning comes last and only if every apply succeeded, so a
 failure half-way never removes what still serves.
@@ -16,21 +20,25 @@ The children of a paused service are only looked at: every write goes through he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gantline_operator.client import ApiError, Client, Conflict, Forbidden, Invalid, KindMissing, NotFound, Object, Resource
 from gantline_operator.conditions import Reason
 from gantline_operator.resources.naming import labels, owner_reference
 
-__all__ = ["Child", "Children", "Parent", "Problem", "controller_uid", "problem_of"]
+__all__ = ["Child", "Children", "Parent", "Problem", "Version", "controller_uid", "problem_of"]
 
 Child = tuple[str, str]
 """Kind and name; the namespace is the parent's."""
+Version = tuple[str, str]
+"""uid and resourceVersion."""
 
 _IMMUTABLE = {"Job", "PersistentVolumeClaim", "ControllerRevision"}
 _SLOW_RETRY_S = 60.0
 _DELETION_RETRY_S = 2.0
+_APPLY_TRIES = 4
+"""Of a child that others change at the same time."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,10 @@ def controller_uid(item: Object) -> str:
     return next((str(owner.get("uid", "")) for owner in owners if owner.get("controller")), "")
 
 
+def _version(item: Object) -> Version:
+    return item["metadata"]["uid"], item["metadata"]["resourceVersion"]
+
+
 def _was_ours(item: Object, parent: Parent) -> bool:
     """Whether nobody controls it, though it bears every label that we give to this service's children alone."""
     marks = {key: value for key, value in labels(parent.name, "server").items() if not key.endswith(("/component", "/role"))}
@@ -82,6 +94,10 @@ def _orphan_of(item: Object, parent: Parent) -> bool:
     return any(o.get("kind") == "InferenceService" and o.get("name") == parent.name and o.get("uid") != parent.uid for o in owners)
 
 
+async def _always() -> None:
+    pass
+
+
 @dataclass
 class Children:
     """The children of one parent, as listed and since written. One reconcile makes one and drops it."""
@@ -89,8 +105,8 @@ class Children:
     client: Client
     parent: Parent
     kinds: Sequence[Resource]
-    uids: dict[Child, str] = field(default_factory=dict)
-    """Of what was ours in earlier reconciles: saves a look, and is no more than a guard. Outlives this object."""
+    seen: dict[Child, Version] = field(default_factory=dict)
+    """What was ours when last seen: saves a look, and is no more than a guard. Outlives this object."""
     live: dict[Child, Object] = field(default_factory=dict)
     """Ours, newest known state."""
     optional: Collection[str] = ()
@@ -100,6 +116,8 @@ class Children:
     problems: list[Problem] = field(default_factory=list)
     count: Callable[[str, str], None] = lambda kind, verb: None
     """Told of each write."""
+    confirm_parent: Callable[[], Awaitable[None]] = _always
+    """Raises ApiError where the parent is no more, or is being deleted."""
 
     async def observe(self, *kinds: str) -> None:
         """Lists these kinds by label, or all. One that the cluster lacks, or that we may not list, is a problem, not a crash."""
@@ -166,7 +184,7 @@ class Children:
             resource = self._resource(child[0])
             version = metadata["resourceVersion"]
             await self.client.delete(resource, self.parent.namespace, child[1], uid=metadata["uid"], resource_version=version)
-        del self.live[child], self.uids[child]
+        del self.live[child], self.seen[child]
 
     async def patch(self, child: Child, changes: Mapping[str, object]) -> None:
         """Merge patch of one of ours, with its uid as precondition."""
@@ -195,21 +213,25 @@ class Children:
 
     async def _apply(self, desired: Object) -> Object | None:
         child = (desired["kind"], desired["metadata"]["name"])
-        uid = self.uids.get(child)
-        if uid is None:
-            found = await self._find(desired)
-            if found is not None and controller_uid(found) != self.parent.uid and not _was_ours(found, self.parent):
-                self._strange(found)
-                return None
-            uid = found["metadata"]["uid"] if found is not None else None
-        guard = {"uid": uid} if uid else {}
-        body = {**desired, "metadata": {**desired["metadata"], "namespace": self.parent.namespace, **guard}}
-        self.count(child[0], "apply")
-        try:
-            return await self.client.apply(self._resource(child[0]), body, force=uid is not None)
-        except Conflict:
-            self.uids.pop(child, None)
-            raise
+        for tries_left in reversed(range(_APPLY_TRIES)):
+            version = self.seen.get(child)
+            if version is None and (found := await self._find(desired)) is not None:
+                if controller_uid(found) != self.parent.uid:
+                    if not _was_ours(found, self.parent):
+                        self._strange(found)
+                        return None
+                    await self.confirm_parent()
+                version = _version(found)
+            guard = {"uid": version[0], "resourceVersion": version[1]} if version else {}
+            body = {**desired, "metadata": {**desired["metadata"], "namespace": self.parent.namespace, **guard}}
+            self.count(child[0], "apply")
+            try:
+                return await self.client.apply(self._resource(child[0]), body, force=version is not None)
+            except Conflict:
+                self.seen.pop(child, None)
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
 
     async def _create_or_keep(self, desired: Object) -> Object | None:
         child = (desired["kind"], desired["metadata"]["name"])
@@ -242,6 +264,7 @@ class Children:
 
     async def _adopt(self, item: Object) -> Object:
         """The same object, which we control from now on; as it was, where that is refused. Raises Conflict where somebody changed it."""
+        await self.confirm_parent()
         metadata, kind = item["metadata"], item["kind"]
         self.count(kind, "adopt")
         owners = [*(metadata.get("ownerReferences") or []), owner_reference(self.parent.name, self.parent.uid)]
@@ -262,7 +285,7 @@ class Children:
 
     def _note(self, item: Object) -> None:
         child = (item["kind"], item["metadata"]["name"])
-        self.live[child], self.uids[child] = item, item["metadata"]["uid"]
+        self.live[child], self.seen[child] = item, _version(item)
 
     def _strange(self, item: Object) -> None:
         kind, name = item["kind"], item["metadata"]["name"]

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gantline_operator import resources
-from gantline_operator.apply import Children, Problem
+from gantline_operator.apply import Child, Children, Problem, Version
 from gantline_operator.apply import Parent as ApplyParent
 from gantline_operator.autoscaling.policy import Policy, build_policy
 from gantline_operator.autoscaling.targets import Target, Targets
 from gantline_operator.cache_ledger import Ledger
 from gantline_operator.calibration import Calibration, PodReport
-from gantline_operator.client import UNDECLARED, ApiError, Client, Object, Resource
+from gantline_operator.client import UNDECLARED, ApiError, Client, Conflict, Object, Resource
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.measuring import Start
 from gantline_operator.observe import PODS
@@ -44,8 +44,8 @@ class Memory:
     """What one operator remembers of a service between reconciles. Losing it costs a few requests, nothing else."""
 
     uid: str
-    uids: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Of its children."""
+    seen: dict[Child, Version] = field(default_factory=dict)
+    """Its children, as last seen."""
     pruned: tuple[int, str] = (0, "")
     """Generation and revision that were pruned last."""
     planned: tuple[int, str] = (0, "")
@@ -128,10 +128,16 @@ class Pass:
         owner = ApplyParent(self.namespace, self.name, self.uid, resources.child_selector(self.name))
         self.memory = self.cluster.memory(self.key, self.uid)
         self.children = Children(
-            self.cluster.client, owner, CHILD_KINDS, self.memory.uids,
-            optional=OPTIONAL_KINDS, paused=self.paused, count=self.cluster.count,
+            self.cluster.client, owner, CHILD_KINDS, self.memory.seen,
+            optional=OPTIONAL_KINDS, paused=self.paused, count=self.cluster.count, confirm_parent=self._confirm_parent,
         )  # fmt: skip
         self.artefacts = {item["kind"]: item for item in self.recorded.get("artefacts") or []}
+
+    async def _confirm_parent(self) -> None:
+        """Raises ApiError where the service is not there any more as this pass found it: the next pass will know."""
+        metadata = (await self.cluster.client.get(SERVICES, self.namespace, self.name))["metadata"]
+        if metadata["uid"] != self.uid or "deletionTimestamp" in metadata:
+            raise Conflict(f"InferenceService {self.key} is being deleted")
 
     @property
     def server_pods(self) -> list[PodState]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from gantline_devcluster.api_only import ApiCluster
 from gantline_operator import apply as apply_module
+from gantline_operator.client import Client, Resource
 
 from tests.operator.harness import (
     FACTS,
@@ -95,16 +98,35 @@ def test_a_child_that_is_edited_deleted_orphaned_or_stripped_of_its_labels_comes
         assert get(cluster, "deployment", "tiny", namespace)["spec"]["template"] == template
 
 
-def test_a_service_that_is_made_anew_adopts_what_it_left_behind_and_restarts_nothing(cluster: ApiCluster, namespace: str) -> None:
+def test_a_service_that_is_made_anew_adopts_what_it_left_behind_and_restarts_nothing(
+    cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the service is deleted while a reconcile is about to apply its Deployment, which must not tie it to what goes."""
+    send, due, waiting = Client.apply, threading.Event(), threading.Event()
+
+    async def send_late(self: Client, resource: Resource, body: Any, **options: Any) -> Any:
+        if resource.kind == "Deployment" and due.is_set():
+            due.clear()
+            waiting.set()
+            while (await self.get(resource, namespace, "kept"))["metadata"].get("ownerReferences"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        return await send(self, resource, body, **options)
+
+    monkeypatch.setattr(Client, "apply", send_late)
     with serving(cluster, namespace):
         apply(cluster, service("kept", namespace, replicas=2))
         wait_reason(cluster, "kept", namespace, "Ready")
         pods = {pod["metadata"]["uid"] for pod in server_pods(cluster, "kept", namespace)}
-        cluster.kubectl("delete", "gisvc/kept", "-n", namespace, "--cascade=orphan")
-        apply(cluster, service("kept", namespace, replicas=2))
-        wait_reason(cluster, "kept", namespace, "Ready")
-        assert_at_rest(cluster, namespace)
-        assert {pod["metadata"]["uid"] for pod in server_pods(cluster, "kept", namespace)} == pods
+        for late in (True, False):
+            if late:
+                due.set()
+                cluster.kubectl("annotate", "gisvc/kept", "-n", namespace, "example.com/looked-at=true")
+                assert waiting.wait(60)
+            cluster.kubectl("delete", "gisvc/kept", "-n", namespace, "--cascade=orphan")
+            apply(cluster, service("kept", namespace, replicas=2))
+            wait_reason(cluster, "kept", namespace, "Ready")
+            assert_at_rest(cluster, namespace)
+            assert {pod["metadata"]["uid"] for pod in server_pods(cluster, "kept", namespace)} == pods
         cluster.kubectl("delete", "gisvc/kept", "-n", namespace)
         assert_gone(cluster, namespace)
 
