@@ -7,7 +7,7 @@ DEVCLUSTER := $(PYTHON) -m gantline_devcluster
 KUBECONFIG_GIVEN := $(if $(findstring command line,$(origin KUBECONFIG)),$(KUBECONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv cluster-binaries check unit test test-oldest e2e quickstart rehearsal down crds docs kernels bench-cpu clean
+.PHONY: help venv cluster-binaries check unit test test-oldest test-keda e2e quickstart rehearsal down crds docs kernels bench-cpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -33,6 +33,12 @@ test: venv cluster-binaries kernels ## the whole suite; what CI runs
 test-oldest: venv ## the tests that talk to an API server, on the oldest Kubernetes that upstream supports (built once, minutes)
 	@$(DEVCLUSTER) build --set oldest
 	GANTLINE_KUBERNETES=oldest $(VENV)/bin/pytest -q -m "apiserver and not node and not gpu" tests/operator
+
+# A network of its own, in which nothing but the tests can reach KEDA's ports: one of them listens on all addresses.
+test-keda: venv ## the tests beside the real KEDA (built once, minutes; root, or a user who may make namespaces)
+	@$(DEVCLUSTER) build --set keda
+	GANTLINE_KEDA=1 unshare --net $(if $(filter 0,$(shell id -u)),,--map-root-user) -- sh -c 'ip link set lo up && exec "$$0" "$$@"' \
+	  $(VENV)/bin/pytest -q tests/operator/test_keda.py
 
 e2e: venv cluster-binaries ## from `kubectl apply` to streamed tokens, on the one-node cluster
 	$(VENV)/bin/pytest -q tests/e2e

@@ -86,16 +86,16 @@ class ApiCluster:
         self._keeper = Keeper(remove_at_end=self.folder)
         self.plane = ControlPlane(self.folder, "127.0.0.1", free_port(), oldest=self._oldest)
         self.plane.prepare()
-        self._run(self.plane.etcd())
-        self._run(self.plane.apiserver(NO_ENDPOINT))
+        self.run(self.plane.etcd())
+        self.run(self.plane.apiserver(NO_ENDPOINT))
         self.client = Client(self.kubeconfig)
         self.client.wait_ready(START_TIMEOUT_S, self._check_components)
         if self._controllers:
-            self._run(self.plane.controller_manager(NODE_GRACE, HPA_SYNC))
+            self.run(self.plane.controller_manager(NODE_GRACE, HPA_SYNC))
         if self._scheduler:
-            self._run(self.plane.scheduler())
+            self.run(self.plane.scheduler())
         if self._kwok:
-            self._run(self.plane.kwok(LEASE_S))
+            self.run(self.plane.kwok(LEASE_S))
         self.fates = FatePolicies(self.client)
         if self._controllers:
             self._wait_for_default_account()
@@ -147,6 +147,11 @@ class ApiCluster:
     def clear_fates(self) -> None:
         self.fates.clear()
 
+    def run(self, component: Component) -> None:
+        """Start a component, or one of another product beside ours; it ends with the cluster."""
+        assert self._keeper, "the cluster is not started"
+        self._keeper.start(component)
+
     def service_account_kubeconfig(self, namespace: str, name: str, *, hours: int = 24) -> Path:
         """A kubeconfig that acts as this ServiceAccount, by a token from the API server. The account must exist. Raises ApiError."""
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
@@ -162,12 +167,8 @@ class ApiCluster:
     def start_apiserver(self) -> None:
         """End the outage; returns when the API server is ready. Idempotent."""
         if "kube-apiserver" not in self.pids:
-            self._run(self.plane.apiserver(NO_ENDPOINT))
+            self.run(self.plane.apiserver(NO_ENDPOINT))
         self.client.wait_ready(START_TIMEOUT_S, self._check_components)
-
-    def _run(self, component: Component) -> None:
-        assert self._keeper, "the cluster is not started"
-        self._keeper.start(component)
 
     def _check_components(self) -> None:
         assert self._keeper, "the cluster is not started"
