@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -146,7 +147,9 @@ class Pass:
     def _read_policy(self) -> Policy | None:
         plan = self._found.get("plan") or self.recorded.get("plan") or {}
         interval_s = float(self.cluster.settings.scaling_interval_seconds)
-        return build_policy(self.spec, max_batch=plan.get("maxBatchSize"), interval_s=interval_s)
+        startup = re.fullmatch(r"([0-9]{1,6})s", str((self.recorded.get("startup") or {}).get("total", "")))
+        startup_s = float(startup[1]) if startup else None
+        return build_policy(self.spec, max_batch=plan.get("maxBatchSize"), startup_s=startup_s, interval_s=interval_s)
 
     def _note_scaling(self) -> None:
         """Tells the autoscaling loop how the service is, as far as this pass went."""

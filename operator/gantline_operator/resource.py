@@ -322,13 +322,14 @@ class ScalingSpec:
     max: int = declare(Whole(1, 1000), "Most replicas.", default=REQUIRED)
     metric: str = declare(
         Choice(("queue", "kvCache", "inflight")),
-        "What load is. queue: requests that wait while replicas run all they can; kvCache: how full their caches are; inflight: requests "
-        "that run or wait.",
-        default="queue",
+        "What load is. inflight: requests that run or wait; kvCache: how full replicas' caches are; queue: requests that wait while "
+        "replicas run nearly all they can.",
+        default="inflight",
     )
     target: int | None = declare(
         AutoOr(Whole(1, 10_000)),
-        "Load that one replica is meant to carry: requests that wait, percent of the cache, or requests. auto: 4, 80 or 16.",
+        "Load that one replica is meant to carry: requests, percent of the cache, or requests that wait. auto: of the requests that it can "
+        "run at once the more, the sooner another one starts; 80; or 4.",
         default="auto",
     )
     down_after: float = declare(Duration(86400), "How long load must have allowed for fewer replicas before there are.", default="5m")

@@ -301,7 +301,7 @@ def _scaling_ready(found: Findings) -> Condition | None:
     trouble = found.scaling_trouble or found.scaling_report.trouble
     if trouble is not None:
         return Condition(kind, "False", trouble.reason, trouble.text)
-    span = f"{policy.min} to {policy.max} replicas by {policy.metric}, target {policy.target}"
+    span = f"{policy.min} to {policy.max} replicas by {policy.metric}, target {policy.target or 'auto'}"
     return Condition(kind, "True", Reason.SCALING_ACTIVE, f"{policy.controller} keeps {span}.")
 
 

@@ -30,7 +30,8 @@ def test_a_service_sleeps_wakes_grows_and_loses_its_least_busy_replicas(api_clus
         assert made.wait_replicas(1) == [names[1]]
         wait(lambda: "ScaledDown" in event_reasons(api_cluster, NAME, namespace))
         happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
-        assert happened == ["ScaledToZero", "WokeUp", "ScaledUp", "ScaledDown"]
+        # In one step or two: the mean of the load falls for longer than this service's downAfter.
+        assert happened[:3] == ["ScaledToZero", "WokeUp", "ScaledUp"] and set(happened[3:]) == {"ScaledDown"}
 
 
 def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namespace: str) -> None:

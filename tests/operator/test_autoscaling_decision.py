@@ -16,9 +16,11 @@ POLICY = Policy(min=1, max=10, metric="inflight", target=8, down_after_s=60.0, z
 EVERY_S = 5.0
 
 
-def replicas(now: float, *requests: int | None, waiting: int = 0, starting: int = 0, served: float = 0.0) -> tuple[Replica, ...]:
-    """One ready replica for each number of running requests; None for one that says nothing."""
-    samples = [None if count is None else Sample(now, count, waiting, 0.0, served) for count in requests]
+def replicas(
+    now: float, *requests: int | None, waiting: int = 0, starting: int = 0, served: float = 0.0, able: int = 0
+) -> tuple[Replica, ...]:
+    """One ready replica for each number of running requests; None for one that says nothing. The cache has room for `able`."""
+    samples = [None if count is None else Sample(now, count, waiting, count / able if able else 0.0, served) for count in requests]
     ready = [Replica(f"r{index}", True, sample) for index, sample in enumerate(samples)]
     return (*ready, *(Replica(f"s{index}", False) for index in range(starting)))
 
@@ -43,10 +45,11 @@ def steady(policy: Policy, seconds: float, current: int, *requests: int | None, 
         # the bounds need no knowledge
         (0, [], 0, 1, "BelowMin"),
         (12, [None] * 12, 0, 10, "AboveMax"),
-        # up: only what lasts, as far as needed at once, never past max
-        (1, [40], 0, 1, "Steady"),
-        (1, [40], 10, 5, "LoadRose"),
-        (1, [800], 10, 10, "LoadRose"),
+        # up: at once what is more than chance, else what lasts; as far as needed, never past max
+        (1, [40], 0, 5, "LoadRose"),
+        (1, [800], 0, 10, "LoadRose"),
+        (1, [12], 55, 1, "Steady"),
+        (1, [12], 60, 2, "LoadRose"),
         # within the band nothing moves, on neither side
         (2, [9, 8], 600, 2, "Steady"),
         (2, [4, 4], 600, 2, "Steady"),
@@ -70,12 +73,17 @@ def test_replicas_that_are_starting_are_not_asked_for_again() -> None:
 
 
 def test_a_peak_is_remembered_for_the_whole_window() -> None:
-    low, high = (lambda t: replicas(t, 2, 0, 0)), (lambda t: replicas(t, 8, 8, 4))
-    seen = [Observation(t, 3, high(t) if t == 100 else low(t)) for t in (index * EVERY_S for index in range(33))]
+    times = [index * EVERY_S for index in range(44)]
+    seen = [Observation(t, 3, replicas(t, 8, 8, 8) if 100 <= t <= 160 else replicas(t, 2, 0, 0)) for t in times]
     made = watch(POLICY, seen)
     assert [decision.replicas for decision in made[13:20]] == [1] * 7, "a minute of little load was over before"
-    assert {decision.replicas for decision in made[20:32]} == {3}
-    assert made[32].replicas == 1 and made[32].reason is ScaleReason.LOAD_FELL
+    assert {decision.replicas for decision in made[32:44]} == {3}, "for a minute after the peak's mean"
+
+
+def test_a_moment_that_may_be_chance_moves_nothing() -> None:
+    times = [index * EVERY_S for index in range(60)]
+    seen = [Observation(t, 2, replicas(t, 12, 11) if t % 60 == 0 else replicas(t, 7, 7)) for t in times]
+    assert {decision.replicas for decision in watch(POLICY, seen)} == {2}
 
 
 def test_a_gap_in_knowledge_starts_the_window_anew() -> None:
@@ -161,8 +169,9 @@ def test_a_missed_answer_does_not_keep_an_idle_service_awake_but_none_is_put_to_
         (SLEEPY, 8, 1),
         (SLEEPY, 40, 5),
         (SLEEPY, 10_000, 10),
-        (replace(SLEEPY, min=0, metric="queue", target=4), 40, 1),  # what one engine can run is not known yet
+        (replace(SLEEPY, min=0, metric="queue", target=4), 40, 1),  # an engine's batch, while nothing has been learnt
         (replace(SLEEPY, min=0, metric="kvCache", target=80), 40, 1),
+        (replace(SLEEPY, min=0, target=None, max_batch=32), 40, 5),
     ],
 )
 def test_held_requests_wake_a_service_at_once(policy: Policy, held: int, wanted: int) -> None:
@@ -181,38 +190,69 @@ def test_a_sleeping_service_sleeps_on_while_nobody_asks() -> None:
 # ---- what load is --------------------------------------------------------------------------------------------------------------------
 
 
+AUTO = replace(POLICY, target=None, startup_s=120.0)
+QUEUE = replace(POLICY, metric="queue", target=4)
+
+
+@pytest.mark.parametrize(
+    ("startup_s", "requests", "able", "wanted"),
+    [
+        # the longer a start takes, the more room there is for what comes meanwhile
+        (120.0, 32, 32, 4),
+        (40.0, 32, 32, 2),
+        (5.0, 32, 32, 2),
+        (1200.0, 32, 32, 5),
+        # what a cache has room for is known from the first request on, and no replica runs more than its batch
+        (120.0, 32, 128, 1),
+        (120.0, 100, 10_000, 2),
+        # one long request is not two replicas' load, however much of a cache it fills
+        (120.0, 1, 1, 1),
+    ],
+)
+def test_auto_keeps_room_for_a_start(startup_s: float, requests: int, able: int, wanted: int) -> None:
+    policy = replace(AUTO, startup_s=startup_s)
+    decision = steady(policy, 60, 1, requests, able=able)
+    assert decision.replicas == wanted, decision.inputs
+    assert f"starts in {startup_s:.0f} s" in decision.inputs
+
+
+def test_a_target_of_requests_needs_nothing_learnt() -> None:
+    assert steady(replace(AUTO, target=8), 60, 1, 32, able=32).replicas == 4
+    assert steady(replace(AUTO, target=8), 60, 1, 32, able=1000).replicas == 4
+
+
+def test_a_long_queue_doubles_the_replicas_and_no_more() -> None:
+    full = steady(QUEUE, 60, 2, 20, 20, waiting=20)
+    assert steady(QUEUE, 60, 2, 20, 20, waiting=2000).replicas == full.replicas == 4
+    told = Demand(running=4000)
+    assert steady(QUEUE, 60, 2, 20, 20, waiting=2000, able=20, demand=told).replicas == 4, "the gateways' count of them is not one more"
+
+
 def test_a_busy_replica_with_an_empty_queue_is_not_taken_away() -> None:
-    queue = replace(POLICY, metric="queue", target=4)
-    assert steady(queue, 600, 2, 20, 20).replicas == 2
+    assert steady(QUEUE, 600, 2, 18, 18, able=20).replicas == 2
 
 
 def test_a_queue_behind_full_replicas_starts_another() -> None:
-    queue = replace(POLICY, metric="queue", target=4)
-    assert steady(queue, 10, 2, 20, 20, waiting=10).replicas == 3
+    assert steady(QUEUE, 60, 2, 20, 20, waiting=10).replicas == 3
 
 
-def test_what_one_replica_has_proven_decides_when_another_may_go() -> None:
-    queue = replace(POLICY, metric="queue", target=4)
-    assert steady(queue, 60, 2, 20, 0).replicas == 2, "one of them would carry all, and be full"
-    seen = [Observation(t, 2, replicas(t, 20, 20) if t < 30 else replicas(t, 8, 8)) for t in (index * EVERY_S for index in range(40))]
-    assert watch(queue, seen)[-1].replicas == 1
-
-
-def test_longer_prompts_make_what_was_proven_smaller() -> None:
-    queue = replace(POLICY, metric="queue", target=4)
-    short = [Observation(t, 1, replicas(t, 200)) for t in (0.0, 5.0)]
-    long = [Observation(t, 1, replicas(t, 20, waiting=30)) for t in (10.0, 15.0, 20.0)]
-    calm = [Observation(t, 2, replicas(t, 14, 14)) for t in (25.0 + index * EVERY_S for index in range(60))]
-    made = watch(queue, [*short, *long, *calm])
-    assert made[4].replicas == 3 and made[-1].replicas == 2, "28 would not run on one of them"
+def test_replicas_that_were_full_decide_for_an_hour_what_one_can_run() -> None:
+    """However empty their caches were then: it was something else that was full."""
+    overloaded = [Observation(t, 1, replicas(t, 20, waiting=30, able=200)) for t in (0.0, 5.0)]
+    later = [Observation(t, 2, replicas(t, 14, 14, able=200)) for t in (10.0 + index * EVERY_S for index in range(12 * 62))]
+    made = watch(QUEUE, [*overloaded, *later])
+    first = next(index for index, decision in enumerate(made) if decision.replicas == 1 and index > 2)
+    assert made[first - 1].replicas == 2 and later[first - 2].now >= 3600, "28 would not run on one of them"
+    more = [replace(seen, replicas=replicas(seen.now, 25, 3, able=200)) for seen in later[:1]]
+    assert watch(QUEUE, [*overloaded, *more, *later[1:40]])[-1].replicas == 2
+    most = [replace(seen, replicas=replicas(seen.now, 60, 3, able=200)) for seen in later[:1]]
+    assert watch(QUEUE, [*overloaded, *most, *later[1:40]])[-1].replicas == 1, "one has been seen running all of them since"
 
 
 def test_a_full_cache_with_a_queue_asks_for_more_than_a_full_cache() -> None:
     cache = replace(POLICY, metric="kvCache", target=80)
-    full = [Replica("a", True, Sample(t, 10, 0, 1.0, 0.0)) for t in (0.0, 5.0, 10.0)]
-    pressed = [Replica("a", True, Sample(t, 10, 20, 1.0, 0.0)) for t in (0.0, 5.0, 10.0)]
-    assert watch(cache, [Observation(r.sample.at, 1, (r,)) for r in full if r.sample])[-1].replicas == 2
-    assert watch(cache, [Observation(r.sample.at, 1, (r,)) for r in pressed if r.sample])[-1].replicas == 3
+    assert steady(cache, 60, 1, 10, able=10).replicas == 2
+    assert steady(cache, 60, 1, 10, able=10, waiting=20).replicas == 3
 
 
 # ---- who owns what -------------------------------------------------------------------------------------------------------------------
@@ -274,7 +314,7 @@ POLICIES = st.builds(
     lambda low, more, metric, target, unknown: Policy(
         min=low, max=max(1, low + more), metric=metric, target=target, down_after_s=30.0, zero_after_s=40.0, on_unknown=unknown
     ),
-    st.integers(0, 3), st.integers(0, 12), METRICS, st.integers(1, 100), st.sampled_from(["Hold", "Max"]),
+    st.integers(0, 3), st.integers(0, 12), METRICS, st.one_of(st.none(), st.integers(1, 100)), st.sampled_from(["Hold", "Max"]),
 )  # fmt: skip
 STATES = st.tuples(st.booleans(), st.one_of(st.none(), st.tuples(st.integers(0, 300), st.integers(0, 300), st.floats(0, 1))))
 DEMANDS = st.one_of(
@@ -305,7 +345,7 @@ def test_bounds_are_kept_and_the_unknown_never_makes_a_service_smaller(policy: P
 @given(policy=POLICIES, total=st.integers(0, 2000), start=st.integers(1, 10))
 def test_constant_load_is_answered_once_and_then_never_again(policy: Policy, total: int, start: int) -> None:
     """The load is spread over what is there; replicas start and end at once."""
-    policy = replace(policy, metric="inflight", min=max(1, policy.min))
+    policy = replace(policy, metric="inflight", min=max(1, policy.min))  # `able` is not told, so that auto is a share of the batch
     current, memory, changes = min(policy.max, max(policy.min, start)), Memory(), []
     for index in range(60):
         now = index * EVERY_S

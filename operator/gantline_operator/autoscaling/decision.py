@@ -4,15 +4,20 @@ Rules, in order; the first that has an opinion decides:
 
     bounds     below min or above max: the spec was changed, and knowledge of load is not needed
     wake       at zero: the first held request starts a replica
-    grow       the load asked for more than the replicas throughout `up_after_s`; replicas that are starting count, so nothing piles up
+    grow       the load certainly asks for more than the replicas: at once, for what is there now. Replicas that are starting count, so
+               nothing piles up
     unknown    some replica's load is not known, or is stale: hold (or, with onUnknown: Max and no replica known at all, max)
     rolling    two revisions are about: hold
     sleep      min is 0, and every replica and every gateway has said for `zero_after_s` that nobody asks
-    shrink     the load allowed for fewer throughout `down_after_s`
+    shrink     the certain load allowed for fewer throughout `down_after_s`
     steady     as it is
 
+What is certain of the load is its mean over a minute, or what of the load of now cannot be chance, whichever is more. The mean keeps
+replicas from following each coincidence of a few requests; a burst is more than chance within a look or two, and every second of it counts.
+
 A band of `tolerance` around what replicas are meant to carry keeps load that hovers at a border from moving anything: more replicas are
-wanted only for what exceeds it, fewer only for what stays below it, so one step ends inside, and constant load is answered at most once.
+wanted only for what exceeds it, fewer only for what stays below it, so one step ends inside, and constant load is answered at most once. It
+is as wide as it is because requests stay longer at a replica that has more of them: one replica more or less changes their number too.
 """
 
 from __future__ import annotations
@@ -22,12 +27,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from gantline_operator.autoscaling.load import prove, replica_load, request_load
+from gantline_operator.autoscaling.capacity import Capacity
+from gantline_operator.autoscaling.load import meant, replica_load, request_load
 from gantline_operator.autoscaling.observation import Observation, Replica
 from gantline_operator.autoscaling.policy import Policy
 
 __all__ = ["Decision", "Memory", "ScaleReason", "decide", "owned", "told_load"]
 
+_ROOTS = 2.0
+"""A number of requests is this many of its roots off its mean once in forty looks."""
 _ROUNDING = 1e-9  # 3 * 0.1 / 0.1 is more than 3
 _SOME = 0.001
 """More than nothing, also once it is rounded."""
@@ -61,13 +69,16 @@ class Memory:
     """What decisions remember of earlier observations. Losing it delays what makes a service smaller, and nothing else."""
 
     recent: tuple[tuple[float, float], ...] = ()
-    """(when, load) within `up_after_s`."""
+    """(when, load) within `mean_s`."""
+    certain: float = 0.0
+    """The load without what may be chance."""
     peaks: tuple[tuple[float, float], ...] = ()
-    """(when, load) within `down_after_s`, without those that a later one exceeds: the first is the largest."""
+    """(when, certain load, or the mean of however short a time) within `down_after_s`, without those that a later one exceeds: the first is
+    the largest."""
     known_since: float | None = None
     """Since when the load has been known without a gap."""
-    proven: int = 0
-    """Requests that one replica can run at once (`load.py`)."""
+    capacity: Capacity = Capacity()
+    """What one replica can run at once."""
     idle_since: float | None = None
     served: Mapping[str, float] = field(default_factory=dict)
     """By replica: a counter that stands still while nobody asks."""
@@ -120,9 +131,8 @@ def _choose(policy: Policy, seen: Observation, memory: Memory, load: float) -> t
         return policy.max, ScaleReason.ABOVE_MAX
     if current == 0:
         return (_within(policy, _at_least(load, policy.tolerance)), ScaleReason.HELD_REQUESTS) if held else (0, ScaleReason.AT_ZERO)
-    wanted = _within(policy, _at_least(_lasting(policy, seen.now, memory), policy.tolerance))
-    if wanted > current:
-        return wanted, ScaleReason.LOAD_ROSE
+    if _within(policy, _at_least(memory.certain, policy.tolerance)) > current:
+        return _within(policy, _at_least(max(load, memory.certain), policy.tolerance)), ScaleReason.LOAD_ROSE
     if _unknown(policy, seen):
         blind = not any(replica.fresh(seen.now, policy.stale_after_s) for replica in seen.replicas)
         return (policy.max if blind and policy.on_unknown == "Max" else current), ScaleReason.METRICS_UNKNOWN
@@ -151,10 +161,17 @@ def _at_most(load: float, tolerance: float) -> int:
     return math.ceil(load / (1 - tolerance) - _ROUNDING)
 
 
-def _lasting(policy: Policy, now: float, memory: Memory) -> float:
-    """The load that was there throughout `up_after_s`; 0 where that is not known yet."""
-    oldest = memory.recent[0][0]
-    return min(load for _, load in memory.recent) if now - oldest >= policy.up_after_s - _ROUNDING else 0.0
+def _certain(policy: Policy, recent: tuple[tuple[float, float], ...], requests: float) -> float:
+    """The mean over a whole `mean_s`, or what of the load of now is more than chance. Requests come and go, so that their number is off its
+    mean by about its root."""
+    load = recent[-1][1]
+    certain = load * max(0.0, 1 - _ROOTS / math.sqrt(requests)) if requests else load
+    whole = recent[-1][0] - recent[0][0] >= policy.mean_s - _ROUNDING
+    return max(certain, _mean(recent)) if whole else certain
+
+
+def _mean(recent: tuple[tuple[float, float], ...]) -> float:
+    return sum(load for _, load in recent) / len(recent)
 
 
 def _unknown(policy: Policy, seen: Observation) -> list[Replica]:
@@ -179,11 +196,15 @@ def _idle(policy: Policy, seen: Observation, memory: Memory) -> bool:
 def _remember(policy: Policy, seen: Observation, memory: Memory) -> tuple[Memory, float]:
     """Memory after this observation, and the load of now: of what is known, so never more than there is."""
     samples = {r.name: s for r in seen.replicas if (s := r.fresh(seen.now, policy.stale_after_s)) is not None}
-    proven = prove(policy, samples.values(), memory.proven)
+    learnt = memory.capacity.learn(seen.now, samples.values())
+    capacity = learnt.of(policy.max_batch)
     held = seen.demand.held if seen.demand else 0
     sent = seen.demand.running if seen.demand else 0
-    load = sum(replica_load(policy, sample, proven) for sample in samples.values()) + request_load(policy, held, proven)
-    load = max(load, request_load(policy, held + sent, proven))  # what replicas cannot tell, gateways may know
+    load = sum(replica_load(policy, sample, capacity) for sample in samples.values()) + request_load(policy, held, capacity)
+    # What replicas cannot tell, gateways may know; what waits at replicas counts as in a sample.
+    able = 2 * capacity * sum(replica.ready for replica in seen.replicas)
+    load = max(load, request_load(policy, held + min(sent, able), capacity))
+    requests = max(sum(s.running + s.waiting for s in samples.values()), sent) + held
     gap = bool(_unknown(policy, seen))
     asked = held or sent or any(s.running or s.waiting for s in samples.values())
     served = {name: sample.served for name, sample in samples.items()}
@@ -192,12 +213,16 @@ def _remember(policy: Policy, seen: Observation, memory: Memory) -> tuple[Memory
     moved = any(memory.served.get(name) != count for name, count in served.items())
     idle_since = None if asked else seen.now if moved or memory.idle_since is None else memory.idle_since
     known_since = None if gap else seen.now if memory.known_since is None else memory.known_since
+    recent = _window(memory.recent, seen.now, load, policy.mean_s, keep_one_older=True)
+    certain = _certain(policy, recent, requests)
+    peak = max(certain, _mean(recent))
     result = replace(
         memory,
-        recent=_window(memory.recent, seen.now, load, policy.up_after_s, keep_one_older=True),
-        peaks=_window(tuple(peak for peak in memory.peaks if peak[1] > load), seen.now, load, policy.down_after_s),
+        recent=recent,
+        certain=certain,
+        peaks=_window(tuple(item for item in memory.peaks if item[1] > peak), seen.now, peak, policy.down_after_s),
         known_since=known_since,
-        proven=proven,
+        capacity=learnt,
         idle_since=idle_since,
         served={**kept, **served},
     )
@@ -217,8 +242,11 @@ def _window(
 def _inputs(policy: Policy, seen: Observation, memory: Memory, load: float) -> str:
     samples = [s for r in seen.replicas if (s := r.fresh(seen.now, policy.stale_after_s)) is not None]
     ready = sum(replica.ready for replica in seen.replicas)
+    capacity = memory.capacity.of(policy.max_batch)
     parts = [
-        f"load {load:.2f} of {policy.metric} (target {policy.target})",
+        f"load {load:.2f} ({memory.certain:.2f} certain) of {policy.metric}",
+        f"{meant(policy, capacity):.0f} of {capacity:.0f} requests a replica",
+        f"starts in {policy.startup_s:.0f} s",
         f"running {sum(s.running for s in samples)}",
         f"waiting {sum(s.waiting for s in samples)}",
         f"{ready} of {seen.current} ready",
@@ -227,6 +255,6 @@ def _inputs(policy: Policy, seen: Observation, memory: Memory, load: float) -> s
         parts.append(f"{len(unknown)} unknown")
     if seen.demand is not None:
         parts.append(f"held {seen.demand.held}")
-    if memory.peaks and memory.peaks[0][1] > load + _ROUNDING:
+    if memory.peaks and memory.peaks[0][1] > memory.certain + _ROUNDING:
         parts.append(f"peak {memory.peaks[0][1]:.2f}")
     return ", ".join(parts)

@@ -49,7 +49,7 @@ _MAX_COST = (1 << 31) - 1
 
 @dataclass
 class _Service:
-    """What is kept of one service between decisions. Another revision is another engine: nothing that was proven holds for it."""
+    """What is kept of one service between decisions. Another revision is another engine: nothing that was learnt holds for it."""
 
     uid: str
     revision: str
@@ -71,11 +71,11 @@ class PodValue:
     value: float
 
 
-POD_METRICS: Mapping[str, Callable[[Policy, Sample, int], float]] = {
+POD_METRICS: Mapping[str, Callable[[Policy, Sample, float], float]] = {
     LOAD_METRIC: replica_load,
-    "gantline_num_requests_running": lambda policy, sample, proven: sample.running,
-    "gantline_num_requests_waiting": lambda policy, sample, proven: sample.waiting,
-    "gantline_kv_cache_usage_perc": lambda policy, sample, proven: sample.cache_usage,
+    "gantline_num_requests_running": lambda policy, sample, capacity: sample.running,
+    "gantline_num_requests_waiting": lambda policy, sample, capacity: sample.waiting,
+    "gantline_kv_cache_usage_perc": lambda policy, sample, capacity: sample.cache_usage,
 }
 """What is told of pods at custom.metrics.k8s.io."""
 
@@ -141,7 +141,7 @@ class Autoscaler:
             for pod in target.pods:
                 sample = service.samples.get(pod.uid)
                 if sample is not None and now - sample.at <= target.policy.stale_after_s:
-                    value = read(target.policy, sample, service.memory.proven)
+                    value = read(target.policy, sample, service.memory.capacity.of(target.policy.max_batch))
                     yield PodValue(target.name, pod.name, now - sample.at, value)
 
     async def look(self) -> None:

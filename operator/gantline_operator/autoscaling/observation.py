@@ -21,6 +21,11 @@ class Sample:
     served: float
     """Prompt tokens since the server's start: it grows with every request, also one that came and went between two samples."""
 
+    @property
+    def full(self) -> bool:
+        """Whether it runs all that it can. A few wait at any moment, for the step that is being computed to end."""
+        return self.running > 0 and self.waiting > max(4, self.running / 8)
+
 
 @dataclass(frozen=True)
 class Replica:
