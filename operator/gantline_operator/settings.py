@@ -84,10 +84,12 @@ class OperatorSettings:
     observe_nodes: str = _setting(
         _one_of("auto", "never"), "auto", "auto lists nodes and all pods where that is allowed; never leaves capacity to the scheduler."
     )
-    gateway_namespace: str = _setting(
-        _text, "", "Namespace of the gateways, which is the operator's own; empty: there are none, and nothing sleeps at zero."
+    demand_namespace: str = _setting(
+        _text, "", "Namespace of the gateways, which are asked what they hold; empty: there are none, and nothing sleeps at zero."
     )
-    gateway_port: int = _setting(_number(1, 65535), 8081, "Port of gateways at which they say what they hold (GET /demand).")
+    demand_port: int = _setting(
+        _number(1, 65535), 8081, "Port of the gateways at which they say it (GET /demand): their GANTLINE_GATEWAY_INTERNAL_PORT."
+    )
     scaling_interval_seconds: int = _setting(
         _number(1, 300), 5, "Services with spec.scaling are looked at this often. A sample older than three times this counts as unknown."
     )

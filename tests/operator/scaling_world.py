@@ -176,7 +176,7 @@ def world(cluster: ApiCluster, namespace: str, *, gateway: bool = False) -> Iter
 @contextmanager
 def scaling(made: World, **changes: Any) -> Iterator[Operator]:
     """An operator that looks four times a second."""
-    settings = {"gateway_namespace": made.namespace, "gateway_port": made.gateway_port or 1, "scaling_interval_seconds": 0.25, **changes}
+    settings = {"demand_namespace": made.namespace, "demand_port": made.gateway_port or 1, "scaling_interval_seconds": 0.25, **changes}
     with serving(made.cluster, made.namespace, **settings) as operator:
         yield operator
 

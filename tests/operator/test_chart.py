@@ -69,7 +69,7 @@ INSTALLATIONS: dict[str, Object] = {
 
 
 OF_THE_RELEASE: Object = {
-    "gateway_namespace": "gantline-system",
+    "demand_namespace": "gantline-system",
     "load_url": "http://gantline-metrics.gantline-system.svc:8080",
     "lease": "gantline-system/gantline",
     "calibration_configmap": "gantline-system/gantline-calibration",

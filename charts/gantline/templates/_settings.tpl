@@ -15,7 +15,7 @@
 - {name: GANTLINE_SERVER_CLIENTS, value: {{ include "gantline.serverClients" . | quote }}}
 - {name: GANTLINE_INFERENCE_POOLS, value: {{ .Values.runtime.inferencePools | quote }}}
 - {name: GANTLINE_INVENTORY_CONFIGMAP, value: {{ with include "gantline.inventory" . }}{{ printf "%s/%s" $.Release.Namespace . | quote }}{{ else }}""{{ end }}}
-- {name: GANTLINE_GATEWAY_NAMESPACE, value: {{ .Release.Namespace }}}
+- {name: GANTLINE_DEMAND_NAMESPACE, value: {{ .Release.Namespace }}}
 - {name: GANTLINE_SCALING_INTERVAL_SECONDS, value: {{ .Values.operator.scalingIntervalSeconds | int | quote }}}
 - {name: GANTLINE_LOAD_URL, value: {{ if .Values.metrics.service }}{{ printf "http://%s-metrics.%s.svc:8080" (include "gantline.fullname" .) .Release.Namespace | quote }}{{ else }}""{{ end }}}
 - {name: GANTLINE_CUSTOM_METRICS_PORT, value: {{ ternary "8443" "0" .Values.customMetrics.enabled | quote }}}

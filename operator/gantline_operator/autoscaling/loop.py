@@ -95,8 +95,8 @@ class Autoscaler:
         self._client = client
         self._targets = targets
         self._interval_s = float(settings.scaling_interval_seconds)
-        self._namespace = settings.gateway_namespace
-        self._gateway_port = settings.gateway_port
+        self._namespace = settings.demand_namespace
+        self._gateway_port = settings.demand_port
         self._enqueue = enqueue
         self._scaled = scaled
         self._clock = clock
