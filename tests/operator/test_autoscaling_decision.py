@@ -80,6 +80,17 @@ def test_a_peak_is_remembered_for_the_whole_window() -> None:
     assert {decision.replicas for decision in made[32:44]} == {3}, "for a minute after the peak's mean"
 
 
+def test_what_was_started_for_a_burst_stays_though_its_size_is_not_certain_yet() -> None:
+    times = [index * EVERY_S for index in range(40)]
+    current, memory, changes = 1, Memory(), []
+    for now in times:
+        decision, memory = decide(POLICY, Observation(now, current, replicas(now, 20 if now == 100 else 2, starting=current - 1)), memory)
+        if decision.replicas != current:
+            changes.append((now, decision.replicas))
+            current = decision.replicas
+    assert changes == [(100, 3), (160, 1)]
+
+
 def test_a_moment_that_may_be_chance_moves_nothing() -> None:
     times = [index * EVERY_S for index in range(60)]
     seen = [Observation(t, 2, replicas(t, 12, 11) if t % 60 == 0 else replicas(t, 7, 7)) for t in times]

@@ -73,8 +73,8 @@ class Memory:
     certain: float = 0.0
     """The load without what may be chance."""
     peaks: tuple[tuple[float, float], ...] = ()
-    """(when, certain load, or the mean of however short a time) within `down_after_s`, without those that a later one exceeds: the first is
-    the largest."""
+    """(when, load) within `down_after_s`, without those that a later one exceeds: the first is the largest. Load is what was certain, the
+    mean of however short a time, or what replicas were started for."""
     known_since: float | None = None
     """Since when the load has been known without a gap."""
     capacity: Capacity = Capacity()
@@ -88,6 +88,8 @@ def decide(policy: Policy, seen: Observation, memory: Memory) -> tuple[Decision,
     """The replicas that the service should have now, and what to remember for the next time."""
     memory, load = _remember(policy, seen, memory)
     replicas, reason = _choose(policy, seen, memory, load)
+    if replicas > seen.current:  # what is started for a load must not go again while that is not certain yet
+        memory = replace(memory, peaks=_add_peak(policy, seen.now, memory.peaks, load))
     return Decision(replicas, reason, _inputs(policy, seen, memory, load)), memory
 
 
@@ -220,13 +222,17 @@ def _remember(policy: Policy, seen: Observation, memory: Memory) -> tuple[Memory
         memory,
         recent=recent,
         certain=certain,
-        peaks=_window(tuple(item for item in memory.peaks if item[1] > peak), seen.now, peak, policy.down_after_s),
+        peaks=_add_peak(policy, seen.now, memory.peaks, peak),
         known_since=known_since,
         capacity=learnt,
         idle_since=idle_since,
         served={**kept, **served},
     )
     return result, load
+
+
+def _add_peak(policy: Policy, now: float, peaks: tuple[tuple[float, float], ...], load: float) -> tuple[tuple[float, float], ...]:
+    return _window(tuple(peak for peak in peaks if peak[1] > load), now, load, policy.down_after_s)
 
 
 def _window(
