@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,10 +105,39 @@ def test_a_bad_request_gets_openais_error_shape_through_the_service(site: Site) 
     assert set(json.loads(done.stdout)["error"]) == {"message", "type", "param", "code"}
 
 
-def test_scaling_follows_kubectl_down_to_zero_and_a_waiting_request_wakes_what_may_be_woken(site: Site) -> None:
+def test_scaling_follows_kubectl_and_fewer_replicas_by_load_cut_no_stream(site: Site) -> None:
+    """Pods go when their servers say that the last stream has ended. That one had streams when it was told to end is most likely, and is
+    looked at again where it was not so."""
+    assert any(scale_down_under_streams(site) for _ in range(3)), "no replica had a stream when it was told to end"
+    assert site.kubectl("get", "gisvc/chat", "-o", "jsonpath={.status.selector}")
+
+
+def scale_down_under_streams(site: Site) -> int:
+    """By kubectl to two replicas, by load to one again, with streams on both that all come to their ends. How many the one that went ran
+    when it was told to end; 0 also where its log was lost with it."""
     site.kubectl("scale", "gisvc/chat", "--replicas=2")
     site.until("two replicas are ready", lambda: site.get("gisvc", "chat")["status"].get("readyReplicas") == 2, 180)
-    assert site.kubectl("get", "gisvc/chat", "-o", "jsonpath={.status.selector}")
+    enough_for_one = {"min": 1, "max": 2, "metric": "inflight", "target": 100, "downAfter": "1s"}
+    follow = ["kubectl", "logs", "--follow", "--tail=-1", "-l", "gantline.io/service=chat,gantline.io/role=server"]
+    with tempfile.TemporaryFile("w+") as file:
+        logs = subprocess.Popen(follow, env=site.environment, stdout=file)
+        try:
+            with Streams(site.url, 3, tokens=600) as long, Streams(site.url, 3, tokens=230) as short:
+                site.kubectl("patch", "gisvc/chat", "--type=merge", "-p", json.dumps({"spec": {"scaling": enough_for_one}}))
+                site.until("one replica is left", lambda: len(server_pods(site)) == 1, 240)
+        finally:
+            logs.terminate()
+            logs.wait()
+        file.seek(0)
+        told = [json.loads(line) for line in file if line.startswith("{") and '"dra' in line]
+    assert {stream.how for stream in (*long.ended, *short.ended)} == {"length"}, (long.ended, short.ended)
+    site.until("the status says why", lambda: site.get("gisvc", "chat")["status"].get("lastScale", {}).get("reason") == "LoadFell")
+    site.kubectl("patch", "gisvc/chat", "--type=merge", "-p", '{"spec": {"scaling": null}}')
+    print(f"{len(long.ended)} and {len(short.ended)} streams, longest {max(stream.seconds for stream in long.ended):.1f} s; {told}")
+    return max((line["running"] for line in told if line["message"] == "draining"), default=0)
+
+
+def test_scaling_follows_kubectl_down_to_zero_and_a_waiting_request_wakes_what_may_be_woken(site: Site) -> None:
     site.kubectl("scale", "gisvc/chat", "--replicas=0")
     site.until("no replica is left", lambda: not server_pods(site))
     client = OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
