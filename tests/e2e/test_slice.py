@@ -122,7 +122,7 @@ def scale_down_under_streams(site: Site) -> int:
     with tempfile.TemporaryFile("w+") as file:
         logs = subprocess.Popen(follow, env=site.environment, stdout=file)
         try:
-            with Streams(site.url, 3, tokens=600) as long, Streams(site.url, 3, tokens=230) as short:
+            with Streams(site.url, 3, tokens=300) as long, Streams(site.url, 3, tokens=130) as short:
                 site.kubectl("patch", "gisvc/chat", "--type=merge", "-p", json.dumps({"spec": {"scaling": enough_for_one}}))
                 site.until("one replica is left", lambda: len(server_pods(site)) == 1, 240)
         finally:
