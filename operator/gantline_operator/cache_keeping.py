@@ -77,9 +77,24 @@ class CacheKeeping(StageRunner):
         """Suspended, and no pod is left: then nothing is in use."""
         return self.spec.suspend and not self.server_pods
 
-    def _open_cache(self, claim: Object) -> None:
+    async def _open_cache(self, claim: Object) -> bool:
+        """False: the note cannot be written. Raises Conflict.
+
+        A claim of the same name but another uid is another volume: what the status has of the earlier one is noted as gone.
+        """
         self._claim = claim
         self._ledger = parse((claim["metadata"].get("annotations") or {}).get(LEDGER))
+        name, uid = claim["metadata"]["name"], claim["metadata"]["uid"]
+        items = [(kind, item) for kind, item in self.artefacts.items() if item.get("claim") == name]
+        stale = {kind: f"{kind}-{item['hash']}" for kind, item in items if item.get("claimUid", uid) != uid}
+        if not await self._note(self._ledger.lost(stale.values(), self._now())):
+            return False
+        lost = {kind: artefact for kind, artefact in stale.items() if not self._ledger.has(artefact)} if not self.paused else {}
+        for kind in lost:
+            del self.artefacts[kind]
+        if lost:
+            _log.warning("%s: claim %s was made anew; gone with the earlier one: %s", self.key, name, ", ".join(lost.values()))
+        return True
 
     async def _note(self, ledger: Ledger) -> bool:
         """Write the claim's note, if it is another one. False: the API server will go on refusing. Raises Conflict."""
@@ -115,9 +130,13 @@ class CacheKeeping(StageRunner):
             noted = self._ledger.use(self._user, name, self._now(), bytes=known.get("bytes", 0) if ours else 0, made=True)
             if not await self._note(noted):
                 return None
-        if not ours:
-            self.artefacts[kind] = self._adopted(kind, digest)
+        self.artefacts[kind] = {**(known if ours else self._adopted(kind, digest)), **self._claim_mark()}
         return self.artefacts[kind]
+
+    def _claim_mark(self) -> Object:
+        """The opened claim, as records of artefacts name it."""
+        assert self._claim is not None, "the claim was opened"
+        return {"claim": self.owner.cache_claim, "claimUid": self._claim["metadata"]["uid"]}
 
     def _adopted(self, kind: str, digest: str) -> Object:
         """The record of an artefact that another service made."""
@@ -133,6 +152,8 @@ class CacheKeeping(StageRunner):
         name = f"{kind}-{digest}"
         self._uses |= {name}
         if self.spec.suspend or self.paused:
+            if not self.paused and self._ledger.has(name) is False and await self._drop_stale(stage, job_digest):
+                return None
             return await self._stage(stage, job_digest, build)
         entry = self._ledger.entries.get(name)
         if (entry is None or entry.maker != self._user) and await self._drop_stale(stage, job_digest):
@@ -358,10 +379,10 @@ class CacheKeeping(StageRunner):
 
     async def _look_at_claim(self) -> bool:
         try:
-            self._open_cache(await self.cluster.client.get(CLAIMS, self.namespace, self.owner.cache_claim))
+            claim = await self.cluster.client.get(CLAIMS, self.namespace, self.owner.cache_claim)
         except NotFound:
             return False
-        return True
+        return await self._open_cache(claim)
 
     def _now(self) -> str:
         return write_time(self.cluster.now())

@@ -121,6 +121,14 @@ class Ledger:
         latest = dict(sorted(tombs.items(), key=lambda item: item[1])[-_MAX_GONE:])
         return _bounded(replace(self, entries={**left, **news}, eviction=None, gone=latest))
 
+    def lost(self, names: Iterable[str], now: str) -> Ledger:
+        """Names that were in a volume which is no more, unless this one has them too: they must be made again."""
+        news = [name for name in names if name not in self.entries and name not in self.gone]
+        if not news:
+            return self
+        tombs = sorted({**self.gone, **dict.fromkeys(news, now)}.items(), key=lambda item: item[1])
+        return replace(self, gone=dict(tombs[-_MAX_GONE:]))
+
     def _put(self, name: str, entry: Entry) -> Ledger:
         gone = {key: time for key, time in self.gone.items() if key != name}
         return _bounded(replace(self, entries={**self.entries, name: entry}, gone=gone))

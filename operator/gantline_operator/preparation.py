@@ -136,8 +136,7 @@ class Preparation(CacheKeeping):
         else:
             found = await self._find_claim(claim)
         if found is not None:
-            self._open_cache(found)
-            return await self._finish_eviction()
+            return await self._open_cache(found) and await self._finish_eviction()
         cure = "Create it, or leave spec.cache.claimName out to have one made."
         trouble = Trouble(Reason.CACHE_MISSING, f"PersistentVolumeClaim {claim} does not exist.", cure)
         self._found["stage"] = (stage, Running("", 0, trouble))
@@ -192,7 +191,7 @@ class Preparation(CacheKeeping):
         facts = answer.artefact.get("facts")
         perplexity = answer.artefact.get("perplexity")
         location = resources.cache_location(self.owner, kind, digest)
-        item: Object = {"kind": kind, "hash": digest, "path": location.path, "claim": self.owner.cache_claim}
+        item: Object = {"kind": kind, "hash": digest, "path": location.path, **self._claim_mark()}
         size = answer.artefact.get("weight_bytes", answer.artefact.get("bytes"))
         if isinstance(size, int):
             item["bytes"] = size

@@ -91,6 +91,7 @@ class ArtefactStatus:
     hash: str = declare(Text(64), "Hash of what it was made from.", default=REQUIRED)
     path: str | None = declare(Text(512), "Folder inside the pods.")
     claim: str | None = declare(Text(253), "Claim that holds it.")
+    claim_uid: str | None = declare(Text(64), "Its uid: a claim made anew under the same name is another volume.")
     bytes: int | None = declare(_BYTES, "Bytes of its weights.")
     facts: FactsStatus | None = declare(Object(FactsStatus), "Facts of the copy, read from its files.")
     perplexity: PerplexityStatus | None = declare(Object(PerplexityStatus), "Quality of a quantized copy.")

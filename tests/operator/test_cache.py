@@ -114,6 +114,35 @@ def test_two_services_of_one_model_and_one_claim_fetch_and_quantize_once(cluster
     wait(lambda: not note(cluster, namespace)["artefacts"][source].get("users"), what=lambda: "what was quantized is needed no more")
 
 
+def test_a_claim_that_was_made_anew_under_its_name_is_another_volume_and_filled_again(
+    cluster: ApiCluster, namespace: str, operator: Operator
+) -> None:
+    claim(cluster, namespace)
+    apply(cluster, shared("first", namespace))
+    wait_reason(cluster, "first", namespace, "Ready")
+    (before,) = status(cluster, "first", namespace)["artefacts"]
+    uid = get(cluster, "pvc", "models", namespace)["metadata"]["uid"]
+    assert before["claimUid"] == uid
+    (job,) = [item for item in items(cluster, "jobs", namespace) if item["metadata"]["labels"]["gantline.io/role"] == "fetch"]
+
+    patch(cluster, "first", namespace, {"suspend": True})
+    wait(lambda: not server_pods(cluster, "first", namespace), what=lambda: "the claim is no more in use")
+    cluster.kubectl("delete", "jobs", "--all", "-n", namespace, "--timeout=120s")  # pods that ended hold a claim too
+    cluster.kubectl("delete", "pvc", "models", "-n", namespace, "--timeout=120s")  # waits until it is gone
+    cluster.kubectl("delete", "pv", f"{namespace}-models", "--timeout=120s")
+    claim(cluster, namespace)
+    patch(cluster, "first", namespace, {"suspend": False})
+    wait(
+        lambda: (
+            [item.get("claimUid") for item in status(cluster, "first", namespace).get("artefacts", [])]
+            == [get(cluster, "pvc", "models", namespace)["metadata"]["uid"]]
+        ),
+        what=lambda: status(cluster, "first", namespace),
+    )
+    (again,) = [item for item in items(cluster, "jobs", namespace) if item["metadata"]["labels"]["gantline.io/role"] == "fetch"]
+    assert again["metadata"]["uid"] != job["metadata"]["uid"], "the files were fetched again"
+
+
 def test_what_nobody_uses_makes_room_what_is_served_stays_and_what_went_is_fetched_again(
     cluster: ApiCluster, namespace: str, operator: Operator
 ) -> None:
