@@ -129,7 +129,9 @@ def test_a_restricted_pod_with_torch_answers_by_its_services_address_and_name(cl
     address = cluster.client.get("/api/v1/namespaces/restricted/services/server")["spec"]["clusterIP"]
     asking = "import sys, urllib.request as r\nfor host in sys.argv[1:]: print(r.urlopen(f'http://{host}/', timeout=10).read().decode())"
     names = [address, "server", "server.restricted.svc.cluster.local"]
-    answer = cluster.kubectl("exec", "-n", "restricted", "deployment/server", "--", "python", "-c", asking, *names)
+    ask = ("exec", "-n", "restricted", "deployment/server", "--", "python", "-c", asking, *names)
+    # A Service's address follows its pods' readiness a moment later.
+    answer = eventually(lambda: cluster.kubectl(*ask, check=False), lambda answer: answer.returncode == 0)
     assert answer.stdout.splitlines() == ["10 65532 x"] * 3
 
 
