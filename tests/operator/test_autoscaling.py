@@ -36,9 +36,13 @@ def test_a_service_sleeps_wakes_grows_and_loses_its_least_busy_replicas(api_clus
 
 def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namespace: str) -> None:
     with world(api_cluster, namespace) as made, scaling(made) as operator:
-        apply(api_cluster, service(NAME, namespace, replicas=2, scaling={"max": 4, "metric": "inflight", "target": 4, **QUICK}))
+        # As long as only one of the two is ready, its load is all there is, and asks for no second one.
+        elastic = {"min": 2, "max": 4, "metric": "inflight", "target": 4, **QUICK}
+        apply(api_cluster, service(NAME, namespace, replicas=2, scaling=elastic))
         made.busy = 4
         names = made.wait_replicas(2)
+        wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
+        patch(api_cluster, NAME, namespace, {"scaling": {"min": 1}})
         wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
         # All load is gone, but one replica says nothing any more.
         made.replicas[names[0]].silent = True
