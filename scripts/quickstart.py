@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -17,11 +18,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / ".quickstart"
@@ -314,13 +316,27 @@ def address(tools: Tools) -> Iterator[str]:
             process.terminate()
 
 
+def opened(request: urllib.request.Request) -> http.client.HTTPResponse:
+    """The answer; for a while nobody may be there yet, since an address follows its pods' readiness a moment later."""
+    deadline = time.monotonic() + GATEWAY_TIMEOUT_S
+    while True:
+        try:
+            return cast(http.client.HTTPResponse, urllib.request.urlopen(request, timeout=120))
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
 def ask(base: str) -> None:
     """One chat request, its answer printed as it streams."""
     body = {"model": SERVICE, "messages": [{"role": "user", "content": QUESTION}], "stream": True, "max_tokens": 80, "temperature": 0}
     request = urllib.request.Request(f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     print(f"\n  you   {QUESTION}\n  chat  ", end="", flush=True)
     words = 0
-    with urllib.request.urlopen(request, timeout=120) as stream:
+    with opened(request) as stream:
         for raw in stream:
             line = raw.decode().strip()
             if line.startswith("data: ") and line != "data: [DONE]":

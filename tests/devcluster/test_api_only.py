@@ -21,7 +21,7 @@ from gantline_devcluster.stages import FATE, FATES
 pytestmark = pytest.mark.apiserver
 
 
-def eventually(read: Callable[[], Any], wanted: Callable[[Any], bool], timeout_s: float = 60.0) -> Any:
+def eventually(read: Callable[[], Any], wanted: Callable[[Any], bool], timeout_s: float = 180.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while True:
         value = read()

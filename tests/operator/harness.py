@@ -103,7 +103,7 @@ class Operator:
 
     def __enter__(self) -> Operator:
         self._thread.start()
-        assert self._ready.wait(20)
+        assert self._ready.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +112,7 @@ class Operator:
     def stop(self) -> None:
         if self._thread.is_alive() and self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the operator does not stop"
         if self.error is not None:
             raise self.error
@@ -378,7 +378,7 @@ def wait_events(cluster: ApiCluster, name: str, namespace: str, *wanted: str) ->
     def told() -> list[str]:
         return [reason for reason in event_reasons(cluster, name, namespace) if reason in wanted]
 
-    wait(lambda: told() == list(wanted), timeout_s=20.0, what=told)
+    wait(lambda: told() == list(wanted), timeout_s=60.0, what=told)
 
 
 def server_pods(cluster: ApiCluster, name: str, namespace: str) -> list[Object]:

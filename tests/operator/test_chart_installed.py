@@ -265,7 +265,7 @@ def test_helm_tests_program_deletes_its_service_when_it_is_ended(
     arguments = of_kind(installed_rights, "Pod", "gantline-test")[0]["spec"]["containers"][0]["args"]
     command = [sys.executable, "-m", "gantline_operator.chart_test", *arguments]
     with subprocess.Popen(command, env={"KUBECONFIG": str(kubeconfig), "PATH": ""}, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not services(api_cluster, namespace) and time.monotonic() < deadline:
             time.sleep(0.1)
         process.terminate()

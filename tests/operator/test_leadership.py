@@ -164,7 +164,7 @@ async def test_a_lease_that_is_given_back_is_taken_at_once_and_one_that_is_taken
     again = Leadership(client, lease, "one", 30.0)
     assert await again.acquire(stop), "a container that is started anew goes on under its pod's name"
     await again.release()
-    assert await asyncio.wait_for(waiting, 10) and two.leads()
+    assert await asyncio.wait_for(waiting, 60) and two.leads()
 
     one._retry_s = 0.1
     with pytest.raises(LeadershipLost, match="is held by two"):
