@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,7 +157,8 @@ def test_a_fetch_that_is_told_to_go_leaves_at_once_and_in_order(tmp_path: Path, 
         assert process.wait(30) == 143
         store.bytes_per_s = 0
         store.requests.clear()
-        monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("there is nobody to wait for"))
+        nobody = SimpleNamespace(sleep=lambda seconds: pytest.fail("there is nobody to wait for"))  # the server goes on sleeping
+        monkeypatch.setattr(patience, "time", nobody)
         assert fetch(target) == 0
     assert store.starts("safetensors")[0] >= 50_000
 
