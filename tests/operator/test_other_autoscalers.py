@@ -135,7 +135,7 @@ def test_others_follow_the_same_load_and_one_hands_over_to_the_next_without_a_tr
         (first,) = made.wait_replicas(1)
         made.replicas[first].running = 12
         names = made.wait_replicas(3)
-        assert owners_of_replicas(api_cluster, namespace) == ["kube-controller-manager"]
+        assert [name.removesuffix("-oldest") for name in owners_of_replicas(api_cluster, namespace)] == ["kube-controller-manager"]
         assert "lastScale" not in status(api_cluster, NAME, namespace), "not one of these was Gantline's"
         wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
         # Whoever is not the aggregator is not even listened to.
