@@ -187,6 +187,17 @@ def test_a_deleted_job_and_its_running_pod_vanish(simulated_nodes: ApiCluster, n
     eventually(lambda: pods_of(simulated_nodes, namespace, app="endless"), lambda p: not p)
 
 
+def test_a_node_that_takes_the_name_of_one_that_was_removed_runs_pods_at_once(simulated_nodes: ApiCluster, namespace: str) -> None:
+    for turn in range(3):
+        simulated_nodes.simulate("cpu", 1)
+        name = f"turn-{turn}"
+        simulated_nodes.kubectl("apply", "-n", namespace, "-f", "-", input=json.dumps(job(name, fate="complete")))
+        running = lambda pods: bool(pods) and pods[0]["status"]["phase"] == "Succeeded"
+        found = eventually(lambda name=name: pods_of(simulated_nodes, namespace, app=name), running, timeout_s=30)
+        assert running(found), f"in turn {turn}, which is less than what kwok waits for a Lease"
+        simulated_nodes.remove_nodes()
+
+
 def test_an_outage_ends_with_the_same_data_at_the_same_address(api_cluster: ApiCluster, namespace: str) -> None:
     api_cluster.kubectl("create", "configmap", "before", "-n", namespace)
     url = api_cluster.url
