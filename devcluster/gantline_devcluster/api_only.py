@@ -195,19 +195,30 @@ class ApiCluster:
 
 
 def add_nodes(client: Client, nodes: list[profiles.Node]) -> list[str]:
-    """Create these nodes with their status; those that exist are replaced. Returns their names."""
-    names = []
+    """Create these nodes with their status; those that exist become like them, and keep their pods. Returns their names."""
     for node in nodes:
-        name = node["metadata"]["name"]
         try:
             client.post("/api/v1/nodes", node)
         except ApiError as error:
             if error.status != 409:
                 raise
-            client.call("DELETE", f"/api/v1/nodes/{name}")
-            client.post("/api/v1/nodes", node)
-        names.append(name)
-    return names
+            _make_like(client, node)
+    return [node["metadata"]["name"] for node in nodes]
+
+
+def _make_like(client: Client, node: profiles.Node) -> None:
+    """Not deleted and created again: kwok would mistake the new one's Lease for the old one's (see `remove_nodes`)."""
+    path = f"/api/v1/nodes/{node['metadata']['name']}"
+    for subresource, parts in (("", ("spec",)), ("/status", ("status",))):
+        for tries_left in reversed(range(5)):  # kwok and the node's controllers write too
+            found = client.get(path)
+            metadata = {**found["metadata"], **{part: node["metadata"].get(part) or {} for part in ("labels", "annotations")}}
+            try:
+                client.call("PUT", path + subresource, {**found, "metadata": metadata, **{part: node.get(part) or {} for part in parts}})
+                break
+            except ApiError as error:
+                if error.status != 409 or not tries_left:
+                    raise
 
 
 def run_kubectl(
