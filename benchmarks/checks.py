@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ __all__ = ["Sample", "check", "choose"]
 
 _ALLOWED_RATIO = 1.5
 _ALLOWED_GAP = 0.1
+_LEAST_TOKENS = 500
 _ROWS = 512
 """Rows of logits turned into log-probabilities at a time: 512 x 128k float32 is 260 MB."""
 
@@ -28,7 +30,13 @@ class Sample:
 
 
 def choose(requests: list[tuple[list[int], int]], count: int = 8) -> list[int]:
-    """Indices of `count` requests to check: the longest, and the rest spread over the order of arrival."""
+    """Indices of `count` requests to check: the longest, and the rest spread over the order of arrival.
+
+    Where these have less than `_LEAST_TOKENS` of output together, as many as have, up to four times `count`: the largest of a hundred
+    errors is too noisy to compare with another's.
+    """
+    mean = sum(tokens for _, tokens in requests) / max(1, len(requests))
+    count = max(count, min(4 * count, math.ceil(_LEAST_TOKENS / max(1.0, mean))))
     longest = max(range(len(requests)), key=lambda i: len(requests[i][0]) + requests[i][1])
     spread = [round(i * (len(requests) - 1) / max(1, count - 1)) for i in range(count)]
     return sorted({longest, *spread[: count - 1]} if len(requests) >= count else range(len(requests)))

@@ -2,8 +2,8 @@
 
 64 requests decode at a context of 1000 tokens; then 4 prompts of 30,000 tokens arrive at once. For each limit (`max_step_ms`; `twice` is
 twice the undisturbed step, 0 none) it prints the time between tokens of the 64 while the prompts are computed, and the prompts' first-token
-times. Prompts are random and prefixes are not reused. The first pass, with shorter prompts, is thrown away: it compiles kernels, captures
-graphs and teaches the prediction.
+times, in each of `--passes`: the first of them compiles kernels, captures graphs and teaches the prediction, and the last is what a service
+that has run for a while does. Prompts are random and prefixes are not reused.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1000, help="tokens of those that decode")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=30_000)
+    parser.add_argument("--passes", type=int, default=3, help="of each limit")
     options = parser.parse_args()
     facts = json.loads((options.model / "config.json").read_text())
     session_len = min(facts["max_position_embeddings"], max(options.length, options.context + 20_000) + 64)
@@ -122,8 +123,7 @@ def main() -> None:
     engine = LLMEngine(options.model, config)
     crowd = _Crowd(engine, facts["vocab_size"])
     sizes = {"decoding": options.decoding, "context": options.context, "prompts": options.prompts}
-    print("warm-up", json.dumps(asdict(run_pass(crowd, 50.0, length=max(64, options.length // 4), **sizes))), flush=True)
-    for limit in options.limits:
+    for limit in [limit for limit in options.limits for _ in range(options.passes)]:
         found = run_pass(crowd, None if limit == "twice" else float(limit), length=options.length, **sizes)
         print(json.dumps({"asked": limit, **asdict(found), "captures": engine.stats().num_captures}), flush=True)
     engine.close()

@@ -9,6 +9,7 @@ import torch
 from gantline_kernels import library, triton_backend
 from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
 from gantline_kernels.hopper_sampling import fits_hopper_sample, hopper_sample
+from gantline_kernels.scratch import kept
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_backend import (
     add_rms_norm,
@@ -92,9 +93,8 @@ def _num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@cache
-def _counters(index: int, stream: int) -> torch.Tensor:
-    """The prefill kernel's two numbers, zero between launches; of each stream its own, since launches of one stream follow each other."""
+def _new_counters(index: int) -> torch.Tensor:
+    """The prefill kernel's two numbers, zero between launches."""
     return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
 
 
@@ -115,9 +115,10 @@ def _prefill_hopper(
     sequences = len(context_lens) - first_sequence
     tiles = kv_heads * (tokens * (heads // kv_heads) // _ROWS + sequences)  # of the sequences before, not all need have a query
     stream = torch.cuda.current_stream(q.device).cuda_stream
+    counters = kept(_new_counters, q.device.index, stream)
     library.call(
         "gantline_prefill_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
-        query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), _counters(q.device.index, stream).data_ptr(),
+        query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), counters.data_ptr(),
         q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size.bit_length() - 1, blocks, first_sequence, sequences, tiles,
         sliding_window, scale, _num_sms(q.device.index), stream,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from gantline_kernels import library
+from gantline_kernels.scratch import kept
 
 __all__ = ["MAX_ROWS", "fits_hopper_linear", "hopper_linear"]
 
@@ -14,9 +15,6 @@ MAX_ROWS = 16
 _OUTPUTS, _DEPTH = 128, 64
 _MAX_TILES, _MAX_CHUNKS = 16384, 1 << 20
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
-_CAPTURED = -1
-_scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-"""Of each device and stream, or device and _CAPTURED: see `_scratch_of`."""
 
 
 def fits_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -34,14 +32,12 @@ def hopper_linear(
 ) -> torch.Tensor:
     """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N] in the type of x or `out_dtype`, for what `fits_hopper_linear`.
 
-    `blocks` is for tuning; 0: one to each multiprocessor. Launches of one stream follow each other, and so must replays of graphs: each
-    has one scratch memory. Raises RuntimeError if the first call of a device is captured in a graph (the scratch memory would be cleared by
-    the graph's replay alone).
+    `blocks` is for tuning; 0: one to each multiprocessor. Raises RuntimeError if a device's first call is captured (`scratch.py`).
     """
     rows, (outputs, inputs) = x.shape[0], weight.shape
     out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    sums, counters = _scratch_of(x.device.index, stream)
+    sums, counters = kept(_new_scratch, x.device.index, stream)
     blocks = min(blocks or num_sms(x.device.index), -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH))
     library.call(
         "gantline_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
@@ -53,18 +49,6 @@ def hopper_linear(
 @cache
 def num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _scratch_of(index: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums and counters for launches that follow each other: of a stream, or of all graphs."""
-    if torch.cuda.is_current_stream_capturing():
-        if (index, _CAPTURED) not in _scratch:
-            raise RuntimeError("hopper_linear: call it once before capturing it in a CUDA graph")
-        return _scratch[index, _CAPTURED]
-    for owner in (_CAPTURED, stream):
-        if (index, owner) not in _scratch:
-            _scratch[index, owner] = _new_scratch(index)
-    return _scratch[index, stream]
 
 
 def _new_scratch(index: int) -> tuple[torch.Tensor, torch.Tensor]:

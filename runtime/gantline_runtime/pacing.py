@@ -4,8 +4,10 @@
 
 `pairs` counts, for each prompt token, the tokens that its attention reads; `decode context` sums the lengths of the sequences that
 decode. The six coefficients are fitted by least squares of relative errors to the last steps of each size of prompt, without any and from
-32 tokens up in powers of two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. Nothing is assumed
-about the device; until prompts have been seen, chunks are small.
+32 tokens up in powers of two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. What the fit gets
+wrong all the same is followed step by step: a limit is divided by the ratio of what steps with prompts took to what was expected, its mean
+and twice the mean deviation, as retransmission timers are set (RFC 6298). Nothing is assumed about the device; until prompts have been
+seen, chunks are small.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ _FIT_EVERY = 32
 _PROMPT_NEWS = 4
 _MOST_SURPRISE = 3.0
 """A step that took longer than this times what was expected counts as that: it compiled a kernel, or the machine was busy elsewhere."""
+_RATIO_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 8
+"""Weight of the newest step in the mean and in the mean deviation."""
+_MOST_RATIO, _MOST_DEVIATION = 1.5, 0.1
+"""Of one step, and of all as far as room is left for it: prompts must get on where a machine is disturbed."""
 _SCALE = np.array([1.0, 1.0, 1e3, 1e6, 1e2, 1e5])
 """Typical sizes of the six terms, so that they weigh alike where the steps seen do not tell them apart."""
 _RIDGE = 1e-4
@@ -86,6 +92,8 @@ class Pacer:
         self._until_fit = 1
         self._num_with_prompts = 0
         self._most_prompt_tokens = 0
+        self._ratio = 1.0
+        self._deviation = 0.0
 
     @property
     def _knows_prompts(self) -> bool:
@@ -104,6 +112,8 @@ class Pacer:
         expected = self.predict(load)
         if expected > 0.0 and (self._knows_prompts or not load.prompt_tokens):
             seconds = min(seconds, _MOST_SURPRISE * expected)
+            if load.prompt_tokens and load.decodes:
+                self._follow(seconds / expected)
         size = max(load.prompt_tokens, _MIN_CHUNK).bit_length() if load.prompt_tokens else 0
         self._samples.setdefault(size, deque(maxlen=_KEPT if size else 4 * _KEPT)).append((*load.terms(), seconds))
         self._num_with_prompts += load.prompt_tokens > 0
@@ -111,6 +121,12 @@ class Pacer:
         self._until_fit -= _PROMPT_NEWS if load.prompt_tokens else 1
         if self._until_fit <= 0:
             self._fit()
+
+    def _follow(self, ratio: float) -> None:
+        """`ratio`: what a step with decodes and prompts took, of what was expected."""
+        off = min(ratio, _MOST_RATIO) - self._ratio
+        self._ratio += _RATIO_GAIN * off
+        self._deviation += _DEVIATION_GAIN * (abs(off) - self._deviation)
 
     def _fit(self) -> None:
         samples = np.array([sample for kept in self._samples.values() for sample in kept])
@@ -135,7 +151,8 @@ class Pacer:
             return max(0, _FIRST_CHUNK - load.prompt_tokens)
         c = self._coefficients
         decoding = c.base + c.decode * load.decodes + c.decode_context * load.decode_context
-        left = max(self.max_step_s, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else c.any_prompt)
+        wrong = max(1.0, self._ratio + 2.0 * min(self._deviation, _MOST_DEVIATION))
+        left = max(self.max_step_s / wrong, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else c.any_prompt)
         fits = _largest_count(left, c.prompt_token + c.pair * start, c.pair / 2)
         return min(fits, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
 

@@ -57,6 +57,28 @@ def _check_attention(case_arguments: dict[str, object], lengths: list[tuple[int,
     assert largest_error(got[:rows], case.expected()[:rows]) < TOLERANCE[dtype]
 
 
+@pytest.mark.skipif(not ON_GPU, reason="graphs are CUDA's")
+def test_chunks_of_prompts_in_graphs_that_share_memory_with_earlier_graphs() -> None:
+    """What a graph that was captured before the first chunk writes into the shared pool reaches nothing that launches hand on."""
+    case = paged([(130, 200), (70, 70)], heads=8, dim=128, block_size=64, dtype=torch.bfloat16, device=DEVICE)
+    outputs = []
+
+    def attend() -> None:
+        outputs.append(api.paged_attention(*case.arguments, **case.options, backend=BACKEND))
+
+    pool, graphs = torch.cuda.graph_pool_handle(), []
+    attend()  # compiles, and makes what is made once
+    for run in (lambda: torch.full((250_000,), 7, dtype=torch.int32, device=DEVICE), attend, attend):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], pool=pool):
+            run()
+    for graph in (graphs[1], graphs[0], graphs[2], graphs[0], graphs[1]):
+        graph.replay()
+        if graph is not graphs[0]:
+            torch.cuda.synchronize()
+            assert largest_error(outputs[graphs.index(graph)], case.expected()) < TOLERANCE[torch.bfloat16]
+
+
 _DECODES = [[(1, 1)], [(1, 16), (1, 17), (1, 31), (1, 5)], [(1, 700), (1, 64), (1, 1)]]
 _CHUNKS = [[(1, 9), (33, 33)], [(3, 20), (16, 16), (17, 40), (2, 2)], [(1, 1), (1, 50), (70, 90)]]
 

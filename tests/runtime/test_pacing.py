@@ -92,6 +92,23 @@ def test_long_prompts_do_not_delay_the_next_token_of_others() -> None:
     assert first[-1] < 8.0
 
 
+class Throttled(Machine):
+    """Which loses a fifth of its clock after some steps with prompts, as a hot GPU does."""
+
+    steps = 0
+
+    def seconds(self, load: StepLoad) -> float:
+        self.steps += load.prompt_tokens > 0
+        return super().seconds(load) * (1.25 if self.steps > 40 else 1.0)
+
+
+def test_a_machine_that_becomes_slower_is_followed_within_some_steps() -> None:
+    engine, executor = timed_engine(Throttled())
+    gaps, _ = gaps_under_interference(engine, executor)
+    late = sum(gap > 0.055 for gap in gaps) // 64
+    assert late <= 5, "the fit alone takes twice as many"
+
+
 def test_without_a_limit_the_same_prompts_do() -> None:
     engine, executor = timed_engine(Machine(), max_step_ms=0.0)
     gaps, _ = gaps_under_interference(engine, executor)
