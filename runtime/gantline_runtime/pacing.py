@@ -3,8 +3,8 @@
     seconds = base + [any prompt] * more + a * prompt tokens + b * pairs + c * decodes + d * decode context
 
 `pairs` counts, for each prompt token, the tokens that its attention reads; `decode context` sums the lengths of the sequences that
-decode. The six coefficients are fitted by least squares of relative errors to the last steps of each size of prompt, without any and from
-32 tokens up in powers of two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. What the fit gets
+decode. The six coefficients are fitted, robustly, to the last steps of each size of prompt, without any and from 32 tokens up in powers of
+two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. What the fit gets
 wrong all the same is followed step by step: a limit is divided by the ratio of what steps with prompts took to what was expected, its mean
 and twice the mean deviation, as retransmission timers are set (RFC 6298). Nothing is assumed about the device; until prompts have been
 seen, chunks are small.
@@ -38,8 +38,9 @@ _KEPT = 24
 _FIT_EVERY = 32
 """Steps, of which one with a prompt counts for `_PROMPT_NEWS`: what prompts cost changes as they get on, what decoding costs hardly."""
 _PROMPT_NEWS = 4
-_MOST_SURPRISE = 3.0
-"""A step that took longer than this times what was expected counts as that: it compiled a kernel, or the machine was busy elsewhere."""
+_TRUSTED, _TURNS = 0.1, 8
+"""Error, in times of a typical step of its size, up to which a step counts in full; past it the less the larger (Huber's loss, in so many
+turns). A step that compiled a kernel looks slow, and one whose successor did looks slow and the successor fast."""
 _RATIO_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 8
 """Weight of the newest step in the mean and in the mean deviation."""
 _MOST_RATIO, _MOST_DEVIATION = 1.5, 0.1
@@ -110,10 +111,8 @@ class Pacer:
         if seconds <= 0.0 or not math.isfinite(seconds):
             return
         expected = self.predict(load)
-        if expected > 0.0 and (self._knows_prompts or not load.prompt_tokens):
-            seconds = min(seconds, _MOST_SURPRISE * expected)
-            if load.prompt_tokens and load.decodes:
-                self._follow(seconds / expected)
+        if expected > 0.0 and self._knows_prompts and load.prompt_tokens and load.decodes:
+            self._follow(seconds / expected)
         size = max(load.prompt_tokens, _MIN_CHUNK).bit_length() if load.prompt_tokens else 0
         self._samples.setdefault(size, deque(maxlen=_KEPT if size else 4 * _KEPT)).append((*load.terms(), seconds))
         self._num_with_prompts += load.prompt_tokens > 0
@@ -130,9 +129,14 @@ class Pacer:
 
     def _fit(self) -> None:
         samples = np.array([sample for kept in self._samples.values() for sample in kept])
+        typical = np.concatenate([np.full(len(kept), np.median([sample[-1] for sample in kept])) for kept in self._samples.values()])
         self._until_fit = _FIT_EVERY if len(samples) >= _FIT_EVERY else 1
-        rows = samples[:, :-1] / (_SCALE * samples[:, -1:])
-        self._coefficients = Coefficients(*(_fit_positive(rows, len(samples)) / _SCALE).tolist())
+        rows, wanted = samples[:, :-1] / (_SCALE * typical[:, None]), samples[:, -1] / typical
+        trust = np.ones(len(samples))
+        for _ in range(_TURNS):
+            found = _fit_positive(rows, wanted, trust)
+            trust = np.minimum(1.0, _TRUSTED / np.maximum(np.abs(rows @ found - wanted), 1e-9))
+        self._coefficients = Coefficients(*(found / _SCALE).tolist())
 
     def chunk(self, load: StepLoad, start: int, wanted: int) -> int:
         """How many of `wanted` tokens, from position `start` of a prompt, to add to a step of `load`. The first prompt of a step gets on in
@@ -173,11 +177,12 @@ def _largest_count(seconds: float, linear: float, quadratic: float) -> int:
     return int((math.sqrt(linear * linear + 4.0 * quadratic * seconds) - linear) / (2.0 * quadratic))
 
 
-def _fit_positive(rows: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """Coefficients, none negative, that bring `rows @ coefficients` closest to one. Terms that would be negative are left out, the worst
-    first."""
+def _fit_positive(rows: NDArray[np.float64], wanted: NDArray[np.float64], trust: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coefficients, none negative, that bring `rows @ coefficients` [N, 6] closest to `wanted` [N], each row as far as it is trusted [N].
+    Terms that would be negative are left out, the worst first."""
     used = list(range(rows.shape[1]))
-    gram, target = rows.T @ rows / count, rows.sum(axis=0) / count
+    weighed = rows * trust[:, None]
+    gram, target = rows.T @ weighed / len(rows), wanted @ weighed / len(rows)
     ridge = _RIDGE * max(float(np.trace(gram)), 1e-300) / len(used)
     while True:
         part = np.linalg.solve(gram[np.ix_(used, used)] + ridge * np.eye(len(used)), target[used])
