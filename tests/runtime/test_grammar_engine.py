@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop, LLMEngine
 from gantline_runtime.grammar import compiler as grammar_compiler
@@ -18,7 +20,10 @@ from gantline_runtime.grammar import matching
 from gantline_runtime.grammar.compiler import GrammarCompiler, InvalidGrammar
 from gantline_runtime.grammar.requests import Grammars
 from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
+from gantline_runtime.server.structured import Constraint, json_format
 from gantline_runtime.tokenizer import Tokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.runtime.engine_support import VOCAB, FakeExecutor, drain, expected_tokens, request, tokens_of
 from tests.runtime.server_fakes import write_model
@@ -254,4 +259,30 @@ def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiles(mod
         future.result(60)
     assert time.monotonic() - began < 20
     compiler.submit(regex("b")).result(60)
+    compiler.close()
+
+
+def test_every_token_of_a_mask_is_accepted_also_those_that_begin_a_character_after_another(tmp_path: Path) -> None:
+    """xgrammar's mask of an integer holds '-' with half a character behind it, and then refuses that."""
+    write_model(tmp_path)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_of = ByteLevel(add_prefix_space=False, use_regex=False)
+    half = "à"  # stands for byte 0xE0, which three bytes of a character begin with
+    vocabulary = {text: i for i, text in enumerate([*letters, f"-{half}", f"1{half}", "-1", "12"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytes_of, decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    compiler = GrammarCompiler(tmp_path, vocab_size=len(vocabulary), stop_token_ids=(), num_workers=1)
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 5}
+    matcher = matching.GrammarMatcher(compiler.submit(Constraint(json_format(schema), "").grammar).result(), (), len(vocabulary))
+    native, tried = matcher._native, set()
+    for text in "[-1,12,":
+        matcher.push(vocabulary[text])
+        matcher.advance()
+        bits = np.unpackbits(matcher.allowed.numpy().view(np.uint8), bitorder="little")[: len(vocabulary)]
+        for token in np.flatnonzero(bits).tolist():
+            assert native.accept_token(token, False), (text, list(vocabulary)[token])
+            native.rollback(1)
+            tried.add(token)
+    assert {vocabulary["-"], vocabulary["-1"], vocabulary["12"]} <= tried
     compiler.close()

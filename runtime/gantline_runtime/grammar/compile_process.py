@@ -100,7 +100,8 @@ def _own_stdout() -> IO[bytes]:
 
 
 def _tokenizer_info(library: Any, model_dir: str, vocab_size: int, stop_token_ids: Sequence[int]) -> Any:
-    """Special tokens begin with a byte that no text has, so that no grammar allows them but by their number."""
+    """Special tokens begin with a byte that no text has, so that no grammar allows them but by their number. So do those that hold whole
+    characters and a part of one: xgrammar 0.2.8 has some in a mask that it refuses afterwards, and whatever they write, others can."""
     tokenizer = Tokenizer.load(model_dir)
     known = min(vocab_size, tokenizer.vocab_size)
     texts = [_spelled(tokenizer, token) for token in range(known)]
@@ -109,7 +110,16 @@ def _tokenizer_info(library: Any, model_dir: str, vocab_size: int, stop_token_id
 
 def _spelled(tokenizer: Tokenizer, token: int) -> bytes:
     spelled = tokenizer.token_bytes(token)
-    return b"\xff" + spelled if token in tokenizer.special_ids else spelled
+    return b"\xff" + spelled if token in tokenizer.special_ids or _mixes(spelled) else spelled
+
+
+def _mixes(spelled: bytes) -> bool:
+    """Whether it is more than one character, or than a part of one, and begins or ends within a character."""
+    try:
+        spelled.decode()
+    except UnicodeDecodeError:
+        return len(spelled) > 3 or not all(0x80 <= byte < 0xC0 for byte in spelled[1:])
+    return False
 
 
 def _try_out(library: Any, compiled: Any, stop_token_ids: Sequence[int], vocab_size: int) -> None:
