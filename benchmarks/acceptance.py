@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,16 +34,16 @@ class Step:
 
 ROWS = "single batch16 prefix prefill decode chat"
 STEPS = (
-    Step("kernel-tests", 60, "-m pytest -q -p no:cacheprovider -m gpu tests/kernels"),
-    Step("engine-tests", 120, "-m pytest -q -p no:cacheprovider -m gpu tests/runtime"),
     Step("rows", 260, f"-m benchmarks.throughput --model {{model}} --workload {ROWS} --out {{out}}/h200.json"),
     Step("http", 90, "-m benchmarks.throughput --model {model} --workload chat --http --text --api-workers 2"),
     Step("startup", 40, "-m benchmarks.startup --model {model}"),
-    Step("startup-cold", 60, "-m benchmarks.startup --model {model} --cold --repeats 2"),
+    Step("engine-tests", 160, "-m pytest -q -p no:cacheprovider -m gpu tests/runtime/test_gpu_engine.py"),
+    Step("kernel-tests", 300, "-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_gpu.py"),
+    Step("interference", 100, "-m benchmarks.interference --model {model} --limits 50 twice"),
+    Step("grammar", 90, "-m benchmarks.grammar --model {model}"),
     Step("kernels", 90, "-m benchmarks.kernels --check --time --backend triton cuda"),
     Step("linear", 60, "-m benchmarks.linear"),
-    Step("interference", 90, "-m benchmarks.interference --model {model}"),
-    Step("grammar", 90, "-m benchmarks.grammar --model {model}"),
+    Step("startup-cold", 60, "-m benchmarks.startup --model {model} --cold --repeats 2"),
     Step("floor-share", 110, "-m benchmarks.floor_share"),
     Step("triton-rows", 120, "-m benchmarks.throughput --model {model} --workload decode chat --backend triton --repeats 1"),
     Step("soak-few-blocks", 170, "-m benchmarks.soak --model {model} --minutes 2.5 --blocks 1500"),
@@ -82,10 +84,13 @@ def _run(step: Step, model: Path, out: Path, deadline: float) -> Outcome:
         log.write(f"===== {step.name}: {step.command}\n")
         log.flush()
         begin = log.tell()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=deadline - started).returncode
+            code: int | None = process.wait(deadline - started)
         except subprocess.TimeoutExpired:
             code = None
+            os.killpg(process.pid, signal.SIGKILL)  # tests have processes of their own
+            process.wait()
     lines = (out / "acceptance.log").read_bytes()[begin:].decode(errors="replace").splitlines()
     return Outcome(step.name, code, round(time.monotonic() - started, 1), next((line for line in reversed(lines) if line.strip()), ""))
 

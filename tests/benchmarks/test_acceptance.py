@@ -27,8 +27,15 @@ def test_steps_that_fail_end_late_or_find_no_time_are_each_named(tmp_path: Path)
 def test_every_step_names_a_module_and_options_that_it_has(step: Step) -> None:
     module, *options = step.command.removeprefix("-m ").split()
     if module == "pytest":
-        assert (ROOT / options[-1]).is_dir()
+        assert (ROOT / options[-1]).is_file()
         return
     source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
     missing = [option for option in options if option.startswith("--") and f'"{option}"' not in source]
     assert not missing, f"{module} has no {missing}"
+
+
+def test_every_file_with_tests_for_a_gpu_is_run_by_a_step() -> None:
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text() and path != Path(__file__)]
+    assert sorted(str(path.relative_to(ROOT)) for path in marked) == sorted(
+        step.command.split()[-1] for step in STEPS if step.command.startswith("-m pytest ")
+    )
