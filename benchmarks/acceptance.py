@@ -39,7 +39,7 @@ STEPS = (
     Step("startup", 40, "-m benchmarks.startup --model {model}"),
     Step("engine-tests", 160, "-m pytest -q -p no:cacheprovider -m gpu tests/runtime/test_gpu_engine.py"),
     Step("kernel-tests", 300, "-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_gpu.py"),
-    Step("interference", 100, "-m benchmarks.interference --model {model} --limits 50 twice"),
+    Step("interference", 130, "-m benchmarks.interference --model {model} --limits 50 twice"),
     Step("grammar", 90, "-m benchmarks.grammar --model {model}"),
     Step("kernels", 90, "-m benchmarks.kernels --check --time --backend triton cuda"),
     Step("linear", 60, "-m benchmarks.linear"),

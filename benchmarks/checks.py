@@ -16,6 +16,7 @@ __all__ = ["Sample", "check", "choose"]
 _ALLOWED_RATIO = 1.5
 _ALLOWED_GAP = 0.1
 _LEAST_TOKENS = 500
+"""Of output, that a row is checked on if it has them."""
 _ROWS = 512
 """Rows of logits turned into log-probabilities at a time: 512 x 128k float32 is 260 MB."""
 
@@ -38,8 +39,10 @@ def choose(requests: list[tuple[list[int], int]], count: int = 8) -> list[int]:
     mean = sum(tokens for _, tokens in requests) / max(1, len(requests))
     count = max(count, min(4 * count, math.ceil(_LEAST_TOKENS / max(1.0, mean))))
     longest = max(range(len(requests)), key=lambda i: len(requests[i][0]) + requests[i][1])
-    spread = [round(i * (len(requests) - 1) / max(1, count - 1)) for i in range(count)]
-    return sorted({longest, *spread[: count - 1]} if len(requests) >= count else range(len(requests)))
+    if len(requests) <= count:
+        return list(range(len(requests)))
+    spread = [round(i * (len(requests) - 1) / (count - 1)) for i in range(count)]
+    return sorted(spread if longest in spread else [longest, *spread[:-1]])
 
 
 @dataclass(frozen=True)

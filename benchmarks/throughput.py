@@ -186,16 +186,15 @@ def main() -> int:
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "torch"), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--max-step-ms", type=float, default=0.0, help="0: no limit, since nobody reads a stream here")
+    parser.add_argument("--max-step-ms", type=float, help="default: none, but the server's own with --http")
     parser.add_argument("--http", action="store_true", help="through `gantline serve`, every request an HTTP stream; nothing is recorded")
     parser.add_argument("--text", action="store_true", help="with --http: prompts of text, for a checkpoint with a real tokenizer")
     parser.add_argument("--api-workers", type=int, default=1, help="with --http")
     parser.add_argument("--out", type=Path, help="write the accepted rows into this JSON file")
     options = parser.parse_args()
-    config = EngineConfig(
-        backend=options.backend, dtype="bfloat16", max_batch_size=256, max_waiting=4096,
-        eager_mode=options.eager, max_step_ms=options.max_step_ms,
-    )  # fmt: skip
+    config = EngineConfig(backend=options.backend, dtype="bfloat16", max_batch_size=256, max_waiting=4096, eager_mode=options.eager)
+    if options.max_step_ms is not None or not options.http:  # without a server nobody reads a stream
+        config = replace(config, max_step_ms=options.max_step_ms or 0.0)
     if options.http:
         flags = [f"--api-workers={options.api_workers}", *(to_arguments(config) if torch.cuda.is_available() else [])]
         measure_over_http(options.model, flags, options.workload, options.repeats, options.text)

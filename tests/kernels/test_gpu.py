@@ -18,17 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_kernels_equal_their_references(backend: str) -> None:
     environment = os.environ | {"GANTLINE_KERNEL_BACKEND": backend}
     workers = str(min(8, os.cpu_count() or 1))  # compiling takes most of the time
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        workers,
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-        "tests/kernels/kernel_checks.py",
-    ]
+    options = f"-m pytest -q -n {workers} -p no:cacheprovider --noconftest tests/kernels/kernel_checks.py"
+    command = [sys.executable, *options.split()]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

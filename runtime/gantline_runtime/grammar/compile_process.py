@@ -114,11 +114,11 @@ def _spelled(tokenizer: Tokenizer, token: int) -> bytes:
 
 
 def _mixes(spelled: bytes) -> bool:
-    """Whether it is more than one character, or than a part of one, and begins or ends within a character."""
+    """Whether it begins or ends within a character, and is more than a part of that one."""
     try:
         spelled.decode()
     except UnicodeDecodeError:
-        return len(spelled) > 3 or not all(0x80 <= byte < 0xC0 for byte in spelled[1:])
+        return spelled[0] < 0x80 or len(spelled) > 3 or not all(0x80 <= byte < 0xC0 for byte in spelled[1:])
     return False
 
 
