@@ -48,10 +48,10 @@ _MAX_SESSION_BYTES = 256
 _NOT_PASSED_ON = frozenset(
     {
         "host", "content-length", "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-        "transfer-encoding", "upgrade", "expect", "x-request-id", HEADER, CALLER,
+        "transfer-encoding", "upgrade", "expect", "origin", "x-request-id", HEADER, CALLER,
     }
 )  # fmt: skip
-"""Of the connection to the client, or set anew."""
+"""Of the connection to the client, or set anew; whose pages may ask is decided here."""
 
 Visible = Callable[[Scope, Service], bool]
 """Whether who sent a request may know and use a service."""
@@ -192,12 +192,16 @@ class Gateway:
         return handler
 
 
-def build_app(gateway: Gateway, middleware: Sequence[Middleware] = ()) -> ASGIApp:
-    """`middleware` (Starlette's, the first outermost) sees every request of the port, and may raise ApiError."""
-    app: ASGIApp = gateway.handle
+def build_app(gateway: Gateway, middleware: Sequence[Middleware] = (), around: Sequence[Middleware] = ()) -> ASGIApp:
+    """`middleware` (Starlette's, the first outermost) sees every request of the port, and may raise ApiError; `around` sees errors as
+    they are answered, and may answer itself what then is not logged."""
+    return _wrapped(_Observer(_wrapped(gateway.handle, middleware), gateway), around)
+
+
+def _wrapped(app: ASGIApp, middleware: Sequence[Middleware]) -> ASGIApp:
     for layer in reversed(middleware):
         app = layer.cls(app, *layer.args, **layer.kwargs)
-    return _Observer(app, gateway)
+    return app
 
 
 def _around(layer: ExchangeMiddleware, inner: Handler) -> Handler:

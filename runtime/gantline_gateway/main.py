@@ -21,8 +21,10 @@ import uvicorn
 import uvloop
 from gantline_runtime import logs, termination
 from gantline_runtime.errors import GantlineError
+from gantline_runtime.server.cors import cross_origin
 from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, bind_socket, url_of
 from gantline_runtime.server.reloading import Reloader
+from gantline_runtime.server.tls import Certificate
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
@@ -86,6 +88,7 @@ class Process:
         self.directory.listen(lambda catalog: self.traffic.forget_all_but(service.key for service in catalog.services))
         if settings.services is not None:
             self._offer(settings.services)
+        self._tls = _use_tls(settings, self._reloader)
         self._socket = bind_socket(settings.host, settings.port)
         self._internal_socket = bind_socket(settings.host, settings.internal_port)
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
@@ -94,9 +97,10 @@ class Process:
         """Until SIGTERM or SIGINT, and a drain."""
         internal = build_internal_app(self.directory, self.traffic, self.metrics, is_ready=lambda: self._is_ready)
         with self._signals():
-            public = build_app(self.gateway, [Middleware(KeyCheck, access=self.access)])
-            async with _serving(public, self._socket), _serving(internal, self._internal_socket):
-                log.info("listening", extra=logs.fields(url=url_of(self._socket), internal_url=url_of(self._internal_socket)))
+            public = build_app(self.gateway, [Middleware(KeyCheck, access=self.access)], cross_origin(self._settings.cors_origins))
+            async with _serving(public, self._socket, self._tls), _serving(internal, self._internal_socket):
+                url = url_of(self._socket, uses_tls=self._tls is not None)
+                log.info("listening", extra=logs.fields(url=url, internal_url=url_of(self._internal_socket)))
                 finding, polling = asyncio.create_task(self._find_services()), asyncio.create_task(self._poller.run())
                 stopping = asyncio.create_task(self._stop.wait())
                 try:
@@ -172,8 +176,17 @@ class Process:
         self._stop.set()
 
 
+def _use_tls(settings: GatewaySettings, reloader: Reloader) -> Certificate | None:
+    """Connections that are open keep theirs when another certificate comes. Raises ConfigurationError."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    certificate = Certificate(settings.tls_cert, settings.tls_key)
+    reloader.watch(certificate.paths, certificate.reload)
+    return certificate
+
+
 @contextlib.asynccontextmanager
-async def _serving(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
+async def _serving(app: ASGIApp, bound: socket.socket, tls: Certificate | None = None) -> AsyncIterator[None]:
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -186,6 +199,9 @@ async def _serving(app: ASGIApp, bound: socket.socket) -> AsyncIterator[None]:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(_FLUSH_S),
     )
+    if tls is not None:
+        config.load()
+        config.ssl = tls.context
     server = HttpServer(config)
     task = asyncio.create_task(server.serve(sockets=[bound]))
     try:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gantline_runtime.settings import Source, document, namespaces, number, one_of, read, seconds, setting, text
+from gantline_runtime.errors import ConfigurationError
+from gantline_runtime.settings import Source, document, namespaces, number, one_of, origins, read, seconds, setting, text
 
 __all__ = ["PREFIX", "GatewaySettings", "documented_settings", "from_environment"]
 
@@ -46,6 +47,13 @@ class GatewaySettings:
     )
     api_key_secrets: str = setting(_namespace, "", 'Namespace whose Secrets with the label gantline.io/api-keys: "true" hold API keys.')
     own_service: str = setting(_service, "", "namespace/name of the Service before this gateway, over whose endpoints limits are split.")
+    tls_cert: Path | None = setting(
+        _path, None, "Certificate of the OpenAI API and its chain, a PEM file; read again when it changes. Empty: no TLS."
+    )
+    tls_key: Path | None = setting(_path, None, "Private key of the certificate, a PEM file without a passphrase.")
+    cors_origins: tuple[str, ...] = setting(
+        origins, (), "Web origins, separated by commas, whose pages may ask; * for all, empty for none."
+    )
     hold_silence: float = setting(
         seconds(0, 3600), 15.0, "Seconds for which nothing is said to a stream that waits for a replica; then comments keep it alive."
     )
@@ -64,6 +72,10 @@ class GatewaySettings:
     drain_timeout: float = setting(seconds(0, 86400), 120.0, "Seconds after SIGTERM for which running requests may go on.")
     log_level: str = setting(one_of("debug", "info", "warning", "error"), "info", "Least severe level that is logged.")
     log_format: str = setting(one_of("auto", "json", "text"), "auto", "One JSON object a line, or text; auto: text on a terminal.")
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigurationError("TLS needs a certificate and its key", cure="Give tls_cert and tls_key, or neither.")
 
 
 def documented_settings() -> list[tuple[str, str, str, str]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from gantline_runtime.errors import ConfigurationError
+from gantline_runtime.settings import is_origin
 
 __all__ = ["Backend", "DataType", "EngineConfig", "ServerConfig", "add_arguments", "from_arguments", "from_mapping", "to_arguments"]
 
@@ -115,9 +116,7 @@ class ServerConfig:
         _require(is_address, "otlp_endpoint", endpoint, "an http:// or https:// address")
         together = (self.tls_cert is None) == (self.tls_key is None)
         _require(together, "tls_key", self.tls_key, "tls_cert and tls_key together, or neither")
-        _require(
-            all(map(_is_origin, self.cors_origin_list)), "cors_origins", self.cors_origins, "origins such as https://example.org, or *"
-        )
+        _require(all(map(is_origin, self.cors_origin_list)), "cors_origins", self.cors_origins, "origins such as https://example.org, or *")
         _require(0 <= self.drain_timeout <= 86400, "drain_timeout", self.drain_timeout, "0 to 86400 seconds")
         _require(0 <= self.drain_delay <= 600, "drain_delay", self.drain_delay, "0 to 600 seconds")
         limit = self.request_timeout
@@ -128,10 +127,6 @@ class ServerConfig:
     @property
     def cors_origin_list(self) -> list[str]:
         return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip()]
-
-
-def _is_origin(text: str) -> bool:
-    return text == "*" or re.fullmatch(r"https?://[^/\s,*]+", text) is not None
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:

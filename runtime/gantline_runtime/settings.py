@@ -15,7 +15,10 @@ from typing import Any, TypeVar
 from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.termination import Reason
 
-__all__ = ["Source", "document", "names", "namespaces", "number", "object_name", "one_of", "read", "seconds", "setting", "switch", "text"]
+__all__ = [
+    "Source", "document", "is_origin", "names", "namespaces", "number", "object_name", "one_of", "origins", "read", "seconds", "setting",
+    "switch", "text",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -43,6 +46,18 @@ def object_name(value: str) -> str:
     if value.strip() and not (_NAMESPACE.fullmatch(namespace) and re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", name)):
         raise ValueError("expected namespace/name")
     return value.strip()
+
+
+def is_origin(value: str) -> bool:
+    """Whether it is a web origin, or `*` for all of them."""
+    return value == "*" or re.fullmatch(r"https?://[^/\s,*]+", value) is not None
+
+
+def origins(value: str) -> tuple[str, ...]:
+    found = names(value)
+    if not all(map(is_origin, found)):
+        raise ValueError("expected origins such as https://example.org, or *")
+    return found
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:

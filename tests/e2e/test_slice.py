@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from gantline_devcluster.node.images import HOME, RUNTIME_IMAGE
 from openai import APIConnectionError, APIStatusError, InternalServerError, OpenAI
 
 from tests.e2e.conftest import ROOT, Site, make
 from tests.e2e.streams import Streams
+from tests.runtime.certificate_files import make_certificate, shown_subject
 from tests.runtime.hub_server import COMMIT
 from tests.runtime.registry_server import USER
 from tests.runtime.s3_server import ACCESS_KEY
@@ -265,6 +267,41 @@ def test_the_gateway_wants_a_key_of_a_secret_and_follows_its_rotation(site: Site
     # Of every gateway: one that the upgrade before this replaces may still be about.
     log = site.kubectl("logs", "-n", "gantline-system", "-l", "app.kubernetes.io/component=gateway", "--tail=-1")
     assert '"api_key": "team-a/alice"' in log and first not in log and second not in log
+
+
+def test_the_gateway_speaks_https_with_a_secrets_certificate_and_shows_a_renewed_one_without_a_restart(site: Site, tmp_path: Path) -> None:
+    port = site.get("service", "gantline-gateway", "-n", "gantline-system")["spec"]["ports"][0]["port"]  # which is relayed to here
+    change = ("upgrade", "gantline", "charts/gantline", "-n", "gantline-system", "--reuse-values", "--wait", "--set")
+    site.apply(tls_secret(make_certificate(tmp_path, "first")))
+    site.run("helm", *change, f"gateway.tls.secretName=gateway-tls,gateway.service.port={port}")
+    url, trusted = site.url.replace("http:", "https:") + "/v1/models", tmp_path / "cert.pem"
+    site.until("a gateway shows the certificate", lambda: shown(url, trusted) == "first")
+    site.until("the gateways of before are gone", lambda: not leaving_gateways(site))
+    before = gateway_pods(site)
+    site.apply(tls_secret(make_certificate(tmp_path, "second")))
+    site.until("it shows the renewed one", lambda: shown(url, trusted) == "second", seconds=240)
+    assert gateway_pods(site) == before and all(restarts == 0 for _, restarts in before)
+    site.run("helm", *change, "gateway.tls.secretName=")
+    site.until("it answers in plain HTTP again", lambda: status_with(site, "gl-wrong-key-0123456789") == 401)
+
+
+def tls_secret(certificate: Path) -> dict[str, Any]:
+    data = {"tls.crt": certificate.read_text(), "tls.key": certificate.with_name("key.pem").read_text()}
+    metadata = {"name": "gateway-tls", "namespace": "gantline-system"}
+    return {"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls", "metadata": metadata, "stringData": data}
+
+
+def shown(url: str, trusted: Path) -> str:
+    try:
+        return shown_subject(url, trusted)
+    except httpx.HTTPError:
+        return ""
+
+
+def gateway_pods(site: Site) -> set[tuple[str, int]]:
+    """Name and restarts of each."""
+    pods = site.get("pods", "-n", "gantline-system", "-l", "app.kubernetes.io/component=gateway")["items"]
+    return {(pod["metadata"]["name"], pod["status"]["containerStatuses"][0]["restartCount"]) for pod in pods}
 
 
 def leaving_gateways(site: Site) -> list[str]:

@@ -53,6 +53,8 @@ INSTALLATIONS: dict[str, Object] = {
         "gateway": {
             "replicas": 3,
             "apiKeys": {"enabled": True},
+            "tls": {"secretName": "gateway-tls"},
+            "corsOrigins": ["https://app.example.com", "http://localhost:3000"],
             "drainSeconds": 300,
             "logLevel": "debug",
             "service": {"type": "LoadBalancer", "port": 8443, "annotations": {"example.com/lb": "internal"}},
@@ -331,6 +333,9 @@ def test_the_longest_release_name_still_makes_legal_names() -> None:
         ({"gateway": {"replicas": 0}}, "replicas"),
         ({"gateway": {"apiKeys": {"secret": "x"}}}, "secret"),
         ({"gateway": {"ingress": {"host": "no host"}}}, "host"),
+        ({"gateway": {"tls": {"secretName": "No_Name"}}}, "secretName"),
+        ({"gateway": {"corsOrigins": ["app.example.com"]}}, "corsOrigins"),
+        ({"gateway": {"service": {"port": "https"}}}, "port"),
         ({"gateway": {"httpRoute": {"enabled": True}}}, "parentRefs is needed"),
         ({"gateway": {"enabled": False}, "runtime": {"networkPolicy": {"enabled": True, "clients": "gateway"}}}, "needs gateway.enabled"),
         ({"runtime": {"networkPolicy": {"enabled": True, "alsoFrom": ["monitoring"]}}}, "goes with clients: gateway"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +44,8 @@ def test_two_pods_apart_end_after_their_streams_and_not_both_at_once() -> None:
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "internal"}
     assert container["command"] == ["gantline-gateway"] and pod["enableServiceLinks"] is False
     service = of_kind(objects, "Service", NAME)[0]["spec"]
-    assert service["ports"] == [{"name": "http", "port": 80, "targetPort": "http"}], "metrics and demand stay inside"
+    public = {"name": "http", "port": 80, "targetPort": "http", "appProtocol": "http"}
+    assert service["ports"] == [public], "metrics and demand stay inside"
     assert service["selector"].items() <= spec["template"]["metadata"]["labels"].items()
 
 
@@ -53,7 +55,26 @@ def test_the_gateway_understands_every_setting_that_the_chart_gives(name: str) -
     keys = name == "everything"
     assert (settings.port, settings.internal_port) == (8080, 8081)
     assert settings.own_service == f"gantline-system/{NAME}" and settings.api_key_secrets == ("gantline-system" if keys else "")
+    assert settings.tls_cert == (Path("/etc/gantline/tls/tls.crt") if keys else None)
+    assert settings.cors_origins == (("https://app.example.com", "http://localhost:3000") if keys else ())
     assert settings.drain_timeout == (300 if keys else 120) and settings.log_level == ("debug" if keys else "info")
+
+
+def test_with_tls_the_public_port_alone_speaks_https_from_a_secret_that_is_renewed_in_place() -> None:
+    values = {"gateway": {"tls": {"secretName": "gateway-tls"}}}
+    pod = deployment(values)["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == {"https": 8080, "internal": 8081}
+    probes = [container[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")]
+    assert all(probe["port"] == "internal" and "scheme" not in probe for probe in probes)
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "tls"]
+    assert mount == {"name": "tls", "mountPath": "/etc/gantline/tls", "readOnly": True}, "a subPath would never be renewed"
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "tls"]
+    assert volume["secret"]["secretName"] == "gateway-tls"
+    given = from_environment(environment(values))
+    assert [given.tls_cert, given.tls_key] == [Path(mount["mountPath"], item["path"]) for item in volume["secret"]["items"]]
+    (service,) = of_kind(render(values), "Service", NAME)
+    assert service["spec"]["ports"] == [{"name": "https", "port": 443, "targetPort": "https", "appProtocol": "https"}]
 
 
 def test_in_the_whole_cluster_it_reads_services_and_their_endpoints_and_nothing_else() -> None:
@@ -80,7 +101,7 @@ def test_secrets_are_read_in_its_own_namespace_and_only_for_api_keys() -> None:
 def test_from_outside_only_the_api_is_reached_and_only_if_asked_for() -> None:
     assert not of_kind(render(), "Ingress") and not of_kind(render(), "HTTPRoute")
     (found,) = of_kind(render(INSTALLATIONS["everything"]), "Ingress")
-    backend = {"service": {"name": NAME, "port": {"name": "http"}}}
+    backend = {"service": {"name": NAME, "port": {"name": "https"}}}
     rule = {"host": "llm.example.com", "http": {"paths": [{"path": "/v1", "pathType": "Prefix", "backend": backend}]}}
     assert found["spec"]["rules"] == [rule] and found["spec"]["ingressClassName"] == "nginx"
     assert found["spec"]["tls"] == [{"hosts": ["llm.example.com"], "secretName": "llm-tls"}]
@@ -98,6 +119,22 @@ def test_network_policies_let_it_reach_servers_and_nobody_else_but_whom_it_asks(
 def test_nothing_of_it_is_there_where_it_is_not_wanted() -> None:
     objects = render({"gateway": {"enabled": False, "ingress": {"host": "llm.example.com"}}})
     assert not [item for item in objects if "gateway" in item["metadata"]["name"]]
+
+
+@pytest.mark.parametrize(
+    ("gateway", "address", "said"),
+    [
+        ({}, "https://gantline-gateway.n.svc/v1", "service/gantline-gateway 8080:443"),
+        ({"service": {"port": 8443}}, "https://gantline-gateway.n.svc:8443/v1", "service/gantline-gateway 8080:8443"),
+        ({"ingress": {"host": "llm.example.com"}}, "https://gantline-gateway.n.svc/v1", "has to speak HTTPS to it"),
+    ],
+)
+def test_notes_with_tls_say_https_and_what_an_ingress_then_needs(gateway: Object, address: str, said: str) -> None:
+    values = {**MINIMUM, "gateway": {"tls": {"secretName": "gateway-tls"}, **gateway}}
+    result = run_helm("install", "gantline", str(CHART), "--dry-run=client", "--namespace", "n", values=values)
+    notes = result.stdout.partition("NOTES:")[2]
+    assert address in notes and said in notes, result.stderr
+    assert ("has to speak HTTPS" in notes) == ("ingress" in gateway)
 
 
 @pytest.mark.parametrize(("keys", "said"), [(False, "Whoever reaches it may ask"), (True, f"{LABEL}=true")])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import ssl
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from gantline_runtime.sources import patience
 from gantline_runtime.sources.certificates import VARIABLE
 from gantline_runtime.termination import Reason
 
+from tests.runtime.certificate_files import make_certificate
 from tests.runtime.checkpoint_files import model_files
 from tests.runtime.fetching import last_word
 from tests.runtime.hub_server import Hub, serve_hub
@@ -24,12 +23,8 @@ from tests.runtime.s3_server import Store, serve_store
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate of this machine's own, with its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make a certificate with")
     folder = tmp_path_factory.mktemp("authority")
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=tests", "-days", "2"]
-    files = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.crt")]
-    subprocess.run([*new, *files], check=True, capture_output=True)
+    make_certificate(folder, "tests", cert="ca.crt", hosts="IP:127.0.0.1,DNS:localhost")
     return folder
 
 

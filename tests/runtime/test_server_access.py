@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import os
-import shutil
-import ssl
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from gantline_runtime.server.callers import Caller, read_caller
 from gantline_runtime.server.routes import ROUTES
 from gantline_runtime.server.tls import Certificate
 
+from tests.runtime.certificate_files import make_certificate, shown_subject
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import ROOT, ServerProcess, running, wait_until
 
@@ -109,7 +108,8 @@ def test_keys_are_reloaded_and_a_broken_file_changes_nothing(server: ServerProce
 
 def test_pages_of_allowed_origins_may_ask_and_read_errors_too(server: ServerProcess) -> None:
     origin = {"Origin": "https://app.example"}
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    sent = "authorization,content-type,openai-project,x-stainless-lang,x-stainless-retry-count"  # as OpenAI's client for browsers does
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": sent}
     preflight = server.send("OPTIONS", "/v1/completions", headers={**origin, **asked})
     assert preflight.status_code == 200 and preflight.headers["access-control-allow-origin"] == "https://app.example"
     refused = server.post("/v1/completions", {"prompt": "a"}, headers=origin)
@@ -210,41 +210,23 @@ def test_what_is_no_origin_is_refused(origins: str) -> None:
 # ---- TLS
 
 
-def _make_certificate(folder: Path, name: str) -> None:
-    """`cert.pem` and `key.pem` in `folder`, for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make a certificate with")
-    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
-    subprocess.run([*new, *subject, *files], check=True, capture_output=True)
-
-
-def _subject(url: str, folder: Path) -> str:
-    context = ssl.create_default_context(cafile=str(folder / "cert.pem"))
-    with httpx.Client(verify=context) as client:
-        response = client.get(url + "/ready")
-        certificate = response.extensions["network_stream"].get_extra_info("ssl_object").getpeercert()
-    return str(dict(pair for entry in certificate["subject"] for pair in entry)["commonName"])
-
-
 def test_tls_serves_and_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -> None:
-    _make_certificate(tmp_path, "first")
+    make_certificate(tmp_path, "first")
     flags = [f"--tls-cert={tmp_path / 'cert.pem'}", f"--tls-key={tmp_path / 'key.pem'}"]
     with running(write_model(tmp_path / "m"), *FAST, *flags) as server:
-        assert server.url.startswith("https://") and _subject(server.url, tmp_path) == "first"
+        assert server.url.startswith("https://") and shown_subject(server.url + "/ready", tmp_path / "cert.pem") == "first"
         with pytest.raises(httpx.HTTPError):
             httpx.get(server.url.replace("https", "http") + "/ready")
         renewed = tmp_path / "renewed"
         renewed.mkdir()
-        _make_certificate(renewed, "second")
+        make_certificate(renewed, "second")
         os.replace(renewed / "key.pem", tmp_path / "key.pem")
         server.wait_log("a changed file cannot be used; the old content stays in use")  # half a pair
         os.replace(renewed / "cert.pem", tmp_path / "cert.pem")
         deadline = time.monotonic() + 15
         while True:
             try:
-                assert _subject(server.url, tmp_path) == "second"
+                assert shown_subject(server.url + "/ready", tmp_path / "cert.pem") == "second"
                 break
             except (httpx.HTTPError, AssertionError):
                 assert time.monotonic() < deadline, "the renewed certificate is not used"
@@ -252,7 +234,7 @@ def test_tls_serves_and_a_renewed_certificate_is_used_without_a_restart(tmp_path
 
 
 def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    _make_certificate(tmp_path, "x")
+    make_certificate(tmp_path, "x")
     (tmp_path / "broken.pem").write_text("nothing")
     for cert, key in (("broken.pem", "key.pem"), ("cert.pem", "missing.pem")):
         with pytest.raises(ConfigurationError, match="cannot be used"):

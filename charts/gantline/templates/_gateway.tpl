@@ -18,6 +18,21 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
+{{/* What the public port speaks, which is also its name: an endpoint of the Service is only who has a port of that name, so that while TLS
+is turned on or off nobody is sent to a pod that still speaks the other. */}}
+{{- define "gantline.gatewayScheme" -}}
+{{- ternary "https" "http" (not (empty .Values.gateway.tls.secretName)) -}}
+{{- end -}}
+
+{{- define "gantline.gatewayPort" -}}
+{{- $port := toString .Values.gateway.service.port -}}
+{{- if eq $port "auto" -}}
+{{- ternary 443 80 (eq (include "gantline.gatewayScheme" .) "https") -}}
+{{- else -}}
+{{- $port | int -}}
+{{- end -}}
+{{- end -}}
+
 {{/* What the gateway reads in a namespace with services. It writes nothing. */}}
 {{- define "gantline.gatewayRules" -}}
 - apiGroups: [gantline.io]
@@ -62,6 +77,11 @@ true
 - {name: GANTLINE_GATEWAY_WATCH_NAMESPACES, value: {{ include "gantline.namespaces" . | fromJsonArray | join "," | quote }}}
 - {name: GANTLINE_GATEWAY_OWN_SERVICE, value: "{{ .Release.Namespace }}/{{ include "gantline.gatewayName" . }}"}
 - {name: GANTLINE_GATEWAY_API_KEY_SECRETS, value: {{ ternary .Release.Namespace "" .Values.gateway.apiKeys.enabled | quote }}}
+{{- if .Values.gateway.tls.secretName }}
+- {name: GANTLINE_GATEWAY_TLS_CERT, value: /etc/gantline/tls/tls.crt}
+- {name: GANTLINE_GATEWAY_TLS_KEY, value: /etc/gantline/tls/tls.key}
+{{- end }}
+- {name: GANTLINE_GATEWAY_CORS_ORIGINS, value: {{ .Values.gateway.corsOrigins | join "," | quote }}}
 - {name: GANTLINE_GATEWAY_DRAIN_TIMEOUT, value: {{ .Values.gateway.drainSeconds | int | quote }}}
 - {name: GANTLINE_GATEWAY_LOG_LEVEL, value: {{ .Values.gateway.logLevel }}}
 {{- end -}}

@@ -10,7 +10,6 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -19,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gantline_runtime import logs
 from gantline_runtime.server.access import Access, ToldCaller
 from gantline_runtime.server.api_keys import ApiKeys
+from gantline_runtime.server.cors import cross_origin
 from gantline_runtime.server.errors import ApiError, not_found, respond, translate
 from gantline_runtime.server.request_ids import read_request_id
 from gantline_runtime.server.routes import ROUTES
@@ -35,12 +35,6 @@ _PROBES = frozenset({"/health", "/ready", "/metrics", "/internal/prefixes"})
 _CLIENT_CLOSED = 499
 """nginx's status for a client that left; nobody receives it, but the log and the metrics tell."""
 
-_CORS: dict[str, Any] = {
-    "allow_methods": ["GET", "POST"],
-    "allow_headers": ["Authorization", "Content-Type", "X-Request-Id"],
-    "expose_headers": ["X-Request-Id", "Retry-After"],
-}
-
 log = logging.getLogger("gantline.access")
 
 
@@ -55,14 +49,12 @@ def create_app(
 ) -> Starlette:
     """`keys` None: anyone may ask. `trust_gateway`: who asks is whom a gateway names. `cors_origins`: whose web pages may, `*` for all.
     `tracing` None: no traces."""
-    middleware = [Middleware(_Observer, service=service, tracing=tracing)]
+    middleware = [*cross_origin(cors_origins), Middleware(_Observer, service=service, tracing=tracing)]
     if keys is not None:
         middleware.append(Middleware(Access, keys=keys))
     if trust_gateway:
         middleware.append(Middleware(ToldCaller))
     middleware.append(Middleware(UsageReports))
-    if cors_origins:  # outermost, so that pages can read errors too, and preflights need no key
-        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(cors_origins), **_CORS))
     app = Starlette(
         routes=[Route(route.path, route.handler, methods=[route.method]) for route in ROUTES],
         middleware=middleware,
