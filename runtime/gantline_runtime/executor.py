@@ -84,6 +84,8 @@ class Executor:
             self._workers.gather()
         self._parallel = join_group(plan, 0)
         build = plan.build(0)
+        self._others_bytes = allocated_bytes(self.device)
+        """Of this process's tensors on the GPU, what was there before this engine: an embedding program's own, or another engine's."""
         self._runner = ModelRunner(checkpoint, session_len=plan.session_len, build=build, parallel=self._parallel, on_progress=on_progress)
         self.block_bytes = self._runner.cache_block_bytes(config.block_size)
         free = self._measure_free(config, plan)
@@ -124,13 +126,14 @@ class Executor:
 
     def _report(self, checkpoint: Checkpoint, plan: WorkerPlan) -> MemoryReport:
         weights, cache = self._runner.weight_bytes, self.num_blocks * self.block_bytes
+        own = allocated_bytes(self.device) - self._others_bytes
         config, facts, width = self.config, checkpoint.facts, plan.dtype.itemsize
         on_gpu = self.device.type == "cuda"
         return MemoryReport(
             weight_bytes=weights,
             cache_bytes=cache,
             cache_bytes_per_token=self.block_bytes // config.block_size,
-            workspace_bytes=self._workspace_bytes + allocated_bytes(self.device) - weights - cache if on_gpu else 0,
+            workspace_bytes=self._workspace_bytes + own - weights - cache if on_gpu else 0,
             context_bytes=context_bytes(self.device) if on_gpu else self._process_bytes,
             estimated_weight_bytes=sizing.weight_bytes(facts, config.tp, width),
             estimated_workspace_bytes=sizing.reserved_bytes(
@@ -199,8 +202,10 @@ class Executor:
     def close(self) -> None:
         if self._workers is not None:
             self._workers.close()
+        runner = self.__dict__.pop("_runner", None)
+        if runner is not None:
+            runner.release_graphs()  # NCCL waits for ever for graphs that hold its communicator
         leave_group(getattr(self, "_parallel", Parallel()))
-        self.__dict__.pop("_runner", None)
 
 
 def _resolve(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:

@@ -61,6 +61,12 @@ class StepGraphs:
         else:
             graph.replay()
 
+    def release(self) -> None:
+        """Destroy all; none can be run or captured afterwards. Waits for none that is under way: it may wait for a rank that is gone."""
+        for graph in (*self._graphs.values(), self._reserved):
+            graph.reset()
+        self._graphs.clear()
+
     def _capture_if_possible(self, shape: BatchShape, key: BatchShape) -> torch.cuda.CUDAGraph | None:
         try:
             graph = self._graphs[key] = self._capture(shape)

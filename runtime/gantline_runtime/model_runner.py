@@ -147,6 +147,12 @@ class ModelRunner:
             self._graphs = StepGraphs(self._forward_padded, classes, device=self.device, pool_bytes=self._graph_pool_bytes)
             self.capture_seconds = self._graphs.capture_seconds
 
+    def release_graphs(self) -> None:
+        """Give up the CUDA graphs, and with them their hold on the ranks' communicator; no step may run afterwards."""
+        if self._graphs is not None:
+            self._graphs.release()
+            self._graphs = None
+
     def pad(self, shape: BatchShape) -> BatchShape:
         """What a batch is to be padded to before it is packed; its own shape for nothing."""
         return self._graphs.pad(shape) if self._graphs is not None else shape

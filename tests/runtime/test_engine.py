@@ -127,6 +127,9 @@ class PaddedBatches:
     def pad(self, shape: BatchShape) -> BatchShape:
         return self._classes.pad(shape)
 
+    def release(self) -> None:
+        pass
+
     def run(self, shape: BatchShape) -> None:
         self.shapes.append(shape)
         self._runner._forward_padded(shape)
