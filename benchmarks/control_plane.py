@@ -23,6 +23,7 @@ from typing import Any
 from gantline_devcluster import profiles
 from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
+from gantline_devcluster.models import EIGHT_BILLION
 
 ROOT = Path(__file__).parents[1]
 GROUP = "/apis/gantline.io/v1alpha1"
@@ -34,39 +35,23 @@ CHILDREN = {
     "/apis/policy/v1": ("poddisruptionbudgets",),
     "/apis/networking.k8s.io/v1": ("ingresses", "networkpolicies"),
 }
-FACTS = {
-    "architecture": "LlamaForCausalLM",
-    "family": "llama",
-    "supported": True,
-    "numLayers": 32,
-    "hiddenSize": 4096,
-    "intermediateSize": 14336,
-    "numHeads": 32,
-    "numKvHeads": 8,
-    "headDim": 128,
-    "vocabSize": 128256,
-    "maxPositionEmbeddings": 8192,
-    "tieWordEmbeddings": False,
-    "dtype": "bfloat16",
-    "weightBytes": 16_060_522_496,
-    "name": "llama-8b",
-    "revision": "main",
-    "fingerprint": "sha256:0a",
-}
-"""Of an 8B model: one GPU of most sorts."""
 
 
 def prepare(cluster: ApiCluster) -> None:
     """The definition, and what every inspect Job finds."""
     cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds/gantline.io_inferenceservices.yaml"))
     wait(lambda: _answers(cluster), 30, lambda: "the definition is not served")
-    cluster.set_fate({"gantline.io/role": "inspect"}, "complete", message=json.dumps({"reason": "Completed", "facts": FACTS}))
+    cluster.set_fate({"gantline.io/role": "inspect"}, "complete", message=json.dumps({"reason": "Completed", "facts": EIGHT_BILLION}))
 
 
 def mixed_nodes(count: int) -> list[dict[str, Any]]:
     names = ("a10", "l4", "a100-80", "h100", "h200")
     each = -(-count // len(names))
     return [node for name in names for node in profiles.load(name, each)][:count]
+
+
+def gpus(nodes: list[dict[str, Any]]) -> int:
+    return sum(int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in nodes)
 
 
 def manifest(name: str, **spec: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from benchmarks.control_plane import (
     Sightings,
     changed,
     create,
+    gpus,
     mixed_nodes,
     prepare,
     quiet,
@@ -36,7 +37,8 @@ from benchmarks.control_plane import (
 )
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options that can come to an end: too few services or GPUs would only be noticed by waiting for what never comes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--services", type=int, default=200, help="services in all (default: 200)")
     parser.add_argument("--nodes", type=int, default=100, help="simulated nodes, of mixed GPUs (default: 100)")
@@ -44,7 +46,25 @@ def main() -> int:
     parser.add_argument("--pace", type=float, default=1.0, help="seconds between two; the other way is all at once (default: 1)")
     parser.add_argument("--single", type=int, default=20, help="services applied one by one at full size, until bound (default: 20)")
     parser.add_argument("--rest", type=float, default=60, help="seconds at rest (default: 60)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    timed, free = 2 * options.latency_services + options.single, gpus(mixed_nodes(options.nodes))
+    if min(options.latency_services, options.single) < 2:
+        parser.error("a percentile needs two at least: raise --latency-services or --single to 2")
+    if options.services < timed + 2:
+        parser.error(
+            f"--services {options.services} is too few: --latency-services {options.latency_services}, each way, and --single "
+            f"{options.single} are {timed} already, and a burst has 2 at least. Give --services {timed + 2} or more, or lower the others"
+        )
+    if options.services > free:
+        parser.error(
+            f"--nodes {options.nodes} have {free} GPUs, and --services {options.services} take one each: some would never be bound. "
+            "Give more nodes, or fewer services"
+        )
+    return options
+
+
+def main() -> int:
+    options = parse()
     with ApiCluster(kwok=True) as cluster:
         prepare(cluster)
         add_nodes(cluster.client, mixed_nodes(options.nodes))

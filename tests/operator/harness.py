@@ -20,6 +20,7 @@ from gantline_devcluster import profiles
 from gantline_devcluster.api_only import ApiCluster, add_nodes
 from gantline_devcluster.client import Client as DevClient
 from gantline_devcluster.fates import FatePolicies
+from gantline_devcluster.models import EIGHT_BILLION
 from gantline_operator.client import Client, connect
 from gantline_operator.main import operate
 from gantline_operator.settings import OperatorSettings
@@ -50,25 +51,7 @@ KINDS = (
     "pods",
 )
 
-FACTS: Object = {
-    "architecture": "LlamaForCausalLM",
-    "family": "llama",
-    "supported": True,
-    "numLayers": 32,
-    "hiddenSize": 4096,
-    "intermediateSize": 14336,
-    "numHeads": 32,
-    "numKvHeads": 8,
-    "headDim": 128,
-    "vocabSize": 128256,
-    "maxPositionEmbeddings": 8192,
-    "tieWordEmbeddings": False,
-    "dtype": "bfloat16",
-    "weightBytes": 16_060_522_496,
-    "name": "llama-8b",
-    "revision": "main",
-    "fingerprint": "sha256:0a",
-}
+FACTS: Object = EIGHT_BILLION
 """Of an 8B model."""
 TINY: Object = {
     **FACTS,
