@@ -10,6 +10,7 @@ None and the scheduler decides.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,19 @@ class NodeFacts:
         """Whether the node has one of the values of each label, and all labels of `selector`."""
         wanted = all(any((key, value) in self.labels for value in values) for key, values in node_labels)
         return wanted and all(pair in self.labels for pair in (selector or {}).items())
+
+    def less(self, used: Mapping[str, int]) -> NodeFacts:
+        """The node with its free devices, when so many of each resource are used. Made once: every plan asks, and few nodes change."""
+        key = tuple(sorted(used.items()))
+        if key not in self._known:
+            offers = (replace(offer, free=max(0, offer.count - used.get(offer.device.resource, 0))) for offer in self.offers)
+            none = (replace(offer, free=0) for offer in self.offers)
+            self._known[key] = replace(self, offers=tuple(offers if self.available else none))
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[tuple[str, int], ...], NodeFacts]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -206,44 +220,13 @@ def cluster_facts(
         for pod in pods:
             if pod.uid not in credit:
                 used[pod.node].update(dict(pod.requests))
-        live = [_with_free(node, used[node.name]) for node in live]
+        live = [node.less(used.get(node.name) or {}) for node in live]
+        packing = Packing(live)
         for reservation in sorted(reservations, key=lambda r: (-r.count, r.service)):
-            _reserve(live, reservation)
+            packing.take(reservation)
+        live = packing.nodes()
     empty = [_pool_node(pool) for pool in inventory.pools if not any(_belongs(node, pool) for node in live)]
     return ClusterFacts(tuple(live) + tuple(empty), nodes_known=nodes is not None)
-
-
-def _with_free(node: NodeFacts, used: Mapping[str, int]) -> NodeFacts:
-    def free(offer: Offer) -> int:
-        return max(0, offer.count - used.get(offer.device.resource, 0)) if node.available else 0
-
-    return replace(node, offers=tuple(replace(offer, free=free(offer)) for offer in node.offers))
-
-
-def _reserve(nodes: list[NodeFacts], reservation: Reservation) -> None:
-    """Take the devices of each pod from the fullest node that can hold it, as a bin-packing scheduler would; none can: it waits."""
-    selector = dict(reservation.node_selector)
-    for _ in range(reservation.pods):
-        fits = [
-            (free, index)
-            for index, node in enumerate(nodes)
-            if (free := _free_of(node, reservation.resource)) >= reservation.count
-            and node.matches(reservation.node_labels, selector)
-            and not untolerated(node, reservation.tolerations, reservation.resource)
-        ]
-        if not fits:
-            return
-        free, index = min(fits)
-        nodes[index] = _take(nodes[index], reservation.resource, reservation.count)
-
-
-def _free_of(node: NodeFacts, resource: str) -> int:
-    return sum(offer.free or 0 for offer in node.offers if offer.device.resource == resource)
-
-
-def _take(node: NodeFacts, resource: str, count: int) -> NodeFacts:
-    offers = tuple(replace(o, free=(o.free or 0) - count) if o.device.resource == resource else o for o in node.offers)
-    return replace(node, offers=offers)
 
 
 def _belongs(node: NodeFacts, pool: Pool) -> bool:
@@ -263,6 +246,72 @@ def _pool_node(pool: Pool) -> NodeFacts:
         memory_bytes=pool.host_memory or 0,
         live=False,
     )
+
+
+class Packing:
+    """Nodes whose devices are taken by planned pods: each pod's from the fullest node that can hold it, as a bin-packing scheduler would.
+
+    A node's place in a queue is by its free devices; it gets another whenever some are taken, and the former counts no more.
+    """
+
+    def __init__(self, nodes: Sequence[NodeFacts]) -> None:
+        self._nodes = nodes
+        self._free: dict[str, list[int]] = {}
+        """By resource, then node."""
+        self._taken: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._queues: defaultdict[str, dict[object, tuple[set[int], list[tuple[int, int]]]]] = defaultdict(dict)
+        """By resource, then what is asked of nodes: those that fit, and (free devices, node) as a heap."""
+
+    def take(self, reservation: Reservation) -> None:
+        """For as many of its pods as there is room; the others wait."""
+        resource, count = reservation.resource, reservation.count
+        if resource not in self._free:
+            self._free[resource] = [_free_of(node, resource) for node in self._nodes]
+        free, (_, queue) = self._free[resource], self._queue(reservation)
+        for _ in range(reservation.pods):
+            while queue and (queue[0][0] != free[queue[0][1]] or queue[0][0] < count):
+                heapq.heappop(queue)
+            if not queue:
+                return
+            index = queue[0][1]
+            free[index] -= count
+            self._taken[index][resource] += count
+            for fitting, other in self._queues[resource].values():
+                if index in fitting:
+                    heapq.heappush(other, (free[index], index))
+
+    def nodes(self) -> list[NodeFacts]:
+        """All of them, with what is left."""
+        return [_take(node, self._taken[index]) if index in self._taken else node for index, node in enumerate(self._nodes)]
+
+    def _queue(self, reservation: Reservation) -> tuple[set[int], list[tuple[int, int]]]:
+        resource, count, selector = reservation.resource, reservation.count, dict(reservation.node_selector)
+        queues, free = self._queues[resource], self._free[resource]
+        asked = (count, reservation.node_labels, reservation.node_selector, reservation.tolerations)
+        if asked not in queues:
+            fitting = {
+                index
+                for index, node in enumerate(self._nodes)
+                if free[index] >= count
+                and node.matches(reservation.node_labels, selector)
+                and not untolerated(node, reservation.tolerations, resource)
+            }
+            queue = [(free[index], index) for index in fitting]
+            heapq.heapify(queue)
+            queues[asked] = fitting, queue
+        return queues[asked]
+
+
+def _free_of(node: NodeFacts, resource: str) -> int:
+    return sum(offer.free or 0 for offer in node.offers if offer.device.resource == resource)
+
+
+def _take(node: NodeFacts, counts: Mapping[str, int]) -> NodeFacts:
+    def left(offer: Offer) -> Offer:
+        taken = counts.get(offer.device.resource, 0)
+        return replace(offer, free=(offer.free or 0) - taken) if taken else offer
+
+    return replace(node, offers=tuple(left(offer) for offer in node.offers))
 
 
 def untolerated(node: NodeFacts, tolerations: Iterable[Toleration], resource: str = "") -> Taint | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from gantline_devcluster import profiles
 from gantline_operator.accelerators import Device, numbers, read_devices
-from gantline_operator.facts import PodUse, cluster_facts, read_node, reduce_pod, untolerated
+from gantline_operator.facts import NodeFacts, PodUse, Reservation, cluster_facts, read_node, reduce_pod, untolerated
 from gantline_operator.fields import SpecError
 from gantline_operator.inventory import Inventory, parse_inventory
 from gantline_operator.resource import Toleration
@@ -170,6 +171,37 @@ def test_free_is_allocatable_less_pods_and_never_less_than_none() -> None:
         facts = cluster_facts([node], [PodUse("u", "h100-0", (("nvidia.com/gpu", used),)), PodUse("v", "gone", (("nvidia.com/gpu", 8),))])
         assert [offer.free for offer in facts.nodes[0].offers] == [free]
     assert cluster_facts([node], None).nodes[0].offers[0].free is None
+
+
+_WHO = st.tuples(
+    st.sampled_from(["nvidia.com/gpu", "amd.com/gpu"]),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.sampled_from([(), (("zone", "a"),), (("zone", "b"),)]),
+)
+
+
+@given(st.lists(_WHO, max_size=12), st.lists(st.integers(0, 8), min_size=9, max_size=9))
+def test_planned_pods_take_the_fullest_nodes_that_hold_them(wanted: list[Any], used: list[int]) -> None:
+    """As if the nodes were looked through anew for each pod."""
+    nodes = [read_node(node) for name in ("h100", "a10", "mi300x") for node in profiles.load(name, 3)]
+    nodes = [replace(node, labels=node.labels | {("zone", "ab"[number % 2])}) for number, node in enumerate(nodes)]
+    pods = [PodUse(f"u{n}", node.name, ((node.offers[0].device.resource, used[n]),)) for n, node in enumerate(nodes) if used[n]]
+    reservations = [
+        Reservation(f"ns/{n}", resource, count, number, node_selector=zone) for n, (resource, count, number, zone) in enumerate(wanted)
+    ]
+    free = {node.name: max(0, node.offers[0].count - used[number]) for number, node in enumerate(nodes)}
+    for item in sorted(reservations, key=lambda item: (-item.count, item.service)):
+        for _ in range(item.pods):
+            fits = [node for node in nodes if _has(node, item) and free[node.name] >= item.count]
+            if fits:
+                free[min(fits, key=lambda node: (free[node.name], node.name)).name] -= item.count
+    found = cluster_facts(nodes, pods, reservations=reservations).nodes
+    assert {node.name: node.offers[0].free for node in found} == free
+
+
+def _has(node: NodeFacts, item: Reservation) -> bool:
+    return node.offers[0].device.resource == item.resource and node.matches((), dict(item.node_selector))
 
 
 def test_equal_facts_are_equal_and_hashable() -> None:
