@@ -23,7 +23,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gantline_operator.client import ApiError, Client, Conflict, Forbidden, Invalid, KindMissing, NotFound, Object, Resource
+from gantline_operator.client import Api, ApiError, Conflict, Forbidden, Invalid, KindMissing, NotFound, Object, Resource
 from gantline_operator.conditions import Reason
 from gantline_operator.resources.naming import labels, owner_reference
 
@@ -102,7 +102,7 @@ async def _always() -> None:
 class Children:
     """The children of one parent, as listed and since written. One reconcile makes one and drops it."""
 
-    client: Client
+    client: Api
     parent: Parent
     kinds: Sequence[Resource]
     seen: dict[Child, Version] = field(default_factory=dict)

@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlencode
 from urllib.request import getproxies
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FIELD_MANAGER",
     "UNDECLARED",
+    "Api",
     "ApiError",
     "Client",
     "Conflict",
@@ -155,6 +156,26 @@ class Resource:
         scope = f"/namespaces/{quote(namespace)}" if namespace else ""
         tail = f"/{quote(name)}" if name else ""
         return f"{root}{scope}/{self.plural}{tail}" + (f"/{subresource}" if subresource else "")
+
+
+class Api(Protocol):
+    """What a reconcile asks of the API server. Every call raises an ApiError for anything but success; `Client` says what each does."""
+
+    async def get(self, resource: Resource, namespace: str | None, name: str, *, subresource: str = "") -> Object: ...
+
+    async def list(self, resource: Resource, namespace: str | None = None, **query: str) -> list[Object]: ...
+
+    async def text(self, resource: Resource, namespace: str, name: str, subresource: str, **query: str) -> str: ...
+
+    async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object: ...
+
+    async def apply(self, resource: Resource, body: Object, *, subresource: str = "", force: bool = True) -> Object: ...
+
+    async def patch(
+        self, resource: Resource, namespace: str, name: str, body: Object, *, subresource: str = "", manager: str = FIELD_MANAGER
+    ) -> Object: ...
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, resource_version: str = "") -> None: ...
 
 
 class Client:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES, Cluster, Mem
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service
+from gantline_operator.survey import MAX_AGE_S, Survey, WouldWrite
 from gantline_operator.workqueue import WorkQueue
 
 __all__ = ["Controller", "DefinitionAppeared", "Key"]
@@ -90,6 +91,7 @@ class Controller:
         self._conditions: dict[Key, list[Any]] = {}
         self._caches: dict[tuple[str, str], tuple[Ledger, int | None]] = {}
         self._awaiting: dict[tuple[str, str], set[Key]] = {}
+        self._survey = Survey()
         self._unsettled: set[Key] = set()
         self._looked_at: dict[Key, float] = {}
         self._busy_since: dict[int, float] = {}
@@ -100,19 +102,25 @@ class Controller:
         """At once for a service that was left alone for a while; else a moment later, since one write brings several events. One that
         was never seen before goes first: its owner is watching."""
         key = (namespace, name)
-        if key not in self._looked_at:
+        if key not in self._looked_at and key not in self._conditions:
             self.queue.add(key, urgent=True)
             return
-        since_s = time.monotonic() - self._looked_at[key]
+        since_s = time.monotonic() - self._looked_at.get(key, 0.0)
         if since_s >= _CALM_S:
             self.queue.add(key)
         else:
             self.queue.add_after(key, _CALM_S - since_s)
 
+    def tell(self, key: Key, body: Mapping[str, Any]) -> None:
+        """An event about an object of the service. Watches begin by telling of everything; what was surveyed as it is is no news."""
+        if self._survey.tell(key, body):
+            self.enqueue(*key)
+
     async def run(self) -> None:
         """Until cancelled. `view.run` goes on beside it, maybe for longer."""
         async with asyncio.TaskGroup() as tasks:
             await self._list_until_done()
+            tasks.create_task(self._end_first_survey(await self._take_survey()))
             await self._learn_kinds()
             await self.view.known()
             await self.measuring.load()
@@ -178,16 +186,25 @@ class Controller:
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds after which to look again; None if an event will do. Raises ApiError."""
+        surveyed = self._survey.take(key, self._client)
+        if surveyed is not None:
+            try:
+                return await self._reconcile(key, surveyed.parent, replace(self._cluster, client=surveyed, count=lambda kind, verb: None))
+            except WouldWrite as what:
+                _log.debug("%s/%s: there is something to do: %s", *key, what)
         try:
             parent = await self._client.get(SERVICES, *key)
         except NotFound:
             self._forget(key)
             return None
+        return await self._reconcile(key, parent, self._cluster)
+
+    async def _reconcile(self, key: Key, parent: Object, cluster: Cluster) -> float | None:
         if "deletionTimestamp" in parent["metadata"]:
             self._reservations.pop(_text(key), None)
             self.targets.note(_text(key), None)
             return None  # the garbage collector deletes the children by their owner reference
-        one_pass = Reconcile(self._cluster, parent)
+        one_pass = Reconcile(cluster, parent)
         if one_pass.is_new:
             # Many may have come at once, and each owner watches: all get their first child before any gets the rest.
             await one_pass.welcome()
@@ -272,11 +289,29 @@ class Controller:
                 _log.warning("The cluster's kinds cannot be listed, trying again: %s", error)
                 await asyncio.sleep(_LISTING_RETRY_S)
 
+    async def _take_survey(self) -> Survey:
+        """Spares most requests of a look at every service; one that fails spares none."""
+        self._survey.close()
+        self._survey = survey = Survey()
+        try:
+            await survey.collect(self._client, self._settings.watch_namespaces)
+        except ApiError as error:
+            _log.info("Children cannot be listed, they are asked for one by one: %s", error)
+        return survey
+
+    async def _end_first_survey(self, survey: Survey) -> None:
+        """The watches have long told what is there. What was deleted after the survey and before they began, none told."""
+        await asyncio.sleep(MAX_AGE_S)
+        for key in survey.untold():
+            self.queue.add(key)
+        survey.close()
+
     async def _resync(self) -> None:
         while True:
             await asyncio.sleep(self._settings.resync_seconds * random.uniform(2 / 3, 4 / 3))
             try:
-                await self._enqueue_all(spread_s=min(60.0, self._settings.resync_seconds / 5))
+                await self._take_survey()
+                await self._enqueue_all(spread_s=min(MAX_AGE_S / 2, self._settings.resync_seconds / 5))
             except ApiError as error:
                 _log.warning("Resync failed, the next one will tell: %s", error)
 

@@ -14,10 +14,10 @@ import kopf
 from gantline_operator.observe import PODS
 from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, SERVICES
 
-__all__ = ["WATCHED", "Enqueue", "child_key", "register"]
+__all__ = ["WATCHED", "Tell", "child_key", "register"]
 
-Enqueue = Callable[[str, str], None]
-"""(namespace, name) of the service that is to be reconciled."""
+Tell = Callable[[tuple[str, str], Mapping[str, Any]], None]
+"""(namespace and name of the service that is to be reconciled, the object that the event is about)."""
 
 WATCHED = (*(kind for kind in CHILD_KINDS if kind.kind not in OPTIONAL_KINDS), PODS)
 _SERVICE_LABEL = "gantline.io/service"
@@ -33,15 +33,15 @@ def child_key(body: Mapping[str, Any]) -> tuple[str, str] | None:
     return (metadata["namespace"], name) if name else None
 
 
-def register(registry: kopf.OperatorRegistry, enqueue: Enqueue) -> None:
+def register(registry: kopf.OperatorRegistry, tell: Tell) -> None:
     """The handlers of one operator. They are coroutines: kopf would run plain functions in threads, and the queue is the loop's."""
 
-    async def on_service(namespace: str | None, name: str | None, **_: Any) -> None:
-        enqueue(str(namespace), str(name))
+    async def on_service(namespace: str | None, name: str | None, body: Mapping[str, Any], **_: Any) -> None:
+        tell((str(namespace), str(name)), body)
 
     async def on_child(body: Mapping[str, Any], **_: Any) -> None:
         if (key := child_key(body)) is not None:
-            enqueue(*key)
+            tell(key, body)
 
     group, version = SERVICES.api_version.split("/")
     kopf.on.event(group, version, SERVICES.plural, id="service", registry=registry)(on_service)

@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import kopf
@@ -96,12 +96,19 @@ def kopf_settings(*, retry_cap_s: float = 20.0) -> kopf.OperatorSettings:
     return settings
 
 
-async def operate(settings: OperatorSettings, client: Client, stop: asyncio.Event, *, retry_cap_s: float = 20.0) -> None:
+async def operate(
+    settings: OperatorSettings,
+    client: Client,
+    stop: asyncio.Event,
+    *,
+    retry_cap_s: float = 20.0,
+    build: Callable[[Client, OperatorSettings, str], Controller] = Controller,
+) -> None:
     """Runs until `stop` is set or a signal comes. Raises what ended it otherwise: the process then ends, and the kubelet starts another.
 
     With a Lease it looks at nodes and pods and answers probes from the beginning, and works as soon as it leads.
     """
-    controller = Controller(client, settings, version())
+    controller = build(client, settings, version())
     async with contextlib.AsyncExitStack() as stack:
         leadership = _leadership(settings, client) if settings.lease else None
         leads = leadership.leads if leadership else lambda: True
@@ -144,7 +151,7 @@ async def _watch(
 ) -> None:
     """kopf, until `stop`."""
     registry = kopf.OperatorRegistry()
-    register(registry, controller.enqueue)
+    register(registry, controller.tell)
 
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return await client.connection_info()

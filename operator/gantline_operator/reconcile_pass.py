@@ -17,7 +17,7 @@ from gantline_operator.autoscaling.policy import Policy, build_policy
 from gantline_operator.autoscaling.targets import Target, Targets
 from gantline_operator.cache_ledger import Ledger
 from gantline_operator.calibration import Calibration, PodReport
-from gantline_operator.client import UNDECLARED, ApiError, Client, Conflict, Object, Resource
+from gantline_operator.client import UNDECLARED, Api, ApiError, Conflict, Object, Resource
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.measuring import Start
 from gantline_operator.observe import PODS
@@ -68,7 +68,7 @@ class Memory:
 class Cluster:
     """What a reconcile needs of the rest of the operator."""
 
-    client: Client
+    client: Api
     settings: OperatorSettings
     rendering: resources.Settings
     facts: Callable[[str, Collection[str]], ClusterFacts]

@@ -22,6 +22,7 @@ from gantline_devcluster.client import Client as DevClient
 from gantline_devcluster.fates import FatePolicies
 from gantline_devcluster.models import EIGHT_BILLION
 from gantline_operator.client import Client, connect
+from gantline_operator.controller import Controller
 from gantline_operator.main import operate
 from gantline_operator.settings import OperatorSettings
 
@@ -81,6 +82,10 @@ class Operator:
         self.error: BaseException | None = None
         self.writes: list[tuple[str, str]] = []
         """(method, path) of each write, in order."""
+        self.requests: list[tuple[str, str]] = []
+        """(method, path) of each request but watches, in order, those of the view of the cluster among them."""
+        self.reconciled: list[str] = []
+        """Names of services that a pass has gone through, in order."""
         self.dead = threading.Event()
         self._thread = threading.Thread(target=self._main, daemon=True)
 
@@ -114,14 +119,27 @@ class Operator:
         self._watch_writes(client)
         self._ready.set()
         try:
-            await operate(self._settings, client, self._stop, retry_cap_s=1.0)
+            await operate(self._settings, client, self._stop, retry_cap_s=1.0, build=self._build)
         finally:
             await client.close()
+
+    def _build(self, client: Client, settings: OperatorSettings, version: str) -> Controller:
+        controller = Controller(client, settings, version)
+        reconcile = controller.reconcile
+
+        async def watched(key: tuple[str, str]) -> float | None:
+            again_s = await reconcile(key)
+            self.reconciled.append(key[1])
+            return again_s
+
+        controller.reconcile = watched  # type: ignore[method-assign]
+        return controller
 
     def _watch_writes(self, client: Client) -> None:
         send = client._send
 
         async def watched(method: str, path: str, **arguments: Any) -> bytes:
+            self.requests.append((method, path))
             result = await send(method, path, **arguments)
             if method != "GET":
                 self.writes.append((method, path))

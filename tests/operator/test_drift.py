@@ -175,7 +175,7 @@ def test_a_plan_stands_while_nodes_are_cordoned_and_lose_their_labels_and_moves_
         cluster.kubectl("label", "node", home, *labels)
         gpu_nodes(cluster, namespace, "h100")
     with serving(cluster, namespace) as operator:  # which remembers nothing, and sees the cluster as it is
-        wait(lambda: any("/deployments/gpu" in path for _, path in operator.writes))
+        wait(lambda: operator.reconciled)
         assert versions(cluster, namespace) == before
         cluster.kubectl("delete", "pod", pod["metadata"]["name"], "-n", namespace, "--wait=false")
         wait(lambda: [item["spec"].get("nodeName") not in (None, home) for item in server_pods(cluster, "gpu", namespace)] == [True])

@@ -236,7 +236,7 @@ def test_a_new_operator_restarts_no_pod(cluster: ApiCluster, namespace: str) -> 
     before = get(cluster, "deployment", "tiny", namespace)["spec"]["template"]
     untouched = versions(cluster, namespace)
     with serving(cluster, namespace, image_cpu="registry.example/gantline-runtime-cpu:next") as newer:
-        wait(lambda: len(newer.writes) >= 3)
+        wait(lambda: newer.reconciled)
         assert get(cluster, "deployment", "tiny", namespace)["spec"]["template"] == before
         assert versions(cluster, namespace) == untouched
         cluster.kubectl("annotate", "gisvc/tiny", "-n", namespace, "gantline.io/restartedAt=now")

@@ -96,7 +96,7 @@ def test_an_upgrade_restarts_no_pod_though_the_images_are_new(cluster: ApiCluste
         SETTINGS, watch_namespaces=(namespace,), image_cuda="registry.example/next:2", image_cpu="registry.example/next-cpu:2"
     )
     with Operator(cluster, settings) as operator:
-        wait(lambda: all(any(path.endswith(f"/deployments/{name}") for _, path in operator.writes) for name in wanted))
+        wait(lambda: set(wanted) <= set(operator.reconciled))
         assert_at_rest(cluster, namespace, settings=settings)
         assert _serving(cluster, namespace) == before
         for item in recorded["inferenceservices"]:

@@ -1,0 +1,220 @@
+"""All children of all services, listed once, kind by kind: what a look at every service is made from.
+
+A reconcile that finds all as it should be asks the API server two dozen times, mostly for what one list of a kind would tell of every
+service. So whoever is to look at all of them, after a start or at a resync, takes a survey first, and reconciles each service against what
+was listed for it:
+
+    take ---> Surveyed   answers reads as the API server did when the survey was taken; an apply that would change nothing is answered too
+          |                 -> the pass comes to its end: nothing is to be done, and nobody was asked
+          |                 -> the pass would write: WouldWrite, and it is made anew with the API server itself
+          +-> None       too old, taken before, or an event told of another version since: a pass as always
+
+So nothing is ever written, and no decision that is acted upon is ever made, from what was listed. What changes after the listing comes as
+an event, as ever. One thing no event tells: what was deleted between the listing and the start of the watch. Watches begin by telling of
+everything that is there, so that `untold` is what vanished.
+
+An object that lost our labels is in no listing; it is asked for by name, as always. Kinds that are not watched are listed without a
+label, so that it is known what is *not* there: an autoscaler that nobody wants must be found without its labels too.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gantline_operator import resources
+from gantline_operator.apply import Child
+from gantline_operator.client import FIELD_MANAGER, Api, Client, Conflict, Forbidden, KindMissing, NotFound, Object, Resource
+from gantline_operator.handlers import child_key
+from gantline_operator.observe import PODS
+from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, SERVICES
+from gantline_operator.unchanged import apply_changes_nothing
+
+__all__ = ["MAX_AGE_S", "Survey", "Surveyed", "WouldWrite"]
+
+Key = tuple[str, str]
+"""Namespace and name of a service."""
+
+_log = logging.getLogger(__name__)
+
+MAX_AGE_S = 60.0
+"""From the beginning of the listing; what is older is asked for anew."""
+
+
+class WouldWrite(Exception):
+    """A pass against a survey has found something to do."""
+
+
+@dataclass
+class _Bundle:
+    """What was listed for one service."""
+
+    parent: Object | None = None
+    children: dict[Child, Object] = field(default_factory=dict)
+    """With its pods, by kind and name."""
+
+
+class Survey:
+    """One listing of everything, and what events have told since it began."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._complete = False
+        self._bundles: defaultdict[Key, _Bundle] = defaultdict(_Bundle)
+        self._taken: set[Key] = set()
+        self._listed: dict[str, str] = {}
+        """resourceVersion of each object, by uid."""
+        self._watched: dict[str, Key] = {}
+        """Service of each object whose kind is watched, by uid."""
+        self._told: defaultdict[Key, dict[str, str]] = defaultdict(dict)
+        """The latest resourceVersion that an event told, by uid."""
+        self._answers: dict[str, KindMissing | None] = {}
+        """What listing each kind came to, by kind; those that may not be listed are missing."""
+
+    async def collect(self, client: Client, namespaces: Sequence[str]) -> None:
+        """Lists everything, in these namespaces or in all. Raises ApiError for what will pass."""
+        async for item in _list(client, SERVICES, namespaces, ""):
+            metadata = item["metadata"]
+            self._file((metadata["namespace"], metadata["name"]), item, watched=True).parent = item
+        for resource in (*CHILD_KINDS, PODS):
+            optional = resource.kind in OPTIONAL_KINDS
+            try:
+                async for item in _list(client, resource, namespaces, "" if optional else resources.SELECTOR):
+                    if (key := child_key(item)) is not None:
+                        bundle = self._file(key, item, watched=not optional)
+                        bundle.children[(resource.kind, item["metadata"]["name"])] = item
+            except KindMissing as error:
+                self._answers[resource.kind] = error
+            except Forbidden as error:
+                _log.debug("%s are asked for one by one: %s", resource.plural, error)
+            else:
+                self._answers[resource.kind] = None
+        self._complete = True
+        _log.debug("surveyed %d services in %.1f s", len(self._bundles), self._clock() - self._began)
+
+    def _file(self, key: Key, item: Object, *, watched: bool) -> _Bundle:
+        metadata = item["metadata"]
+        self._listed[metadata["uid"]] = metadata["resourceVersion"]
+        if watched:
+            self._watched[metadata["uid"]] = key
+        return self._bundles[key]
+
+    def tell(self, key: Key, body: Mapping[str, Any]) -> bool:
+        """Notes what an event says of an object of the service; whether it is news, that is not what was listed."""
+        if self.is_over:
+            return True
+        metadata = body.get("metadata") or {}
+        uid, version = str(metadata.get("uid", "")), str(metadata.get("resourceVersion", ""))
+        self._told[key][uid] = version
+        return not self._complete or self._listed.get(uid) != version
+
+    def take(self, key: Key, client: Api) -> Surveyed | None:
+        """The service as it was surveyed, once, unless the API server has to be asked; `client` answers what was not surveyed."""
+        fresh = self._complete and not self.is_over and key not in self._taken
+        self._taken.add(key)
+        bundle = self._bundles.pop(key, None)
+        if not fresh or bundle is None or bundle.parent is None:
+            return None
+        parent = bundle.parent
+        if "deletionTimestamp" in parent["metadata"] or not parent.get("status"):
+            return None  # there is something to do
+        if any(self._listed.get(uid) != version for uid, version in self._told[key].items()):
+            return None
+        return Surveyed(client, parent, bundle.children, self._answers)
+
+    @property
+    def is_over(self) -> bool:
+        return self._clock() - self._began > MAX_AGE_S
+
+    def close(self) -> None:
+        """Forgets what was listed; from now on nothing is taken."""
+        self._complete = False
+        for part in (self._bundles, self._taken, self._listed, self._watched, self._told):
+            part.clear()
+
+    def untold(self) -> set[Key]:
+        """Services with an object of which no event has told, though it was listed and its kind is watched."""
+        told = {uid for versions in self._told.values() for uid in versions}
+        return {key for uid, key in self._watched.items() if uid not in told}
+
+
+async def _list(client: Client, resource: Resource, namespaces: Sequence[str], selector: str) -> Any:
+    query = {"labelSelector": selector} if selector else {}
+    for namespace in namespaces or (None,):
+        async for page in client.pages(resource, namespace, **query):
+            for item in page.get("items") or []:
+                item["apiVersion"], item["kind"] = resource.api_version, resource.kind
+                yield item
+
+
+class Surveyed:
+    """The API server, as it answered for one service when that was surveyed. Writes nothing: what would change anything is WouldWrite."""
+
+    def __init__(
+        self, client: Api, parent: Object, children: Mapping[Child, Object], answers: Mapping[str, KindMissing | None]
+    ) -> None:
+        self.parent = parent
+        self._client = client
+        self._children = children
+        self._answers = answers
+        self._name = parent["metadata"]["name"]
+        self._selector = resources.child_selector(self._name)
+        self._labels = dict(pair.split("=") for pair in self._selector.split(","))
+
+    async def get(self, resource: Resource, namespace: str | None, name: str, *, subresource: str = "") -> Object:
+        if subresource:
+            return await self._client.get(resource, namespace, name, subresource=subresource)
+        if (resource, name) == (SERVICES, self._name):
+            return self.parent
+        if (found := self._children.get((resource.kind, name))) is not None:
+            return found
+        if resource.kind in OPTIONAL_KINDS and self._knows(resource):
+            raise NotFound(f"{resource.plural} {name!r} was not there", status=404)
+        return await self._client.get(resource, namespace, name)
+
+    async def list(self, resource: Resource, namespace: str | None = None, **query: str) -> list[Object]:
+        if query != {"labelSelector": self._selector} or not self._knows(resource):
+            return await self._client.list(resource, namespace, **query)
+        listed = [item for (kind, _), item in self._children.items() if kind == resource.kind]
+        return [item for item in listed if self._labels.items() <= _labels(item).items()]
+
+    async def text(self, resource: Resource, namespace: str, name: str, subresource: str, **query: str) -> str:
+        return await self._client.text(resource, namespace, name, subresource, **query)
+
+    async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
+        if (resource.kind, body["metadata"]["name"]) in self._children:
+            raise Conflict(f"{resource.plural} {body['metadata']['name']!r} is there", status=409, reason="AlreadyExists")
+        raise WouldWrite(f"create {resource.plural} {body['metadata']['name']}")
+
+    async def apply(self, resource: Resource, body: Object, *, subresource: str = "", force: bool = True) -> Object:
+        live, metadata = self._children.get((resource.kind, body["metadata"]["name"])), body["metadata"]
+        if live is None or subresource or not apply_changes_nothing(body, live, FIELD_MANAGER):
+            raise WouldWrite(f"apply {resource.plural} {metadata['name']}")
+        if any(metadata.get(part, live["metadata"][part]) != live["metadata"][part] for part in ("uid", "resourceVersion")):
+            raise WouldWrite(f"{resource.plural} {metadata['name']} has changed")
+        return live
+
+    async def patch(
+        self, resource: Resource, namespace: str, name: str, body: Object, *, subresource: str = "", manager: str = FIELD_MANAGER
+    ) -> Object:
+        raise WouldWrite(f"patch {resource.plural} {name}")
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, resource_version: str = "") -> None:
+        raise WouldWrite(f"delete {resource.plural} {name}")
+
+    def _knows(self, resource: Resource) -> bool:
+        """Whether the kind was surveyed. Raises KindMissing where the cluster lacks it."""
+        answer = self._answers.get(resource.kind)
+        if answer is not None:
+            raise answer
+        return resource.kind in self._answers
+
+
+def _labels(item: Object) -> Mapping[str, str]:
+    found: Mapping[str, str] = item["metadata"].get("labels") or {}
+    return found
