@@ -1,4 +1,4 @@
-"""The API process's end of the engine: starts its process, sends requests, hands out tokens, and notices when it dies or is stuck.
+"""The API process's end of the engine: sends requests to its process, hands out tokens, and notices when it dies or is stuck.
 
 A `RequestGroup` holds the requests that one client waits for (the choices of one answer). It never blocks the reader: tokens that nobody
 has taken yet wait in the group, bounded by the requests' own limits. `close()` aborts what is unfinished, which frees its blocks.
@@ -7,23 +7,16 @@ has taken yet wait in the group, bounded by the requests' own limits. `close()` 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from gantline_runtime.child_process import wait_for_exit
-from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine_launch import EngineProcess
 from gantline_runtime.engine_messages import (
     EngineBusy,
     EngineFailed,
@@ -31,20 +24,16 @@ from gantline_runtime.engine_messages import (
     EngineProgress,
     EngineReady,
     EngineReport,
-    EngineSettings,
     PrefixChanges,
     RequestRefused,
     Shutdown,
     StepOutputs,
 )
 from gantline_runtime.failures import OutOfMemoryKills, describe_exit
-from gantline_runtime.logs import LogFormat
 from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
 from gantline_runtime.termination import Reason, TerminationMessage
 
 __all__ = ["EngineClient", "EngineUnavailable", "RequestFailed", "RequestGroup"]
-
-_MAX_FOLDER_BYTES = 70
 
 log = logging.getLogger("gantline.server")
 
@@ -137,8 +126,7 @@ class EngineClient:
         self._groups: dict[str, RequestGroup] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._folder: str | None = None
+        self._launched: EngineProcess | None = None
         self._failed: EngineFailed | None = None
         self.endpoint = ""
         """Where the engine process listens; others may `connect` to it too."""
@@ -152,33 +140,11 @@ class EngineClient:
 
     # ---- life
 
-    def start(
-        self,
-        model_dir: Path,
-        config: EngineConfig,
-        *,
-        log_level: str = "info",
-        log_format: LogFormat = "json",
-        engine: str | None = None,
-    ) -> None:
-        """Start the process; `ready` or `died` tells how it went. `engine` names another class than LLMEngine, as `module:class`."""
-        self._folder = _socket_folder()
-        settings = EngineSettings(
-            endpoint=f"ipc://{self._folder}/engine",
-            parent_pid=os.getpid(),
-            model_dir=str(model_dir),
-            engine_config=dataclasses.asdict(config),
-            log_level=log_level,
-            log_format=log_format,
-        )
-        if engine is not None:
-            settings = msgspec.structs.replace(settings, engine=engine)
-        self._kills = OutOfMemoryKills()
-        self.connect(settings.endpoint)
-        command = [sys.executable, "-P", "-m", "gantline_runtime.engine_process", msgspec.json.encode(settings).decode()]
-        # stdout is the API process's own: what a library prints there belongs into the log.
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
-        self._watch = asyncio.create_task(self._watch_process(self._process))
+    def start(self, launched: EngineProcess) -> None:
+        """Take charge of a process; `ready` or `died` tells how it goes on."""
+        self._launched = launched
+        self.connect(launched.endpoint)
+        self._watch = asyncio.create_task(self._watch_process(launched))
 
     def connect(self, endpoint: str) -> None:
         """Talk to an engine process that is there, or is about to be; `start` does it for its own."""
@@ -202,28 +168,29 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return self._launched.process.pid if self._launched is not None else None
 
     async def close(self, grace_s: float = 5.0) -> None:
         """End the process: ask, wait `grace_s`, then kill. Requests that still run fail."""
         self._closing = True
         self.fail_all(EngineUnavailable("the server is shutting down", Reason.DRAINED))
-        if self._process is not None and self._process.poll() is None:
+        process = self._launched.process if self._launched is not None else None
+        if process is not None and process.poll() is None:
             if self.ready.done():  # before that it would not read it
                 self._post(self._encoder.encode(Shutdown()))
                 await asyncio.wait([self._watch], timeout=grace_s)
-            if self._process.poll() is None:
-                self._process.kill()
-        if self._process is not None:
+            if process.poll() is None:
+                process.kill()
+        if process is not None:
             await asyncio.gather(self._watch, return_exceptions=True)
-            self._process.wait()
+            process.wait()
         if self.endpoint:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
             self._socket.close()
             self._context.term()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._launched is not None:
+            self._launched.discard()
 
     # ---- requests
 
@@ -301,21 +268,15 @@ class EngineClient:
             del self._groups[output.request_id]
         group._push(output)
 
-    async def _watch_process(self, process: subprocess.Popen[bytes]) -> None:
+    async def _watch_process(self, launched: EngineProcess) -> None:
         """Wait for the end of the process, then say why it ended."""
-        returncode = await wait_for_exit(process)
+        returncode = await wait_for_exit(launched.process)
         if self._closing:
             return
         await asyncio.sleep(0.05)  # its last message may still be on the way
-        self.declare_dead(self._last_words(returncode))
+        self.declare_dead(self._last_words(returncode, launched.kills))
 
-    def _last_words(self, returncode: int) -> TerminationMessage:
+    def _last_words(self, returncode: int, kills: OutOfMemoryKills) -> TerminationMessage:
         if self._failed is not None:
             return TerminationMessage(Reason(self._failed.reason), self._failed.message, self._failed.cure)
-        return describe_exit(returncode, killed_for_memory=self._kills.happened())
-
-
-def _socket_folder() -> str:
-    """A new folder that only this user can enter, with a path short enough: a Unix socket's has at most 107 bytes."""
-    usual = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="gantline-", dir=usual if len(os.fsencode(usual)) <= _MAX_FOLDER_BYTES else "/tmp")
+        return describe_exit(returncode, killed_for_memory=kills.happened())

@@ -14,9 +14,11 @@ import logging
 import os
 import secrets
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -277,6 +279,16 @@ def _refusal_code(error: Exception) -> Any:
     return {"QueueFull": "queue_full", "RequestRejected": "invalid"}.get(type(error).__name__, "error")
 
 
+def _begin_import(name: str) -> None:
+    """Import a module beside what comes next; who asks for it meanwhile waits. What goes wrong is raised to them, in a second attempt."""
+
+    def work() -> None:
+        with suppress(BaseException):
+            importlib.import_module(name)
+
+    threading.Thread(target=work, name="gantline-import", daemon=True).start()
+
+
 def _load(settings: EngineSettings) -> Callable[[Callable[[Any], None]], Engine]:
     def load(on_progress: Callable[[Any], None]) -> Engine:
         module, name = settings.engine.split(":")
@@ -292,6 +304,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = msgspec.json.decode(arguments[0], type=EngineSettings)
     become_child(settings.parent_pid)
     logs.configure(settings.log_level, settings.log_format)
+    _begin_import(settings.engine.partition(":")[0])
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     socket.set_hwm(0)  # a ROUTER drops what exceeds its mark; the number of running requests bounds the queue instead

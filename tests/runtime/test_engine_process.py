@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
-from gantline_runtime import engine_client, garbage
+from gantline_runtime import engine_launch, garbage
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine_messages import (
     EngineFailed,
@@ -145,8 +147,8 @@ def test_progress_is_passed_on_sparingly_and_every_phase_is_timed() -> None:
 def test_a_long_temporary_folder_does_not_break_the_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
-    monkeypatch.setattr(engine_client.tempfile, "gettempdir", lambda: str(deep))
-    folder = Path(engine_client._socket_folder())
+    monkeypatch.setattr(engine_launch.tempfile, "gettempdir", lambda: str(deep))
+    folder = engine_launch._socket_folder()
     assert len(str(folder / "engine")) < 100 and folder.stat().st_mode & 0o077 == 0
     folder.rmdir()
 
@@ -158,3 +160,19 @@ def test_an_engine_that_is_loaded_is_out_of_the_garbage_collectors_sight(tmp_pat
     settings = EngineSettings(endpoint="", parent_pid=0, model_dir=folder, engine_config={}, engine="tests.runtime.server_fakes:EchoEngine")
     assert isinstance(_load(settings)(lambda _: None), EchoEngine)
     assert len(settled) == 1
+
+
+def test_the_engine_is_launched_before_the_server_is_imported(tmp_path: Path) -> None:
+    """Its imports take longest of all, so they must not wait for the server's."""
+    program = (
+        "import sys\n"
+        "from gantline_runtime import cli\n"
+        "from gantline_runtime.commands import serve\n"
+        "def launch(*args, **kwargs):\n"
+        "    print([name for name in ('starlette', 'tokenizers', 'torch', 'prometheus_client') if name in sys.modules])\n"
+        "    raise SystemExit(0)\n"
+        "serve.launch_engine = launch\n"
+        f"cli.main(['serve', {str(tmp_path)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

@@ -26,6 +26,7 @@ from gantline_runtime.cli import version
 from gantline_runtime.commands.display import LoadingDisplay
 from gantline_runtime.config import EngineConfig, ServerConfig, from_arguments
 from gantline_runtime.config import add_arguments as add_config_arguments
+from gantline_runtime.engine_launch import EngineProcess, launch_engine
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason, TerminationMessage
 
@@ -50,8 +51,13 @@ def run(args: argparse.Namespace, *, engine: str | None = None) -> int:
     logs.configure(config.log_level, config.log_format)
     _check_artefact(args.model_dir)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time and a thread each; the rest belongs to the engine
-    with _shared_metrics(config.api_workers), asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
-        message = loop.run(_serve(args.model_dir, engine_config, config, engine))
+    log_format = logs.resolve_format(config.log_format)
+    launched = launch_engine(args.model_dir, engine_config, log_level=config.log_level, log_format=log_format, engine=engine)
+    try:
+        with _shared_metrics(config.api_workers), asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+            message = loop.run(_serve(args.model_dir, engine_config, config, launched))
+    finally:
+        launched.discard()
     return _end(message)
 
 
@@ -74,7 +80,7 @@ def _shared_metrics(api_workers: int) -> Iterator[None]:
         yield
 
 
-async def _serve(model_dir: Path, engine_config: EngineConfig, config: ServerConfig, engine: str | None) -> TerminationMessage:
+async def _serve(model_dir: Path, engine_config: EngineConfig, config: ServerConfig, launched: EngineProcess) -> TerminationMessage:
     from gantline_runtime.server.runner import Announcer, Runner  # not before _shared_metrics has chosen how to count
 
     as_text = logs.resolve_format(config.log_format) == "text"
@@ -89,7 +95,7 @@ async def _serve(model_dir: Path, engine_config: EngineConfig, config: ServerCon
             progress=display.show,
             ready=announce,
         )
-        runner = Runner(model_dir, engine_config, config, version=version(), announcer=announcer, engine=engine)
+        runner = Runner(model_dir, engine_config, config, launched, version=version(), announcer=announcer)
         return await runner.run()
 
 

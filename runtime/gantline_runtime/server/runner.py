@@ -23,6 +23,7 @@ from typing import Any
 from gantline_runtime import garbage, logs
 from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient, EngineUnavailable
+from gantline_runtime.engine_launch import EngineProcess
 from gantline_runtime.engine_messages import EngineProgress, EngineReady
 from gantline_runtime.server import smoke
 from gantline_runtime.server.followers import Followers
@@ -50,21 +51,21 @@ class Announcer:
 
 
 class Runner:
-    """One server. `engine` names another engine class than LLMEngine (`module:class`)."""
+    """One server, and its engine's process, which it takes charge of."""
 
     def __init__(
         self,
         model_dir: Path,
         engine_config: EngineConfig,
         config: ServerConfig,
+        launched: EngineProcess,
         *,
         version: str,
         announcer: Announcer | None = None,
-        engine: str | None = None,
     ) -> None:
         """Raises ConfigurationError if the port cannot be had, or a file of the server's settings cannot be used. Makes the event loop's
         objects: call it on the loop."""
-        self._model_dir, self._engine_config, self._config, self._engine_name = model_dir, engine_config, config, engine
+        self._model_dir, self._engine_config, self._config, self._launched = model_dir, engine_config, config, launched
         self._announcer = announcer or Announcer()
         self.lifecycle = Lifecycle()
         self._metrics = Metrics(version)
@@ -120,14 +121,7 @@ class Runner:
     # ---- start
 
     async def _start(self) -> None:
-        config = self._config
-        self._engine.start(
-            self._model_dir,
-            self._engine_config,
-            log_level=config.log_level,
-            log_format=logs.resolve_format(config.log_format),
-            engine=self._engine_name,
-        )
+        self._engine.start(self._launched)
         self._followers.start(self._follower_settings())
         await asyncio.gather(
             load_model(self._service, self._model_dir),
