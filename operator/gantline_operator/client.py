@@ -276,6 +276,11 @@ class Client:
         query = {"fieldManager": FIELD_MANAGER}
         return await self._json("POST", resource.path(namespace), body=json.dumps(body), query=query, content_type="application/yaml")
 
+    async def try_out(self, resource: Resource, namespace: str, body: Object) -> Object:
+        """What a creation would make: everything is judged and nothing is stored. A field that the server does not know is an error."""
+        query = {"fieldManager": FIELD_MANAGER, "dryRun": "All", "fieldValidation": "Strict"}
+        return await self._json("POST", resource.path(namespace), body=body, query=query)
+
     async def apply(self, resource: Resource, body: Object, *, subresource: str = "", force: bool = True) -> Object:
         """Server-side apply; `force` takes fields over. A `metadata.uid` in `body` guards against applying to a successor (Conflict)."""
         path = resource.path(body["metadata"].get("namespace"), body["metadata"]["name"], subresource)

@@ -90,6 +90,7 @@ class Reason(StrEnum):
     NO_RUNTIME_IMAGE = "NoRuntimeImage"
     CACHE_NOT_SHAREABLE = "CacheNotShareable"
     CACHE_MISSING = "CacheMissing"
+    IMAGE_VOLUME_UNAVAILABLE = "ImageVolumeUnavailable"
 
     # what containers of ours report (termination.Reason)
     MODEL_NOT_FOUND = "ModelNotFound"

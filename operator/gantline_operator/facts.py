@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from gantline_operator.accelerators import Device, read_devices, vendor_of
+from gantline_operator.container_runtimes import mounts_images
 from gantline_operator.inventory import Inventory, Pool, Taint
 from gantline_operator.quantities import parse_quantity
 from gantline_operator.resource import Toleration
@@ -53,6 +54,8 @@ class NodeFacts:
     """Allocatable; 0: unknown."""
     live: bool = True
     """False: a pool of the inventory that stands at zero nodes."""
+    mounts_images: bool | None = None
+    """Whether its pods may have image volumes; None: unknown."""
 
     def matches(self, node_labels: Iterable[tuple[str, Sequence[str]]], selector: Mapping[str, str] | None = None) -> bool:
         """Whether the node has one of the values of each label, and all labels of `selector`."""
@@ -126,6 +129,7 @@ def read_node(node: Mapping[str, Any], inventory: Inventory = Inventory()) -> No
         offers=offers,
         cpu_millis=_amount(allocatable.get("cpu"), 1000),
         memory_bytes=_amount(allocatable.get("memory"), 1),
+        mounts_images=mounts_images(_map(status.get("nodeInfo"))),
     )
 
 

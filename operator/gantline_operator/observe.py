@@ -232,8 +232,11 @@ def _trimmed_node(node: Object) -> Object:
     """What `read_node` may look at; the rest (images, addresses, heartbeats) is most of a node and changes every few seconds."""
     metadata, spec, status = node["metadata"], node.get("spec") or {}, node.get("status") or {}
     conditions = [{"type": item["type"], "status": item["status"]} for item in status.get("conditions") or []]
+    info = status.get("nodeInfo") or {}
+    versions = {key: info[key] for key in ("containerRuntimeVersion", "kubeletVersion") if key in info}
+    amounts = {key: status.get(key) or {} for key in ("allocatable", "capacity")}
     return {
         "metadata": {"name": metadata["name"], "labels": metadata.get("labels") or {}},
         "spec": {key: spec[key] for key in ("unschedulable", "taints") if key in spec},
-        "status": {"allocatable": status.get("allocatable") or {}, "capacity": status.get("capacity") or {}, "conditions": conditions},
+        "status": {**amounts, "conditions": conditions, "nodeInfo": versions},
     }

@@ -100,7 +100,7 @@ def read_pod(pod: Object) -> PodState:
         scheduled=parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None,
         started=parse_time(running.get("startedAt")),
         ready_at=parse_time(conditions["Ready"].get("lastTransitionTime")) if ready else None,
-        trouble=None if "deletionTimestamp" in metadata or ready else _trouble(status, conditions, container),
+        trouble=None if "deletionTimestamp" in metadata or ready else _trouble(pod, status, conditions, container),
         answer=_answer(container),
         address=str(status.get("podIP", "")),
         deletion_cost=_cost((metadata.get("annotations") or {}).get("controller.kubernetes.io/pod-deletion-cost")),
@@ -123,7 +123,7 @@ def _answer(container: Object) -> TerminationMessage | None:
     return None
 
 
-def _trouble(status: Object, conditions: dict[str, Object], container: Object) -> Trouble | None:
+def _trouble(pod: Object, status: Object, conditions: dict[str, Object], container: Object) -> Trouble | None:
     if status.get("phase") == "Succeeded":
         return None
     if status.get("phase") == "Failed":
@@ -131,7 +131,7 @@ def _trouble(status: Object, conditions: dict[str, Object], container: Object) -
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False":
         return _unscheduled(scheduled)
-    return _waiting(container) or _restarted(container)
+    return _waiting(container, (pod.get("spec") or {}).get("volumes") or []) or _restarted(container)
 
 
 def _failed(status: Object, conditions: dict[str, Object], container: Object) -> Trouble:
@@ -168,11 +168,13 @@ def _unscheduled(condition: Object) -> Trouble:
     return Trouble(Reason.WAITING_FOR_CAPACITY, message)
 
 
-def _waiting(container: Object) -> Trouble | None:
+def _waiting(container: Object, volumes: list[Object]) -> Trouble | None:
     waiting = (container.get("state") or {}).get("waiting") or {}
     reason, message = waiting.get("reason", ""), str(waiting.get("message", ""))[:_TEXT]
     if reason in _IMAGE_REASONS:
-        text = f"The image {container.get('image', '')} cannot be pulled ({reason}). {message}"
+        mounted = [volume["image"].get("reference", "") for volume in volumes if "image" in volume]
+        image = next((name for name in mounted if name and name in message), container.get("image", ""))
+        text = f"The image {image} cannot be pulled ({reason}). {message}"
         return Trouble(Reason.IMAGE_PULL_FAILED, text.strip(), "Check the image's name and the pull secrets.")
     if reason in _CONFIG_REASONS:
         return Trouble(Reason.POD_CONFIGURATION, f"The container cannot be created ({reason}): {message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,17 +14,21 @@ from gantline_operator import resources
 from gantline_operator.cache_keeping import CLAIMS, CacheKeeping
 from gantline_operator.client import NotFound, Object
 from gantline_operator.conditions import Reason
+from gantline_operator.image_volumes import refusal_of_nodes, refusal_of_server, refusal_of_source
 from gantline_operator.plan import Plan, Rejected, cache_size, plan, plan_inputs
 from gantline_operator.plan_status import from_status, rejected_status, to_status
 from gantline_operator.pod_state import Trouble
 from gantline_operator.reconcile_pass import sentence
 from gantline_operator.resources import ModelLocation
 from gantline_operator.stage_plan import disk_bytes
-from gantline_operator.stages import Running, StageName
+from gantline_operator.stages import Record, Running, StageName
 
 __all__ = ["Preparation", "judge", "summarize"]
 
 _MISSING_POLL_S = 30.0
+_UNAVAILABLE_POLL_S = 300.0
+
+_log = logging.getLogger(__name__)
 
 
 class Preparation(CacheKeeping):
@@ -110,6 +115,12 @@ class Preparation(CacheKeeping):
         """Where the files to be served lie, once they are there."""
         await self._checkpoint()
         location = resources.source_location(self.spec.model.uri)
+        if self.spec.model.delivery == "files":
+            self.artefacts.pop("image", None)
+        else:
+            location = await self._mount_image(model, planned)
+            if location is None and self.spec.model.delivery == "image":
+                return None
         if location is not None and not planned.quantize:
             return location
         if not await self._cache_ready(model, planned):
@@ -122,13 +133,45 @@ class Preparation(CacheKeeping):
             return location
         return await self._quantize(model, planned, location)
 
+    async def _mount_image(self, model: ModelFacts, planned: Plan) -> ModelLocation | None:
+        """The source as an image volume, where it shall and can be one. What was decided stands: pods are not replaced as nodes come."""
+        delivery, digest = self.spec.model.delivery, resources.fetch_hash(self.spec, model.revision or None)
+        location = resources.image_location(self.spec, model.revision, model.image_folder or "", model.weight_bytes)
+        if self.artefacts.get("image", {}).get("hash") == digest:
+            return location
+        record = Record.from_status(self.recorded.get("stages"))
+        begun = record is not None and (record.name, record.hash) == ("fetch", digest)
+        if delivery == "auto" and (begun or self.artefacts.get("fetch", {}).get("hash") == digest):
+            return None
+        refusal = refusal_of_source(model) or (self._unlikely(planned) if delivery == "auto" else "")
+        refusal = refusal or await refusal_of_server(self.cluster.client, self.namespace, location.images[0])
+        if not refusal:
+            self.artefacts["image"] = {"kind": "image", "hash": digest, "path": location.path}
+            await self._checkpoint()
+            return location
+        if delivery == "auto":
+            self.artefacts.pop("image", None)
+            _log.info("%s: the model is fetched as files: %s", self.key, refusal)
+        else:
+            cure = "Push the model as an image to a cluster that mounts them, or set spec.model.delivery to files."
+            self._found["stage"] = ("fetch", Running("", 0, Trouble(Reason.IMAGE_VOLUME_UNAVAILABLE, refusal, cure)))
+            self._look_again(_UNAVAILABLE_POLL_S)
+        return None
+
+    def _unlikely(self, planned: Plan) -> str:
+        """Why nodes may not be able to mount it; empty where nothing speaks against it."""
+        registry = self.spec.model.uri.removeprefix("oci://").partition("/")[0]
+        if {registry, registry.partition(":")[0]} & set(self.cluster.rendering.insecure_registries):
+            return f"Registry {registry} speaks plain HTTP, which nodes do not unless they are told to."
+        return refusal_of_nodes(self.spec, planned, self.cluster.facts(self.key, ()))
+
     async def _cache_ready(self, model: ModelFacts, planned: Plan) -> bool:
         """Whether the claim is there, and no eviction of ours is under way in it."""
         self._serving_plan = planned
         stage: StageName = "quantize" if resources.source_location(self.spec.model.uri) else "fetch"
         claim = self.spec.cache.claim_name
         if claim is None:
-            size = cache_size(self.spec, model, planned.quantize)
+            size = cache_size(self.spec, model, planned.quantize, mounted="image" in self.artefacts)
             found = await self.children.ensure(resources.cache_claim(self.owner, self.cluster.rendering, size))
             if found is None:
                 self._found["stage"] = (stage, None)

@@ -103,6 +103,12 @@ class ModelSpec:
             "a secretRef belongs to hf://, s3:// and oci:// sources only",
             ".secretRef",
         ),
+        Rule(
+            "self.delivery == 'files' || self.uri.startsWith('oci://')",
+            lambda m: m.delivery == "files" or m.uri.startswith("oci://"),
+            "a delivery other than files belongs to oci:// sources only",
+            ".delivery",
+        ),
     )
 
     uri: str = declare(
@@ -124,6 +130,12 @@ class ModelSpec:
         "Secret of this namespace that opens the source. hf: its key HF_TOKEN; s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where "
         "needed, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL, AWS_REGION, AWS_S3_ADDRESSING_STYLE; oci: .dockerconfigjson, as in pull secrets. "
         "ca.crt, where it is there, holds certificates to trust.",
+    )
+    delivery: str = declare(
+        Choice(("files", "image", "auto")),
+        "How an oci:// source reaches pods: files, fetched into the cache volume; image, mounted by the nodes' container runtime without a "
+        "copy in the cache; auto, as an image where source, API server and all nodes are known to allow it, else as files.",
+        default="files",
     )
 
 

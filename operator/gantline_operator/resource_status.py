@@ -68,6 +68,9 @@ class FactsStatus:
     dtype: str | None = declare(_WORD, "Type of the weights that are not quantized.")
     weight_bytes: int | None = declare(_BYTES, "Bytes of all weights.")
     quantization: QuantizationFactsStatus | None = declare(Object(QuantizationFactsStatus), "How the weights are quantized, if they are.")
+    image_folder: str | None = declare(
+        Text(256), "Folder of an oci:// image that holds it, empty for its root. Absent for what is no image."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +88,9 @@ class PerplexityStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtefactStatus:
-    """Something that a Job made in the cache volume."""
+    """Something that a Job made in the cache volume, or an image that is mounted instead."""
 
-    kind: str = declare(_WORD, "fetch or awq.", default=REQUIRED)
+    kind: str = declare(_WORD, "fetch, awq or image.", default=REQUIRED)
     hash: str = declare(Text(64), "Hash of what it was made from.", default=REQUIRED)
     path: str | None = declare(Text(512), "Folder inside the pods.")
     claim: str | None = declare(Text(253), "Claim that holds it.")

@@ -125,10 +125,12 @@ def disk_bytes(stage: Stage, facts: ModelFacts, spec: InferenceServiceSpec) -> i
     return int(size * _SPARE) + 128 * _MIB
 
 
-def cache_size(spec: InferenceServiceSpec, facts: ModelFacts, quantize: bool) -> int:
-    """Size of the claim that is made, in bytes: the user's, or what the stages need with a fifth to spare, at least 1 GiB."""
+def cache_size(spec: InferenceServiceSpec, facts: ModelFacts, quantize: bool, *, mounted: bool = False) -> int:
+    """Size of the claim that is made, in bytes: the user's, or what the stages need with a fifth to spare, at least 1 GiB. `mounted`: the
+    source is an image volume, and nothing is fetched."""
     if spec.cache.size is not None:
         return spec.cache.size
-    fetch = disk_bytes("fetch", facts, spec) if spec.model.uri.startswith(("hf://", "s3://", "oci://")) else 0
+    remote = spec.model.uri.startswith(("hf://", "s3://", "oci://")) and not mounted
+    fetch = disk_bytes("fetch", facts, spec) if remote else 0
     copy = disk_bytes("quantize", facts, spec) if quantize else 0
     return max(MIN_CACHE_BYTES, -(-int((fetch + copy) * 1.2) // GIB) * GIB)

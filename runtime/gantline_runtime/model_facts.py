@@ -69,6 +69,9 @@ class ModelFacts:
     revision: str
     fingerprint: str
     """`sha256:` over config.json, the index, every safetensors header and samples of the weights: equal for equal checkpoints."""
+    image_folder: str | None = None
+    """Folder of the image in which it lies, empty for the image's root, where the source is an image that a container runtime can mount;
+    None: it is none."""
 
     @property
     def dtype_bytes(self) -> int:

@@ -375,6 +375,49 @@ def test_a_model_of_a_hub_is_fetched_with_its_token_into_the_cache_and_served(si
     site.kubectl("delete", "gisvc/remote", f"pod/{HUB}", f"service/{HUB}", f"secret/{HUB}", "--wait=false")
 
 
+def test_a_model_in_an_image_is_mounted_by_the_node_with_the_services_login_and_served_without_a_copy(site: Site) -> None:
+    login = json.dumps({"auths": {"registry.default.svc": {"username": USER, "password": "open-sesame"}}})
+    program = "tests.runtime.registry_server examples/tiny-model --image --password=open-sesame"
+    site.apply(model_server("registry", program, {".dockerconfigjson": login}, "kubernetes.io/dockerconfigjson"))
+    site.kubectl("wait", "pod/registry", "--for=condition=Ready", "--timeout=60s")
+    address = site.get("service", "registry")["spec"]["clusterIP"]  # the node asks no name server of the cluster's
+    trust_plainly(site, "registry.default.svc", f"http://{address}:1")  # where nobody listens
+    mounted = service("mounted", "oci://registry.default.svc/team/tiny:v1")
+    mounted["spec"]["model"] |= {"secretRef": {"name": "registry"}, "delivery": "image"}
+    site.apply(mounted)
+    refused = lambda: (c := site.condition("mounted", "Ready")).get("reason") == "ImagePullFailed" and c
+    message = site.until("it is said that the node cannot pull it", refused)["message"]
+    assert "registry.default.svc/team/tiny@sha256:" in message and RUNTIME_IMAGE not in message, message
+    trust_plainly(site, "registry.default.svc", f"http://{address}")
+    site.until("the service is ready", lambda: ready(site, "mounted"))
+    pod = site.get("pods", "-l", "gantline.io/service=mounted,gantline.io/role=server")["items"][0]
+    digest = site.get("gisvc", "mounted")["status"]["model"]["revision"]
+    images = [volume["image"]["reference"] for volume in pod["spec"]["volumes"] if "image" in volume]
+    assert images == [f"registry.default.svc/team/tiny@{digest}"] and pod["spec"]["containers"][0]["args"][1] == "/mnt/image/models"
+    assert not site.get("pvc", "mounted-cache") and not site.get("jobs", "-l", "gantline.io/service=mounted,gantline.io/role=fetch")
+    client = OpenAI(base_url=f"{site.url}/v1", api_key=next_key(site), max_retries=0)
+    site.until("the gateway knows it", lambda: "mounted" in [model.id for model in client.models.list()])
+    assert client.completions.create(model="mounted", prompt="The licence", max_tokens=4).choices[0].text
+    site.kubectl("delete", "gisvc/mounted", "pod/registry", "service/registry", "secret/registry", "--wait=false")
+
+
+def trust_plainly(site: Site, registry: str, url: str) -> None:
+    """The node pulls from `registry` at this address, over plain HTTP."""
+    folder = Path(site.environment["KUBECONFIG"]).parent / "registries" / registry
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "hosts.toml").write_text(f'server = "{url}"\n[host."{url}"]\n  capabilities = ["pull", "resolve"]\n')
+
+
+def next_key(site: Site) -> str:
+    """One that the gateway takes, whatever tests before have done to the others."""
+    key = "gl-image-key-0123456789"
+    secret = key_secret(key)
+    secret["metadata"]["name"] = "team-b"
+    site.apply(secret)
+    site.until("the key is known", lambda: status_with(site, key) == 200)
+    return key
+
+
 @pytest.mark.skipif(not FULL, reason="two more services: GANTLINE_FULL_MATRIX=1")
 def test_models_of_a_bucket_and_of_a_registry_are_fetched_with_their_secrets(site: Site) -> None:
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": "open/sesame", "AWS_ENDPOINT_URL": "http://store.default.svc"}

@@ -2,7 +2,7 @@
 
     python -m tests.runtime.registry_server FOLDER --port 8080 --password PASSWORD
 
-serves FOLDER as the artifact team/tiny:v1 on all addresses, for pods of a cluster.
+serves FOLDER as the artifact team/tiny:v1 on all addresses, for pods of a cluster; with --image as an image that nodes can mount.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tests.runtime.file_server import Faults, FaultyHandler, serve
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
+IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 TAR = "application/vnd.oci.image.layer.v1.tar"
 TITLE = "org.opencontainers.image.title"
 USER = "robot"
@@ -73,7 +74,7 @@ def tar_of(files: Mapping[str, bytes], *, compress: bool = False) -> bytes:
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, data in files.items():
             item = tarfile.TarInfo(name)
-            item.size = len(data)
+            item.size, item.mode = len(data), 0o644
             archive.addfile(item, io.BytesIO(data))
     return gzip.compress(stream.getvalue(), 1) if compress else stream.getvalue()
 
@@ -81,6 +82,17 @@ def tar_of(files: Mapping[str, bytes], *, compress: bool = False) -> bytes:
 def push_artifact(images: Images, files: Mapping[str, bytes]) -> str:
     """As `oras push` does: a layer a file, with its name as a title."""
     return images.tag([images.add(data, TAR, **{TITLE: name}) for name, data in files.items()])
+
+
+def push_image(images: Images, files: Mapping[str, bytes], folder: str = "models") -> str:
+    """As `docker push` does: the first layer has one file, the second one, compressed, the others; both are in the configuration."""
+    names = sorted(files)
+    contents = [{f"{folder}/{name}": files[name] for name in part} for part in (names[:1], names[1:])]
+    plain = [tar_of(part) for part in contents]
+    layers = [images.add(plain[0], TAR), images.add(gzip.compress(plain[1], 1), f"{TAR}+gzip")]
+    filesystem = {"type": "layers", "diff_ids": [digest_of(tar) for tar in plain]}
+    config = json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": filesystem}).encode()
+    return images.tag(layers, config=images.add(config, IMAGE_CONFIG))
 
 
 @contextmanager
@@ -155,9 +167,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--password", default="")
+    parser.add_argument("--image", action="store_true")
     options = parser.parse_args()
     images = Images(password=options.password)
-    push_artifact(images, {file.name: file.read_bytes() for file in options.folder.iterdir() if file.is_file()})
+    push = push_image if options.image else push_artifact
+    push(images, {file.name: file.read_bytes() for file in options.folder.iterdir() if file.is_file()})
     ThreadingHTTPServer(("", options.port), type("Handler", (_Handler,), {"state": images})).serve_forever()
 
 

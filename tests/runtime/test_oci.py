@@ -31,7 +31,7 @@ from gantline_runtime.termination import Reason
 
 from tests.runtime.checkpoint_files import model_files, write_files
 from tests.runtime.fetching import kill_mid_download, last_word, names
-from tests.runtime.registry_server import INDEX, REPOSITORY, TAR, TITLE, USER, Images, push_artifact, serve_images, tar_of
+from tests.runtime.registry_server import INDEX, REPOSITORY, TAR, TITLE, USER, Images, push_artifact, push_image, serve_images, tar_of
 
 FILES = {**model_files({"vocab_size": 4000}), "tokenizer.json": b"{}"}
 EXTRA = {"pytorch_model.bin": b"\x80", "modeling.py": b"import os"}
@@ -95,7 +95,11 @@ def _modelcar(images: Images) -> str:
     return images.put({"mediaType": INDEX, "manifests": [other, {"digest": digest, "platform": {"architecture": "riscv64"}}]}, "v1")
 
 
-@pytest.mark.parametrize("push", [_oras, _oras_folder, _kitops, _modelpack, _modelcar])
+def _image(images: Images) -> str:
+    return push_image(images, {**FILES, **EXTRA})
+
+
+@pytest.mark.parametrize("push", [_oras, _oras_folder, _kitops, _modelpack, _modelcar, _image])
 def test_a_model_is_inspected_and_fetched_whatever_pushed_it(
     push: Callable[[Images], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +117,35 @@ def test_a_model_is_inspected_and_fetched_whatever_pushed_it(
     captured = capfd.readouterr()
     assert not any(secret in captured.out + captured.err for secret in (PASSWORD, "token-", "X-Amz"))
     assert not any(item[3] for item in images.seen("/storage/")), "the token is none of the storage's business"
+
+
+def _without_a_layer(images: Images) -> str:
+    """As tools do that add files beside an image's configuration."""
+    digest = push_image(images, FILES)
+    manifest = json.loads(images.manifests[digest])
+    return images.put({**manifest, "layers": [*manifest["layers"], images.add(tar_of({"more": b""}), TAR)]}, "v1")
+
+
+def _lost_configuration(images: Images) -> str:
+    digest = push_image(images, FILES)
+    images.blobs[json.loads(images.manifests[digest])["config"]["digest"]] = b"{}"
+    return digest
+
+
+@pytest.mark.parametrize(
+    ("push", "folder"),
+    [
+        (_image, "models"), (lambda images: push_image(images, FILES, "."), ""), (_oras, None), (_oras_folder, None), (_kitops, None),
+        (_modelpack, None), (_modelcar, None), (_without_a_layer, None), (_lost_configuration, None),
+    ],
+)  # fmt: skip
+def test_the_inspection_tells_where_in_an_image_the_model_lies_if_nodes_can_mount_it(
+    push: Callable[[Images], str], folder: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with registry() as images:
+        push(images)
+        assert cli.main(["inspect", uri(images)]) == 0
+    assert json.loads(capfd.readouterr().out).get("imageFolder") == folder
 
 
 @pytest.mark.parametrize("push", [_oras, _kitops])

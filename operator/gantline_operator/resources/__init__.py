@@ -15,7 +15,15 @@ cache        the claim for artefacts
 
 from gantline_operator.resources.autoscalers import LOAD_METRIC, autoscalers, load_path
 from gantline_operator.resources.cache import cache_claim
-from gantline_operator.resources.context import MissingImage, ModelLocation, Parent, Settings, cache_location, source_location
+from gantline_operator.resources.context import (
+    MissingImage,
+    ModelLocation,
+    Parent,
+    Settings,
+    cache_location,
+    image_location,
+    source_location,
+)
 from gantline_operator.resources.inference_pool import inference_pool
 from gantline_operator.resources.ingress import ingress
 from gantline_operator.resources.jobs import (
@@ -45,7 +53,7 @@ from gantline_operator.resources.naming import (
 )  # fmt: skip
 from gantline_operator.resources.network import network_policies
 from gantline_operator.resources.placement import cache_selector
-from gantline_operator.resources.pod import Mount
+from gantline_operator.resources.pod import ImageMount, Mount, image_pods
 from gantline_operator.resources.serving import (
     PAUSED,
     RESTARTED_AT,
@@ -65,6 +73,7 @@ __all__ = [
     "PAUSED",
     "RESTARTED_AT",
     "SELECTOR",
+    "ImageMount",
     "ManagedKind",
     "MissingImage",
     "ModelLocation",
@@ -83,6 +92,8 @@ __all__ = [
     "evict_job",
     "fetch_hash",
     "fetch_job",
+    "image_location",
+    "image_pods",
     "inference_pool",
     "ingress",
     "inspect_hash",

@@ -8,10 +8,20 @@ from dataclasses import dataclass, field
 
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.resources.naming import Object, cache_claim_name, owner_reference
-from gantline_operator.resources.pod import CACHE_MOUNT, SOURCE_MOUNT, Mount
+from gantline_operator.resources.pod import CACHE_MOUNT, IMAGE_MOUNT, SOURCE_MOUNT, ImageMount, Mount
 from gantline_operator.settings import OperatorSettings
 
-__all__ = ["MissingImage", "ModelLocation", "Parent", "Settings", "cache_location", "cache_mount", "source_location", "source_mounts"]
+__all__ = [
+    "MissingImage",
+    "ModelLocation",
+    "Parent",
+    "Settings",
+    "cache_location",
+    "cache_mount",
+    "image_location",
+    "source_location",
+    "source_mounts",
+]
 
 
 class MissingImage(LookupError):
@@ -95,6 +105,10 @@ class ModelLocation:
     path: str
     mounts: tuple[Mount, ...] = field(default=())
     one_node: bool = False
+    images: tuple[ImageMount, ...] = field(default=())
+    """Images that are mounted as volumes."""
+    pull_bytes: int = 0
+    """What a node has to pull of them, weights alone."""
 
 
 _CLAIM_URI = re.compile(r"pvc://([^/]+)(/.*)?")
@@ -109,6 +123,19 @@ def source_location(uri: str) -> ModelLocation | None:
         return None
     claim, path = match.group(1), (match.group(2) or "").rstrip("/")
     return ModelLocation(f"{SOURCE_MOUNT}{path}", (Mount(claim, SOURCE_MOUNT, read_only=True),))
+
+
+def image_location(spec: InferenceServiceSpec, revision: str, folder: str, weight_bytes: int) -> ModelLocation:
+    """Where an oci:// source lies as an image volume: pinned to the digest `revision`, with the model in `folder` of it.
+
+    The whole image is mounted and the folder named in the path, since a subPath needs another release of Kubernetes than the volume does.
+    """
+    name = spec.model.uri.removeprefix("oci://").partition("@")[0]
+    repository, colon, tag = name.rpartition(":")
+    image = repository if colon and "/" not in tag else name  # a colon before a slash is the registry's port
+    secret = spec.model.secret_ref.name if spec.model.secret_ref else ""
+    mount = ImageMount(f"{image}@{revision}", IMAGE_MOUNT, pull_secret=secret)
+    return ModelLocation(f"{IMAGE_MOUNT}/{folder}".rstrip("/"), images=(mount,), pull_bytes=weight_bytes)
 
 
 def source_mounts(uri: str) -> tuple[Mount, ...]:

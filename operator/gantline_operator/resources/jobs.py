@@ -20,7 +20,7 @@ from gantline_operator.resources.placement import (
     same_node,
     volume_labels,
 )
-from gantline_operator.resources.pod import Mount, PodBase, build_container, build_pod
+from gantline_operator.resources.pod import ImageMount, Mount, PodBase, build_container, build_pod
 from gantline_operator.resources.source_env import source_env
 
 __all__ = [
@@ -45,7 +45,9 @@ def inspect_hash(parent: Parent) -> str:
     uri = parent.spec.model.uri
     may_change = source_location(uri) is not None or uri.startswith("s3://")
     again = {"restartedAt": parent.restarted_at} if may_change and parent.restarted_at else {}
-    return content_hash({"stage": "inspect", "version": ALGORITHM_VERSIONS["inspect"], **_source(parent.spec), **again})
+    # Earlier releases did not ask whether it is an image.
+    image = {"image": True} if parent.spec.model.delivery != "files" else {}
+    return content_hash({"stage": "inspect", "version": ALGORITHM_VERSIONS["inspect"], **_source(parent.spec), **again, **image})
 
 
 def fetch_hash(spec: InferenceServiceSpec, revision: str | None = None) -> str:
@@ -99,7 +101,8 @@ def quantize_job(
     mounts = [*(mount for mount in source.mounts if mount.path != cache.path), cache]
     base = build_base(parent, placement, settings)
     env = [{"name": "OMP_NUM_THREADS", "value": str(cpu_threads(base, 1))}, {"name": "HF_HUB_OFFLINE", "value": "1"}]
-    return _job(parent, settings, "quantize", quantize_job_hash(parent.spec, fingerprint), attempt, base, arguments, mounts, env=env)
+    digest = quantize_job_hash(parent.spec, fingerprint)
+    return _job(parent, settings, "quantize", digest, attempt, base, arguments, mounts, env=env, images=source.images)
 
 
 def evict_hash(claim: str, names: Sequence[str], since: str) -> str:
@@ -127,15 +130,17 @@ def _job(
     mounts: Sequence[Mount],
     *,
     env: Sequence[Object],
+    images: Sequence[ImageMount] = (),
 ) -> Object:
     marks = labels(parent.name, stage, version=settings.version, revision=digest)
     meta = metadata(job_name(parent.name, stage, digest, attempt), parent.namespace, marks, parent.owner)
     beside = volume_labels(mounts, parent.cache_claim)
     pod = build_pod(
         base,
-        build_container(stage, base, arguments, env=env, mounts=mounts),
+        build_container(stage, base, arguments, env=env, mounts=mounts, images=images),
         service_account=service_account_name(parent.name),
         mounts=mounts,
+        images=images,
         affinity=same_node(beside) if parent.cache_on_one_node else {},
         restartPolicy="Never",
         terminationGracePeriodSeconds=30,
@@ -164,4 +169,3 @@ def _inside(uri: str, location: ModelLocation | None) -> str:
 
 def _revision(revision: str | None) -> list[str]:
     return [f"--revision={revision}"] if revision else []
-

@@ -1,10 +1,11 @@
 """What every pod of ours has in common: Pod Security `restricted`, folders to write to, no token, and where it may run.
 
-    /mnt/source            the claim that a `pvc://` source names, read-only
-    /mnt/cache             the service's cache claim: read-only to the server, writable to the stages that fill it
-    /tmp                   temporary files, and HOME
-    /var/cache/gantline    what compilers keep (Triton, torch, CUDA), empty at each start
-    /dev/shm               memory for ranks that share a pod, where there is more than one
+/mnt/source            the claim that a `pvc://` source names, read-only
+/mnt/image             the image that an `oci://` source names, where it is mounted instead of fetched, read-only
+/mnt/cache             the service's cache claim: read-only to the server, writable to the stages that fill it
+/tmp                   temporary files, and HOME
+/var/cache/gantline    what compilers keep (Triton, torch, CUDA), empty at each start
+/dev/shm               memory for ranks that share a pod, where there is more than one
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from gantline_operator.resources.naming import Object
 from gantline_operator.resources.quantities import bytes_quantity
 
 __all__ = [
-    "CACHE_MOUNT", "CONTAINER_SECURITY", "POD_SECURITY", "SOURCE_MOUNT", "Mount", "PodBase", "build_container", "build_pod",
-    "merge_env", "shared_memory_bytes",
+    "CACHE_MOUNT", "CONTAINER_SECURITY", "IMAGE_MOUNT", "POD_SECURITY", "SOURCE_MOUNT", "ImageMount", "Mount", "PodBase", "build_container",
+    "build_pod", "image_pods", "merge_env", "shared_memory_bytes",
 ]  # fmt: skip
 
 SOURCE_MOUNT = "/mnt/source"
 CACHE_MOUNT = "/mnt/cache"
+IMAGE_MOUNT = "/mnt/image"
 _TEMPORARY = "/tmp"
 _COMPILED = "/var/cache/gantline"
 _SHARED_MEMORY = "/dev/shm"
@@ -75,6 +77,16 @@ class Mount:
 
 
 @dataclass(frozen=True)
+class ImageMount:
+    """An image that a container runtime pulls and mounts, read-only, and where. `reference` has a digest, so that it never changes."""
+
+    reference: str
+    path: str
+    pull_secret: str = ""
+    """Secret of type kubernetes.io/dockerconfigjson; empty: none is needed."""
+
+
+@dataclass(frozen=True)
 class PodBase:
     """The image of a pod, where the pod may run, and what it takes there. Quantities are Kubernetes' strings."""
 
@@ -94,7 +106,14 @@ class PodBase:
 
 
 def build_container(
-    name: str, base: PodBase, arguments: Sequence[str], *, env: Sequence[Object] = (), mounts: Sequence[Mount] = (), tp: int = 1
+    name: str,
+    base: PodBase,
+    arguments: Sequence[str],
+    *,
+    env: Sequence[Object] = (),
+    mounts: Sequence[Mount] = (),
+    images: Sequence[ImageMount] = (),
+    tp: int = 1,
 ) -> Object:
     """A container whose entry point is the image's; its last words come from its termination message, else from the end of its log."""
     ours = [{"name": key, "value": value} for key, value in _FOLDERS.items()] + list(env)
@@ -113,6 +132,7 @@ def build_container(
             {"name": "compiled", "mountPath": _COMPILED},
             *([{"name": "shm", "mountPath": _SHARED_MEMORY}] if tp > 1 else []),
             *_volume_mounts(mounts),
+            *_image_mounts(images),
         ],
     }
 
@@ -123,6 +143,7 @@ def build_pod(
     *,
     service_account: str,
     mounts: Sequence[Mount] = (),
+    images: Sequence[ImageMount] = (),
     tp: int = 1,
     affinity: Mapping[str, Any] | None = None,
     **extra: Any,
@@ -140,16 +161,30 @@ def build_pod(
             _scratch("compiled"),
             *([_memory("shm", shared_memory_bytes(tp))] if tp > 1 else []),
             *_claim_volumes(mounts),
+            *_image_volumes(images),
         ],
         "nodeSelector": dict(base.node_selector),
         "affinity": {**_node_affinity(base.node_requirements), **(affinity or {})},
         "tolerations": [dict(item) for item in base.tolerations],
         "priorityClassName": base.priority_class,
         "runtimeClassName": base.runtime_class,
-        "imagePullSecrets": [{"name": name} for name in dict.fromkeys(base.image_pull_secrets)],
+        "imagePullSecrets": [{"name": name} for name in _pull_secrets(base, images)],
         **extra,
     }
     return {key: value for key, value in spec.items() if value not in ({}, [], "", None)}
+
+
+def image_pods(namespace: str, image: ImageMount) -> Object:
+    """A Deployment without replicas whose pods mount `image`, for a dry run: what is asked is whether such pods are taken."""
+    marks = {"app.kubernetes.io/managed-by": "gantline-operator", "app.kubernetes.io/component": "image-volume-check"}
+    container = build_container("check", PodBase(image.reference, "IfNotPresent"), (), images=(image,))
+    pod = build_pod(PodBase("", ""), container, service_account="default", images=(image,))
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "gantline-image-volume-check", "namespace": namespace, "labels": marks},
+        "spec": {"replicas": 0, "selector": {"matchLabels": marks}, "template": {"metadata": {"labels": marks}, "spec": pod}},
+    }
 
 
 def merge_env(ours: Iterable[Object], theirs: Iterable[Object]) -> list[Object]:
@@ -188,6 +223,22 @@ def _volume_mounts(mounts: Sequence[Mount]) -> list[Object]:
 def _claim_volumes(mounts: Sequence[Mount]) -> list[Object]:
     # readOnly stands at the mount, not here: here it would ask the driver for a read-only attachment, which some refuse for RWO claims.
     return [{"name": name, "persistentVolumeClaim": {"claimName": claim}} for claim, name in _volume_names(mounts).items()]
+
+
+def _image_mounts(images: Sequence[ImageMount]) -> list[Object]:
+    return [{"name": f"image-{index}", "mountPath": image.path, "readOnly": True} for index, image in enumerate(images)]
+
+
+def _image_volumes(images: Sequence[ImageMount]) -> list[Object]:
+    # A digest never means another image, so that what a node has need not be asked for again.
+    return [
+        {"name": f"image-{index}", "image": {"reference": image.reference, "pullPolicy": "IfNotPresent"}}
+        for index, image in enumerate(images)
+    ]
+
+
+def _pull_secrets(base: PodBase, images: Sequence[ImageMount]) -> Iterable[str]:
+    return dict.fromkeys([*base.image_pull_secrets, *(image.pull_secret for image in images if image.pull_secret)])
 
 
 def _scratch(name: str) -> Object:

@@ -28,6 +28,7 @@ PAUSED = f"{GROUP}/paused"
 SERVER_PORT = 8000
 _STARTUP_PERIOD_S = 2
 _PULL_ALLOWANCE_S = 900  # an image of 6 GB on a slow registry, and a node that has to be started first
+_PULL_BYTES_PER_S = 20 * 10**6  # of a model that is mounted as an image, on such a registry
 _EXIT_ALLOWANCE_S = 30  # from the end of the drain time to the end of the process
 
 
@@ -75,11 +76,16 @@ def revision(parent: Parent, plan: Plan, model: ModelLocation) -> str:
             "selector": dict(spec.accelerator.node_selector or {}),
             "tolerated": list(placement.tolerated),
             "promise": plan.memory.total,
-            "model": [model.path, [mount.claim for mount in model.mounts], model.one_node],
+            "model": [model.path, [mount.claim for mount in model.mounts], model.one_node, *_mounted_images(model)],
             "pod": _given(spec.pod),
             "restartedAt": parent.restarted_at,
         }
     )
+
+
+def _mounted_images(model: ModelLocation) -> list[Any]:
+    """Nothing where there are none: hashes are older than images."""
+    return [[[image.reference, image.pull_secret] for image in model.images]] if model.images else []
 
 
 def _given(value: Any) -> Any:
@@ -105,7 +111,7 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
     server, tp = _server_config(parent), plan.engine.tp
     # Trust is the installation's matter and in no revision's hash: pods that run are not replaced for it.
     arguments = ["serve", model.path, *to_arguments(plan.engine), *to_arguments(dataclasses.replace(server, trust_gateway=True))]
-    container = build_container("server", base, arguments, env=_environment(plan, base), mounts=model.mounts, tp=tp)
+    container = build_container("server", base, arguments, env=_environment(plan, base), mounts=model.mounts, images=model.images, tp=tp)
     container["ports"] = [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}]
     container.update(_probes(plan))
     beside, mark = volume_labels(model.mounts, parent.cache_claim), revision(parent, plan, model)
@@ -116,6 +122,7 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
         container,
         service_account=service_account_name(parent.name),
         mounts=model.mounts,
+        images=model.images,
         tp=tp,
         affinity=same_node(beside) if model.one_node else apart(siblings),
         topologySpreadConstraints=[] if model.one_node else spread(siblings),
@@ -176,7 +183,7 @@ def _deployment(
         "spec": {
             "replicas": replicas(parent),
             "revisionHistoryLimit": 2,
-            "progressDeadlineSeconds": startup_budget_s(plan) + _PULL_ALLOWANCE_S,
+            "progressDeadlineSeconds": startup_budget_s(plan) + _PULL_ALLOWANCE_S + math.ceil(model.pull_bytes / _PULL_BYTES_PER_S),
             "strategy": _strategy(replicas(parent), model, strategy),
             "selector": {"matchLabels": pod_selector(parent.name, "server")},
             "template": dict(template),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 from gantline_runtime import termination
 from gantline_runtime.checkpoint import read_checkpoint
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     files, name, commit = open_source(parse_uri(args.uri), args.revision)
-    facts = read_checkpoint(files, name=name, revision=commit).facts.to_json()
+    found = read_checkpoint(files, name=name, revision=commit).facts
+    facts = replace(found, image_folder=getattr(files, "image_folder", None)).to_json()
     print(json.dumps(facts, indent=2))
     termination.write(termination.TerminationMessage(termination.Reason.COMPLETED, "The model was inspected.", facts=facts))
     return termination.exit_code(termination.Reason.COMPLETED)

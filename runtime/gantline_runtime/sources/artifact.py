@@ -22,7 +22,7 @@ from gantline_runtime.errors import CheckpointError
 from gantline_runtime.sources.remote import is_file_name
 from gantline_runtime.termination import Reason
 
-__all__ = ["Layer", "Member", "clean_path", "find_model", "index_layers", "parse_layers"]
+__all__ = ["Layer", "Member", "clean_path", "find_model", "index_layers", "is_mountable", "parse_layers"]
 
 _MAX_LAYERS = 4096
 _MAX_ENTRIES = 10 * MAX_FILES
@@ -31,6 +31,10 @@ _TITLES = ("org.opencontainers.image.title", "org.cncf.model.filepath", "org.cna
 _UNPACK = "io.deis.oras.content.unpack"
 _TAR = re.compile(r".*[./+]tar([.+](gzip|gz|zstd))?", re.ASCII)
 _MODEL_FORMATS = re.compile(r"application/vnd\.(cncf|cnai|kitops)\.", re.ASCII)
+_IMAGE_CONFIGS = frozenset({"application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"})
+_IMAGE_LAYER = re.compile(
+    r"application/vnd\.(oci\.image\.layer\.v1\.tar(\+(gzip|zstd))?|docker\.image\.rootfs\.diff\.tar(\.(gzip|zstd))?)", re.ASCII
+)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 
@@ -74,6 +78,22 @@ def _parse_layer(item: Any, label: str) -> Layer | None:
     if title and notes.get(_UNPACK) != "true" and not (is_tar and _MODEL_FORMATS.match(media_type)):
         return Layer(digest, size, title)  # ORAS gives plain files an image layer's media type
     return Layer(digest, size) if is_tar or notes.get(_UNPACK) == "true" else None
+
+
+def is_mountable(manifest: Mapping[str, Any], read_config: Callable[[str], Mapping[str, Any]]) -> bool:
+    """Whether it is an image, which container runtimes unpack and mount: layers of files, all of them named by its configuration, which
+    `read_config` reads by its digest. Artifacts have another configuration, and what looks like a layer may be a single file."""
+    config, layers = manifest.get("config"), manifest.get("layers")
+    if not isinstance(config, dict) or not isinstance(layers, list) or config.get("mediaType") not in _IMAGE_CONFIGS:
+        return False
+    if not all(isinstance(layer, dict) and _IMAGE_LAYER.fullmatch(str(layer.get("mediaType"))) for layer in layers):
+        return False
+    try:
+        filesystem = read_config(str(config.get("digest"))).get("rootfs")
+    except CheckpointError:
+        return False
+    contents = filesystem.get("diff_ids") if isinstance(filesystem, dict) else None
+    return isinstance(contents, list) and len(contents) == len(layers) > 0
 
 
 def clean_path(path: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import platform
+import posixpath
 import re
 import shutil
 import tarfile
@@ -17,7 +18,7 @@ from typing import Any
 
 from gantline_runtime.checkpoint.files import quote
 from gantline_runtime.errors import CheckpointError, ConfigurationError
-from gantline_runtime.sources.artifact import Layer, Member, clean_path, find_model, index_layers, parse_layers
+from gantline_runtime.sources.artifact import Layer, Member, clean_path, find_model, index_layers, is_mountable, parse_layers
 from gantline_runtime.sources.layers import open_layer
 from gantline_runtime.sources.registry import INDEXES, Registry
 from gantline_runtime.sources.remote import DOWNLOADS, RemoteFile, Room
@@ -49,6 +50,9 @@ class OciFiles:
             _, manifest = self._registry.manifest(_choose_platform(manifest, self.label))
         self._contents: dict[str, io.RawIOBase] = {}
         self._members = find_model(index_layers(parse_layers(manifest, self.label), self._open_layer, self.label), self.label)
+        folder = posixpath.dirname(next(iter(self._members.values())).path)
+        self.image_folder = folder if is_mountable(manifest, self._registry.config) else None
+        """Where the model lies in the image; None where it is an artifact, which no container runtime mounts."""
         self.files: Mapping[str, RemoteFile] = {name: _remote_file(name, member) for name, member in self._members.items()}
         self.sizes: Mapping[str, int] = {file.name: file.size for file in self.files.values()}
         self.inputs = {"registry": reference.registry, "repository": reference.repository, "revision": self.revision}

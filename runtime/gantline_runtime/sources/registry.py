@@ -59,6 +59,18 @@ class Registry:
             raise CheckpointError(f"the manifest of {self.service.label} is not the one of its digest", cure="Ask the registry's operator.")
         return digest, load_json(body, f"the manifest of {self.service.label}")
 
+    def config(self, digest: str) -> Mapping[str, Any]:
+        """An image's configuration. Raises SourceError; CheckpointError for what is not what its digest says."""
+
+        def attempt() -> bytes:
+            with self._open(f"{self._base}/blobs/{digest}", {}) as response:
+                return take(response, 0, _MAX_MANIFEST_BYTES)
+
+        body = persist(self.service, attempt)
+        if f"sha256:{hashlib.sha256(body).hexdigest()}" != digest:
+            raise CheckpointError(f"the configuration of {self.service.label} is not the one of its digest", cure="Push it again.")
+        return load_json(body, f"the configuration of {self.service.label}")
+
     @contextmanager
     def open_blob(self, digest: str, start: int, end: int) -> Iterator[Iterable[bytes]]:
         """Raises Refused, Interrupted."""
