@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from gantline_runtime.model_facts import ModelFacts
 
-from gantline_operator.client import Client, Forbidden, Invalid, Resource
+from gantline_operator.client import Api, Forbidden, Invalid, Resource
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.plan import Plan
 from gantline_operator.resource import InferenceServiceSpec
@@ -43,7 +43,7 @@ def refusal_of_nodes(spec: InferenceServiceSpec, planned: Plan, cluster: Cluster
     return "" if nodes else "There is no node yet, so it is not known whether it will mount images."
 
 
-async def refusal_of_server(client: Client, namespace: str, image: ImageMount) -> str:
+async def refusal_of_server(client: Api, namespace: str, image: ImageMount) -> str:
     """Why the API server takes no pods with this volume; empty where it does. Raises ApiError where it cannot say."""
     try:
         made = await client.try_out(DEPLOYMENTS, namespace, image_pods(namespace, image))

@@ -155,9 +155,7 @@ async def _list(client: Client, resource: Resource, namespaces: Sequence[str], s
 class Surveyed:
     """The API server, as it answered for one service when that was surveyed. Writes nothing: what would change anything is WouldWrite."""
 
-    def __init__(
-        self, client: Api, parent: Object, children: Mapping[Child, Object], answers: Mapping[str, KindMissing | None]
-    ) -> None:
+    def __init__(self, client: Api, parent: Object, children: Mapping[Child, Object], answers: Mapping[str, KindMissing | None]) -> None:
         self.parent = parent
         self._client = client
         self._children = children
@@ -190,6 +188,9 @@ class Surveyed:
         if (resource.kind, body["metadata"]["name"]) in self._children:
             raise Conflict(f"{resource.plural} {body['metadata']['name']!r} is there", status=409, reason="AlreadyExists")
         raise WouldWrite(f"create {resource.plural} {body['metadata']['name']}")
+
+    async def try_out(self, resource: Resource, namespace: str, body: Object) -> Object:
+        return await self._client.try_out(resource, namespace, body)
 
     async def apply(self, resource: Resource, body: Object, *, subresource: str = "", force: bool = True) -> Object:
         live, metadata = self._children.get((resource.kind, body["metadata"]["name"])), body["metadata"]

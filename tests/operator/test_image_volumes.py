@@ -160,7 +160,9 @@ def policy(cluster: ApiCluster, namespace: str) -> Iterator[str]:
     cluster.client.call("DELETE", f"{path}/validatingadmissionpolicies/{name}")
 
 
-def test_a_cluster_that_takes_none_is_found_out_by_a_dry_run_that_leaves_nothing(cluster: ApiCluster, namespace: str, policy: str) -> None:
+def test_a_cluster_that_takes_none_is_found_out_by_a_dry_run_that_leaves_nothing(
+    cluster: ApiCluster, namespace: str, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     where = nodes(cluster, namespace, "able")
 
     def is_in_force() -> bool:
@@ -183,6 +185,11 @@ def test_a_cluster_that_takes_none_is_found_out_by_a_dry_run_that_leaves_nothing
         wait_reason(cluster, "auto", namespace, "Ready")
         assert [item["metadata"]["name"] for item in items(cluster, "deployments", namespace)] == ["auto"]
         assert pod_of(cluster, "auto", namespace)["containers"][0]["args"][1].startswith("/mnt/cache/fetch-")
+    with serving(cluster, namespace):  # after a restart all services are looked at by a survey first
+        time.sleep(5)
+        refused = wait_reason(cluster, "asked", namespace, "ImageVolumeUnavailable", "ModelReady")
+        assert "no image volumes in this house" in refused["message"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     remove_gpu_nodes(cluster, namespace)
 
 
