@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from gantline_operator.accelerators import Device, read_devices, vendor_of
@@ -64,7 +65,7 @@ class NodeFacts:
 
     def less(self, used: Mapping[str, int]) -> NodeFacts:
         """The node with its free devices, when so many of each resource are used. Made once: every plan asks, and few nodes change."""
-        key = tuple(sorted(used.items()))
+        key = tuple(sorted(used.items())) if used else ()
         if key not in self._known:
             offers = (replace(offer, free=max(0, offer.count - used.get(offer.device.resource, 0))) for offer in self.offers)
             none = (replace(offer, free=0) for offer in self.offers)
@@ -218,7 +219,7 @@ def cluster_facts(
 
     `nodes` None: not readable, only the inventory's pools are known. `pods` None: not readable, free devices are unknown.
     """
-    live = sorted(nodes or (), key=lambda node: node.name)
+    live = sorted(nodes or (), key=attrgetter("name"))
     if pods is not None:
         used: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for pod in pods:

@@ -129,7 +129,7 @@ def _devices(spec: InferenceServiceSpec, cluster: ClusterFacts) -> tuple[dict[De
     for node in cluster.nodes:
         if not node.offers:
             continue
-        matches = node.matches((), selector)
+        matches = not selector or node.matches((), selector)
         for offer in node.offers:
             taint = untolerated(node, spec.pod.tolerations, offer.device.resource) if matches else None
             if not matches:
