@@ -33,7 +33,7 @@ from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service
 from gantline_operator.survey import MAX_AGE_S, Survey, WouldWrite
-from gantline_operator.workqueue import WorkQueue
+from gantline_operator.workqueue import Rank, WorkQueue
 
 __all__ = ["Controller", "DefinitionAppeared", "Key"]
 
@@ -103,7 +103,7 @@ class Controller:
         was never seen before goes first: its owner is watching."""
         key = (namespace, name)
         if key not in self._looked_at and key not in self._conditions:
-            self.queue.add(key, urgent=True)
+            self.queue.add(key, Rank.NEW)
             return
         since_s = time.monotonic() - self._looked_at.get(key, 0.0)
         if since_s >= _CALM_S:
@@ -303,7 +303,7 @@ class Controller:
         """The watches have long told what is there. What was deleted after the survey and before they began, none told."""
         await asyncio.sleep(MAX_AGE_S)
         for key in survey.untold():
-            self.queue.add(key)
+            self.queue.add(key, Rank.ROUTINE)
         survey.close()
 
     async def _resync(self) -> None:
@@ -327,7 +327,7 @@ class Controller:
         for memory in self._memories.values():
             memory.forget_checks()
         for key in found | set(self._conditions):
-            self.queue.add_after(key, random.uniform(0.0, spread_s))
+            self.queue.add_after(key, random.uniform(0.0, spread_s), Rank.ROUTINE)
 
     def _restore(self, key: Key, parent: Object) -> None:
         """What a service had planned before this operator started."""
@@ -365,7 +365,7 @@ class Controller:
     def _settle(self) -> None:
         self._settling, self._settled_at = None, time.monotonic()
         for key in self._unsettled:
-            self.queue.add(key)
+            self.queue.add(key, Rank.ROUTINE)
 
 
 def _less(reservation: Reservation, bound: int) -> Reservation:

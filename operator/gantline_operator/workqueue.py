@@ -14,6 +14,7 @@ exponentially per key with jitter, so that a thousand services do not come back 
 from __future__ import annotations
 
 import asyncio
+import enum
 import heapq
 import random
 import time
@@ -21,7 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-__all__ = ["Schedule", "WorkQueue", "backoff_s"]
+__all__ = ["Rank", "Schedule", "WorkQueue", "backoff_s"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -35,51 +36,56 @@ def backoff_s(failures: int, jitter: float, *, base_s: float = _BACKOFF_BASE_S, 
     return full * (0.5 + 0.5 * jitter)
 
 
+class Rank(enum.IntEnum):
+    """Whose turn comes first: somebody watches what is new; what changed goes before what is only looked at again."""
+
+    NEW = 0
+    CHANGED = 1
+    ROUTINE = 2
+
+
 class Schedule(Generic[K]):
     """Which key is due when. Times are seconds of any one monotonic clock, passed in."""
 
     def __init__(self) -> None:
-        self._urgent: OrderedDict[K, float] = OrderedDict()  # key -> since when
-        self._ready: OrderedDict[K, float] = OrderedDict()
-        self._due: dict[K, float] = {}
+        self._ready: dict[Rank, OrderedDict[K, float]] = {rank: OrderedDict() for rank in Rank}  # key -> since when
+        self._due: dict[K, tuple[float, Rank]] = {}
         self._heap: list[tuple[float, int, K]] = []  # may hold entries that _due has since moved; they are dropped when popped
         self._sequence = 0
         self._working: set[K] = set()
         self._again: dict[K, float] = {}
 
-    def add(self, key: K, now: float, *, urgent: bool = False) -> None:
-        """Due now; where it is being worked on, once more afterwards. Urgent ones go before all others."""
+    def add(self, key: K, now: float, rank: Rank = Rank.CHANGED) -> None:
+        """Due now; where it is being worked on, once more afterwards."""
         self._due.pop(key, None)
         if key in self._working:
             self._again.setdefault(key, now)
-        elif urgent:
-            self._urgent.setdefault(key, self._ready.pop(key, now))
-        elif key not in self._urgent:
-            self._ready.setdefault(key, now)
+        else:
+            self._put(key, now, rank)
 
-    def add_at(self, key: K, when: float) -> None:
+    def add_at(self, key: K, when: float, rank: Rank = Rank.CHANGED) -> None:
         """Due at `when`, unless it is due earlier already."""
-        if key in self._ready or key in self._urgent or key in self._again or self._due.get(key, float("inf")) <= when:
+        if self._rank(key) is not None or key in self._again or (key in self._due and self._due[key][0] <= when):
             return
-        self._due[key] = when
+        self._due[key] = (when, rank)
         self._sequence += 1
         heapq.heappush(self._heap, (when, self._sequence, key))
 
     def pop(self, now: float) -> K | None:
-        """The key that has been ready longest, now being worked on until `done`; None where none is ready."""
+        """Of the first rank that has any, the key that has been ready longest, now being worked on until `done`; None: none is ready."""
         self._promote(now)
-        waiting = self._urgent or self._ready
-        if not waiting:
-            return None
-        key, _ = waiting.popitem(last=False)
-        self._working.add(key)
-        return key
+        for waiting in self._ready.values():
+            if waiting:
+                key, _ = waiting.popitem(last=False)
+                self._working.add(key)
+                return key
+        return None
 
     def done(self, key: K, now: float) -> None:
         self._working.remove(key)
         if self._again.pop(key, None) is not None:
             self._due.pop(key, None)
-            self._ready.setdefault(key, now)
+            self._put(key, now, Rank.CHANGED)
 
     def next_due(self) -> float | None:
         """When the earliest delayed key is due."""
@@ -90,25 +96,35 @@ class Schedule(Generic[K]):
     @property
     def depth(self) -> int:
         """Keys that are ready, or wait for their worker to finish."""
-        return len(self._urgent) + len(self._ready) + len(self._again)
+        return sum(map(len, self._ready.values())) + len(self._again)
 
     def oldest_age(self, now: float) -> float:
         """Seconds that the longest-waiting ready key has waited."""
-        firsts = [next(iter(keys.values())) for keys in (self._urgent, self._ready) if keys]
+        firsts = [next(iter(keys.values())) for keys in self._ready.values() if keys]
         return max(0.0, now - min(firsts)) if firsts else 0.0
 
     def _promote(self, now: float) -> None:
         while (due := self.next_due()) is not None and due <= now:
             _, _, key = heapq.heappop(self._heap)
-            del self._due[key]
+            _, rank = self._due.pop(key)
             if key in self._working:
                 self._again.setdefault(key, due)
             else:
-                self._ready.setdefault(key, due)
+                self._put(key, due, rank)
+
+    def _put(self, key: K, since: float, rank: Rank) -> None:
+        """Ready, by the better of its ranks."""
+        before = self._rank(key)
+        if before is None or rank < before:
+            since = since if before is None else self._ready[before].pop(key)
+            self._ready[rank][key] = since
+
+    def _rank(self, key: K) -> Rank | None:
+        return next((rank for rank, keys in self._ready.items() if key in keys), None)
 
     def _stale(self, entry: tuple[float, int, K]) -> bool:
         when, _, key = entry
-        return self._due.get(key) != when
+        return key not in self._due or self._due[key][0] != when
 
 
 class WorkQueue(Generic[K]):
@@ -121,12 +137,12 @@ class WorkQueue(Generic[K]):
         self._failures: dict[K, int] = {}
         self._waiters: deque[asyncio.Future[None]] = deque()
 
-    def add(self, key: K, *, urgent: bool = False) -> None:
-        self._schedule.add(key, self._clock(), urgent=urgent)
+    def add(self, key: K, rank: Rank = Rank.CHANGED) -> None:
+        self._schedule.add(key, self._clock(), rank)
         self._wake()
 
-    def add_after(self, key: K, delay_s: float) -> None:
-        self._schedule.add_at(key, self._clock() + max(0.0, delay_s))
+    def add_after(self, key: K, delay_s: float, rank: Rank = Rank.CHANGED) -> None:
+        self._schedule.add_at(key, self._clock() + max(0.0, delay_s), rank)
         self._wake()
 
     def retry(self, key: K, *, at_least_s: float = 0.0) -> float:

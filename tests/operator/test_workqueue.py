@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from gantline_operator.workqueue import Schedule, WorkQueue, backoff_s
+from gantline_operator.workqueue import Rank, Schedule, WorkQueue, backoff_s
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,15 +60,20 @@ def test_an_event_overtakes_a_delay() -> None:
     assert schedule.next_due() is None
 
 
-def test_urgent_keys_go_first_and_come_once() -> None:
+def test_new_keys_go_first_routine_ones_last_and_each_comes_once_by_its_best_rank() -> None:
     schedule: Schedule[str] = Schedule()
+    schedule.add_at("routine", 0, Rank.ROUTINE)
+    schedule.add_at("both", 0, Rank.ROUTINE)
     schedule.add("a", 0)
     schedule.add("b", 0)
-    schedule.add("c", 1, urgent=True)
-    schedule.add("b", 2, urgent=True)
+    schedule.add("c", 1, Rank.NEW)
+    schedule.add("b", 2, Rank.NEW)
     schedule.add("b", 3)
+    schedule.add_at("b", 3, Rank.ROUTINE)
     assert schedule.oldest_age(10) == 10
-    assert [schedule.pop(4) for _ in range(4)] == ["c", "b", "a", None]
+    assert schedule.pop(4) == "c"
+    schedule.add("both", 4)
+    assert [schedule.pop(4) for _ in range(5)] == ["b", "a", "both", "routine", None]
 
 
 def test_a_delay_asked_for_while_working_survives_the_end_of_the_work() -> None:
@@ -89,19 +94,22 @@ def test_the_age_of_the_queue_is_that_of_its_oldest_key() -> None:
     assert schedule.oldest_age(9) == 7
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "at", "pop", "done"]), st.integers(0, 3), st.integers(0, 9)), max_size=60))
-def test_no_key_has_two_workers_and_none_is_lost(steps: list[tuple[str, int, int]]) -> None:
+_ACTIONS = st.tuples(st.sampled_from(["add", "at", "pop", "done"]), st.integers(0, 3), st.integers(0, 9), st.sampled_from(Rank))
+
+
+@given(st.lists(_ACTIONS, max_size=60))
+def test_no_key_has_two_workers_and_none_is_lost(steps: list[tuple[str, int, int, Rank]]) -> None:
     schedule: Schedule[int] = Schedule()
     working: set[int] = set()
     owed: set[int] = set()
     now = 0.0
-    for action, key, number in steps:
+    for action, key, number, rank in steps:
         now += 1
         if action == "add":
-            schedule.add(key, now)
+            schedule.add(key, now, rank)
             owed.add(key)
         elif action == "at":
-            schedule.add_at(key, now + number)
+            schedule.add_at(key, now + number, rank)
             owed.add(key)
         elif action == "pop" and (popped := schedule.pop(now)) is not None:
             assert popped not in working
