@@ -1,10 +1,10 @@
 """Figures of the control plane on a real API server: how soon, how much, how quiet, how soon again.
 
-    python -m benchmarks.operator_scale [--services 200] [--nodes 100] [--latency-services 50] [--single 20] [--rest 60]
+    python -m benchmarks.operator_scale [--services 200] [--nodes 100] [--latency-services 50] [--single 20] [--rest 60] [--outage 0]
 
 First children of services that come one by one and all at once; then the rest at once, until every pod has its node; then single ones
-at that size; nothing at all; and a killed operator's successor, until it has verified everything. Prints one line of JSON, for
-docs/perf-log.md.
+at that size; nothing at all; a killed operator's successor, until it has verified everything; and, if asked for, an outage of the API
+server. Prints one line of JSON, for docs/perf-log.md.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pace", type=float, default=1.0, help="seconds between two; the other way is all at once (default: 1)")
     parser.add_argument("--single", type=int, default=20, help="services applied one by one at full size, until bound (default: 20)")
     parser.add_argument("--rest", type=float, default=60, help="seconds at rest (default: 60)")
+    parser.add_argument("--outage", type=float, default=0, help="seconds without an API server, at the end (default: none)")
     options = parser.parse_args(arguments)
     timed, free = 2 * options.latency_services + options.single, gpus(mixed_nodes(options.nodes))
     if min(options.latency_services, options.single) < 2:
@@ -55,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--services {options.services} is too few: --latency-services {options.latency_services}, each way, and --single "
             f"{options.single} are {timed} already, and a burst has 2 at least. Give --services {timed + 2} or more, or lower the others"
         )
-    if options.services > free:
+    if options.services + (options.single if options.outage else 0) > free:
         parser.error(
             f"--nodes {options.nodes} have {free} GPUs, and --services {options.services} take one each: some would never be bound. "
             "Give more nodes, or fewer services"
@@ -103,6 +104,9 @@ def measure(cluster: ApiCluster, operator: OperatorProcess, options: argparse.Na
     }
     say(f"at rest: {figures}")
     figures |= _restart(cluster, operator, options.services)
+    if options.outage:
+        say(f"restarted: {figures}")
+        figures |= _outage(cluster, operator, options)
     return {**figures, "load_1m": round(os.getloadavg()[0], 1)}
 
 
@@ -142,6 +146,24 @@ def _restart(cluster: ApiCluster, operator: OperatorProcess, count: int) -> dict
         "restart_cpu_s": round(spent, 1),
         "restart_requests": int(operator.metric("gantline_api_requests_total")),
         "changed_by_restart": changed(before, versions(cluster)),
+    }
+
+
+def _outage(cluster: ApiCluster, operator: OperatorProcess, options: argparse.Namespace) -> dict[str, Any]:
+    """The API server is killed; once it is back, services are applied one by one. No other object may have changed in the end."""
+    before, spent = versions(cluster), operator.cpu_s()
+    cluster.stop_apiserver()
+    time.sleep(options.outage)
+    cluster.start_apiserver()
+    bound = _bound(cluster, [f"a{i}" for i in range(options.single)], 2.0)
+    _settle(cluster, options.services + options.single)
+    after = {key: version for key, version in versions(cluster).items() if key in before or key.startswith("events/")}
+    return {
+        "outage_s": options.outage,
+        "operator_alive": operator.alive,
+        "outage_cpu_s": round(operator.cpu_s() - spent, 1),
+        "single_bound_after_outage_s": bound,
+        "changed_by_outage": [key for key in changed(before, after) if key in before],
     }
 
 
