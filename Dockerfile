@@ -102,11 +102,22 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 COPY kernels/gantline_kernels/triton_launcher.py kernels/gantline_kernels/triton_launcher.c ./
 RUN venv/bin/python triton_launcher.py --output /out/triton-launcher
 
+# Triton's kernels for the models that are served most, compiled without a GPU; others are compiled where they are met. Fewer architectures
+# or models make a quicker build: --build-arg KERNEL_TARGETS="90" --build-arg KERNEL_MODELS="llama-3.1-8b" (empty: all of the list).
+FROM runtime-dependencies AS triton-kernels
+ARG KERNEL_TARGETS="80 86 89 90"
+ARG KERNEL_MODELS=
+COPY runtime/gantline_runtime source/gantline_runtime
+COPY kernels/gantline_kernels source/gantline_kernels
+# hadolint ignore=DL3059,SC2086
+RUN PYTHONPATH=source python -m gantline_runtime.cli prebuild-kernels --targets $KERNEL_TARGETS --models $KERNEL_MODELS --out /out/triton-kernels
+
 FROM runtime-dependencies AS runtime
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility GANTLINE_KERNELS_LIBRARY=/opt/gantline/libgantline_kernels.so \
-    GANTLINE_TRITON_LAUNCHER=/opt/gantline/triton-launcher
+    GANTLINE_TRITON_LAUNCHER=/opt/gantline/triton-launcher GANTLINE_TRITON_KERNELS=/opt/gantline/triton-kernels
 COPY --from=kernels /out/libgantline_kernels.so ./
 COPY --from=triton-launcher /out/triton-launcher triton-launcher
+COPY --from=triton-kernels /out/triton-kernels triton-kernels
 COPY examples/tiny-model tiny-model
 COPY --from=code /opt/gantline/venv venv
 USER 1000:1000

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gantline_runtime.compilation import loaded_kernels
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop, LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams
@@ -138,7 +139,7 @@ def main() -> int:
     more = {"preemptions": stats.num_preemptions, "tokens": stats.num_generated_tokens, "steps": stats.num_steps}
     captures = {"captures": stats.num_captures, "longest_capture_s": stats.longest_capture_s}
     memory = {"free_bytes": torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None, "memory": asdict(stats.memory)}
-    print(json.dumps({**counts, **more, **captures, **memory}))
+    print(json.dumps({**counts, **more, **captures, **memory, "kernels": loaded_kernels()}))
     engine.close()
     return 0
 

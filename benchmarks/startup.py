@@ -1,7 +1,7 @@
 """Seconds from the exec of `gantline serve` to the first streamed byte: `python -m benchmarks.startup --model DIR [--repeats 3]`.
 
 The checkpoint's files are read once beforehand, so they lie in the page cache; kernel caches are as the caller left them (--cold empties
-Triton's).
+Triton's). `kernels` says where the last run's Triton kernels came from, as `gantline_triton_kernels_total` does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -18,13 +19,27 @@ from pathlib import Path
 from benchmarks.http_load import served_name
 from benchmarks.serving import running_server
 
+_REPORT_S = 1.5
+"""The engine tells its counts twice a second."""
 
-def first_byte_s(model: Path, extra: list[str], environment: dict[str, str]) -> float:
-    """Start the server, ask as soon as it is ready, and stop it. Raises RuntimeError if it ends or answers nothing in time."""
+
+def first_byte_s(model: Path, extra: list[str], environment: dict[str, str]) -> tuple[float, dict[str, int]]:
+    """Start the server, ask as soon as it is ready, and stop it -> (seconds, Triton kernels by where they came from).
+
+    Raises RuntimeError if it ends or answers nothing in time.
+    """
     started = time.monotonic()
     with running_server(model, extra, environment) as port:
         _first_event(port)
-        return time.monotonic() - started
+        seconds = time.monotonic() - started
+        time.sleep(_REPORT_S)
+        return seconds, _loaded_kernels(port)
+
+
+def _loaded_kernels(port: int) -> dict[str, int]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        found = re.findall(r'^gantline_triton_kernels_total{source="(\w+)"} (\d+)', answer.read().decode(), re.M)
+    return {source: int(count) for source, count in found}
 
 
 def _first_event(port: int) -> None:
@@ -44,12 +59,14 @@ def main() -> None:
     options, extra = parser.parse_known_args()
     for file in options.model.glob("*.safetensors"):
         file.read_bytes()
-    seconds = []
+    seconds, kernels = [], {}
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as empty:
             environment = {**os.environ, **({"TRITON_CACHE_DIR": empty} if options.cold else {})}
-            seconds.append(first_byte_s(options.model, extra, environment))
-    print(json.dumps({"start_s": round(statistics.median(seconds), 2), "runs": [round(s, 2) for s in seconds], "cold": options.cold}))
+            taken, kernels = first_byte_s(options.model, extra, environment)
+            seconds.append(taken)
+    runs = [round(s, 2) for s in seconds]
+    print(json.dumps({"start_s": round(statistics.median(seconds), 2), "runs": runs, "cold": options.cold, "kernels": kernels}))
 
 
 if __name__ == "__main__":

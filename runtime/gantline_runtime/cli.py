@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evict": ("gantline_runtime.commands.evict", "remove fetched and quantized models from a cache volume, by name"),
     "plan": ("gantline_operator.plan_command", "what the operator would decide for a service and a cluster"),
     "api-key": ("gantline_runtime.commands.api_key", "make an API key for serve"),
+    "prebuild-kernels": ("gantline_runtime.commands.prebuild_kernels", "compile Triton's kernels beforehand, without a GPU"),
     "check-env": ("gantline_runtime.commands.check_env", "versions, devices, what works here and what is missing"),
 }
 """Name -> (module, one line for `gantline --help`). Modules are named, not imported: the runtime imports neither quant nor operator."""

@@ -1,4 +1,4 @@
-"""Says that a kernel is being compiled, so that nobody takes an engine that compiles for one that is stuck.
+"""Says that a kernel is being compiled, so that nobody takes an engine that compiles for one that is stuck; and how many were.
 
 Triton compiles a kernel when it first meets a new type or constant, in the middle of a step; several of them, on a slow machine, take
 longer than any step may. While it does, the engine cannot speak, so it says beforehand how long it may be silent.
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["MOST_COMPILE_S", "announce_compilations", "expect_silence"]
+__all__ = ["MOST_COMPILE_S", "announce_compilations", "expect_silence", "loaded_kernels"]
 
 MOST_COMPILE_S = 300.0
 """One kernel that takes longer is stuck after all."""
@@ -32,6 +32,13 @@ def announce_compilations(announce: Callable[[float], None]) -> None:
 def expect_silence(seconds: float) -> None:
     """The engine may say nothing for so long, and is not stuck. 0: it is back."""
     _announce(seconds)
+
+
+def loaded_kernels() -> dict[str, int]:
+    """Triton's kernels that this process has loaded, by where they came from: `image` (made beforehand), `cache` (an earlier process
+    compiled them), `compiled`. Empty if Triton is not loaded."""
+    module = sys.modules.get("gantline_kernels.prebuilt")
+    return dict(vars(module.counts)) if module is not None else {}
 
 
 def _before(**_: Any) -> None:

@@ -90,6 +90,8 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     """Memory of one device that the planner's formula (`sizing.py`) expects, by part: `weights`, `cache`."""
     reserved_bytes: dict[str, int] = {}
     """Memory of one device that was really taken, by part."""
+    kernels: dict[str, int] = {}
+    """Triton's kernels that were loaded so far, by where they came from (`compilation.loaded_kernels`)."""
     about: dict[str, str] = {}
     """`architecture`: the model's class; `implementation`: `gantline`, or `transformers` where Gantline has none of it."""
 

@@ -26,7 +26,7 @@ import zmq
 
 from gantline_runtime import garbage, logs, termination
 from gantline_runtime.child_process import become_child
-from gantline_runtime.compilation import announce_compilations
+from gantline_runtime.compilation import announce_compilations, loaded_kernels
 from gantline_runtime.config import EngineConfig, from_mapping
 from gantline_runtime.engine_messages import (
     ApiMessage,
@@ -87,6 +87,7 @@ class EngineServer:
         self._last_report = 0.0
         self._epoch = secrets.token_hex(8)
         self._num_prefix_changes = 0
+        self._logged_kernels: dict[str, int] = {}
 
     def run(self) -> None:
         """Load the engine, tell how that goes, and serve until told to end. Raises whatever the engine raises."""
@@ -179,8 +180,15 @@ class EngineServer:
         now = time.monotonic()
         if now - self._last_report >= REPORT_INTERVAL_S:
             self._last_report = now
-            self._broadcast(build_report(engine.stats()))
+            report = build_report(engine.stats())
+            self._broadcast(report)
+            self._log_kernels(report.kernels)
             self._report_prefixes(engine)
+
+    def _log_kernels(self, kernels: dict[str, int]) -> None:
+        if kernels != self._logged_kernels and any(kernels.values()):
+            log.info("Triton kernels: %(image)d from the image, %(cache)d from the cache, %(compiled)d compiled", kernels)
+        self._logged_kernels = kernels
 
     def _report_prefixes(self, engine: Engine) -> None:
         added, removed = engine.take_prefix_changes()
@@ -257,6 +265,7 @@ def build_report(stats: Any) -> EngineReport:
         step_times={name.removesuffix("_s"): seconds for name, seconds in vars(stats.step_times).items()},
         promised_bytes=promised,
         reserved_bytes=reserved,
+        kernels=loaded_kernels(),
         about=dict(stats.about),
     )
 

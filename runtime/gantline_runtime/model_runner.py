@@ -110,15 +110,17 @@ class ModelRunner:
         build: BuildContext,
         parallel: Parallel,
         on_progress: Callable[[Progress], None] | None = None,
+        load: bool = True,
     ) -> None:
-        """Loads the weights. `session_len` bounds positions; the cache follows with `allocate`."""
+        """Loads the weights, unless `load` is false: then they are whatever they are. `session_len` bounds positions; the cache follows
+        with `allocate`."""
         self.device = build.device
         self.parallel = parallel
         self._dtype = build.dtype
         self._backend = build.backend
         self._shape = checkpoint.shape
         self._model = build_model(checkpoint, session_len=session_len, parallel=parallel, build=build)
-        self.weight_bytes = self._model.load(checkpoint, on_progress)
+        self.weight_bytes = self._model.load(checkpoint, on_progress) if load else 0
         self._graphs: StepGraphs | None = None
         self._graph_pool_bytes = 0
         self.capture_seconds: list[float] = []

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from gantline_kernels import triton_launcher
+from gantline_kernels import prebuilt, triton_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -158,6 +158,19 @@ def test_no_image_carries_a_compiler_and_tritons_launcher_is_built_beforehand() 
     assert ("COPY", f"--from=triton-launcher {made} {Path(made).name}") in chain("runtime")
     environment = next(rest for keyword, rest in chain("runtime") if keyword == "ENV" and triton_launcher.VARIABLE in rest)
     assert f"{triton_launcher.VARIABLE}=/opt/gantline/{Path(made).name}" in environment.split()
+
+
+def test_the_runtime_carries_tritons_kernels_where_it_looks_for_them() -> None:
+    stage = chain("triton-kernels")
+    command = next(rest for keyword, rest in stage if keyword == "RUN" and "prebuild-kernels" in rest)
+    made = command.split("--out ")[1]
+    assert ("COPY", f"--from=triton-kernels {made} {Path(made).name}") in chain("runtime")
+    environment = next(rest for keyword, rest in chain("runtime") if keyword == "ENV" and prebuilt.VARIABLE in rest)
+    assert f"{prebuilt.VARIABLE}=/opt/gantline/{Path(made).name}" in environment.split()
+    defaults = dict(re.findall(r"^ARG (KERNEL_\w+)=(.*)$", DOCKERFILE.read_text(), re.M))
+    assert defaults == {"KERNEL_TARGETS": '"80 86 89 90"', "KERNEL_MODELS": ""}, "all models of the list, for what documents promise"
+    for target in ("operator", "runtime-cpu"):
+        assert not [rest for _, rest in chain(target) if "triton-kernels" in rest]
 
 
 def test_the_small_model_lies_where_the_examples_and_the_chart_look_for_it() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -72,6 +74,24 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
 
 def _request(name: str, prompt: list[int] = PROMPT) -> EngineRequest:
     return EngineRequest(request_id=name, prompt_ids=prompt, sampling=SamplingParams(max_new_tokens=500))
+
+
+def test_the_log_says_once_where_tritons_kernels_came_from(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = SimpleNamespace(image=0, cache=0, compiled=0)
+    monkeypatch.setitem(sys.modules, "gantline_kernels.prebuilt", SimpleNamespace(counts=counts))
+    with caplog.at_level(logging.INFO, logger="gantline.engine"):
+        for image, compiled in ((0, 0), (21, 0), (21, 0), (21, 2)):
+            counts.image, counts.compiled = image, compiled
+            peer.server._last_report = -1e9
+            peer.server._report_if_due(peer.engine)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton kernels: 21 from the image, 0 from the cache, 0 compiled",
+        "Triton kernels: 21 from the image, 0 from the cache, 2 compiled",
+    ]
+    reports = [message for message in peer.received() if isinstance(message, EngineReport)]
+    assert reports[-1].kernels == {"image": 21, "cache": 0, "compiled": 2}
 
 
 def test_an_aborted_request_gives_nothing_more_and_its_blocks_are_free_before_the_next_step(peer: Peer) -> None:

@@ -25,7 +25,7 @@ from gantline_kernels.triton_kernels.early import capability, launch_options
 from gantline_kernels.triton_kernels.integers import next_power_of_2
 from gantline_kernels.triton_kernels.shared_prefix import attend_shared_prefixes, plan_prefix
 
-__all__ = ["DecodePlan", "decode_attention", "plan_decode"]
+__all__ = ["DecodePlan", "decode_attention", "decode_variant", "plan_decode"]
 
 _LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_SM = 2
@@ -153,7 +153,7 @@ def _join(
 
 @cache
 def _num_sms(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 4
+    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def plan_parts(batch: int, kv_heads: int, max_context_len: int, num_sms: int) -> tuple[int, int]:
@@ -196,6 +196,42 @@ def plan_decode(batch: int, heads: int, kv_heads: int, max_context_len: int, max
     return DecodePlan(parts, least, rows, min(2 * shared_parts, _MOST_TAKEN_IN))  # measured: two programs for each multiprocessor
 
 
+def _tile(dim: int, block_size: int) -> int:
+    """Tokens of a tile."""
+    return min(64 if dim <= 128 else 32, block_size if block_size >= 16 else 64)
+
+
+def _pipeline(programs: int, tile_bytes: int, num_sms: int) -> tuple[int, int]:
+    """(warps, stages) for tiles of so many bytes of keys and values.
+
+    Of five stages the pipeline gives two buffers to the tiles (a tile's address is itself loaded), of three one: enough where many
+    programs share a multiprocessor.
+    """
+    crowded = programs > 3 * num_sms or 2 * tile_bytes > _SHARED_BYTES
+    return (2 if tile_bytes <= 32768 else 4), (3 if crowded else 5)
+
+
+def decode_variant(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    element_size: int,
+    block_size: int,
+    max_context_len: int,
+    max_own_len: int | None,
+    num_sms: int,
+) -> tuple[int, ...]:
+    """What a batch's size and bounds decide about the kernels that attend it: batches for which it is the same share the compiled ones.
+
+    As `decode_attention` calls them: `max_context_len` not above a sliding window, `max_own_len` None where nothing is shared.
+    """
+    plan = plan_decode(batch, heads, kv_heads, max_context_len, max_own_len, num_sms)
+    tile_bytes = 2 * _tile(dim, block_size) * next_power_of_2(dim) * element_size
+    joined_parts = next_power_of_2(plan.shared_parts + plan.parts) if plan.joined else 0
+    return plan.shared_rows, joined_parts, *_pipeline(batch * kv_heads * plan.parts, tile_bytes, num_sms)
+
+
 def decode_attention(
     q: torch.Tensor,
     key_cache: torch.Tensor,
@@ -224,13 +260,9 @@ def decode_attention(
     group, dim_padded, num_sms = heads // kv_heads, next_power_of_2(dim), _num_sms(q.device.index)
     seen = min(max_context_len, sliding_window) if sliding_window else max_context_len
     plan = plan or plan_decode(batch, heads, kv_heads, seen, None if shared is None else shared.max_own_len, num_sms)
-    tile = tile or min(64 if dim <= 128 else 32, block_size if block_size >= 16 else 64)
-    # Of five stages the pipeline gives two buffers to the tiles (a tile's address is itself loaded), of three one: enough where many
-    # programs share a multiprocessor.
-    tile_bytes = 2 * tile * dim_padded * key_cache.element_size()
-    crowded = batch * kv_heads * plan.parts > 3 * num_sms or 2 * tile_bytes > _SHARED_BYTES
-    stages = num_stages or (3 if crowded else 5)
-    warps = num_warps or (2 if tile_bytes <= 32768 else 4)
+    tile = tile or _tile(dim, block_size)
+    warps, stages = _pipeline(batch * kv_heads * plan.parts, 2 * tile * dim_padded * key_cache.element_size(), num_sms)
+    warps, stages = num_warps or warps, num_stages or stages
     all_parts = plan.shared_parts + (plan.parts if plan.joined else 0)
     part_out = torch.empty((batch, heads, all_parts, dim), dtype=torch.float32, device=q.device) if all_parts else out
     part_lse = torch.empty((batch, heads, all_parts), dtype=torch.float32, device=q.device) if all_parts else out

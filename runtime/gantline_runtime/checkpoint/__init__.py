@@ -9,7 +9,7 @@ never read here, so a 70B checkpoint is judged in milliseconds; every length, of
 
 from gantline_runtime.checkpoint.files import FileSource, LocalFiles
 from gantline_runtime.checkpoint.headers import TensorInfo, parse_header
-from gantline_runtime.checkpoint.reader import Checkpoint, open_checkpoint, read_checkpoint
+from gantline_runtime.checkpoint.reader import Checkpoint, describe_checkpoint, open_checkpoint, read_checkpoint
 from gantline_runtime.checkpoint.shape import FAMILIES, AwqFormat, ModelShape, parse_shape
 from gantline_runtime.checkpoint.tensors import expected_tensors, quantized_linears
 
@@ -21,6 +21,7 @@ __all__ = [
     "LocalFiles",
     "ModelShape",
     "TensorInfo",
+    "describe_checkpoint",
     "expected_tensors",
     "open_checkpoint",
     "parse_header",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from gantline_runtime.errors import CheckpointError
 from gantline_runtime.model_facts import ModelFacts, Quantization
 from gantline_runtime.termination import Reason
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint", "read_checkpoint"]
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "describe_checkpoint", "open_checkpoint", "read_checkpoint"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -73,6 +73,22 @@ def read_checkpoint(files: FileSource, *, name: str = "", revision: str = "") ->
     label = _printable(name or Path(files.label).name)
     facts = _build_facts(shape, tensors, name=label, revision=revision, fingerprint=f"sha256:{digest.hexdigest()}")
     return Checkpoint(files.label, files, MappingProxyType(config), shape, facts, MappingProxyType(tensors), unused)
+
+
+def describe_checkpoint(config: Mapping[str, Any], name: str) -> Checkpoint:
+    """A checkpoint of which there is nothing but config.json, decoded: for what looks at shapes alone. Raises CheckpointError."""
+    shape = parse_shape(config)
+    facts = _build_facts(shape, {}, name=name, revision="", fingerprint="")
+    return Checkpoint(name, _NoFiles(name), MappingProxyType(dict(config)), shape, facts, {}, ())
+
+
+@dataclass(frozen=True)
+class _NoFiles:
+    label: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        raise CheckpointError(f"{self.label} has no file {quote(name)}: only its config.json is known", cure="Give a whole checkpoint.")
 
 
 def _printable(name: str) -> str:

@@ -174,6 +174,7 @@ def _of_engine(report: EngineReport) -> Iterable[Metric]:
     yield _counter("num_preemptions", "Requests that gave up their blocks and were computed again.", report.num_preemptions)
     yield _counter("engine_steps", "Steps of the engine.", report.num_steps)
     yield _counter_by("engine_step_seconds", _STEP_PARTS, "part", report.step_times)
+    yield _counter_by("triton_kernels", _KERNELS, "source", report.kernels)
     yield _gauge_by("memory_promised_bytes", "Memory of one device that the planner's formula expects.", "part", report.promised_bytes)
     yield _gauge_by("memory_reserved_bytes", "Memory of one device that the engine took.", "part", report.reserved_bytes)
 
@@ -185,8 +186,8 @@ def _planned_bytes() -> float:
 
 
 _SHARED_TOKENS = "Context tokens that requests behind one prefix did not read again in each step, since they were read once for all."
+_KERNELS = "Triton kernels loaded: `image`, made beforehand; `cache`, compiled by an earlier process; `compiled`, by this one."
 _STEP_PARTS = "Where the time of steps goes: of the host, and `device`, while the device has a step to run."
-
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"gantline_{name}", text, value=value)
@@ -203,7 +204,7 @@ def _gauge_by(name: str, text: str, label: str, values: Mapping[str, float]) -> 
     return family
 
 
-def _counter_by(name: str, text: str, label: str, values: dict[str, float]) -> Metric:
+def _counter_by(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
     family = CounterMetricFamily(f"gantline_{name}", text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)

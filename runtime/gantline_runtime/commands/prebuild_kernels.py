@@ -1,0 +1,47 @@
+"""Compile the Triton kernels of models beforehand, on a machine without a GPU.
+
+A server started with $GANTLINE_TRITON_KERNELS naming the folder launches them without compiling; the `runtime` image carries such a folder.
+Kernels are found by types and sizes, never by weights, so a fine-tuned model is served by those of the model it was made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from gantline_runtime.prebuilt_models import MODELS, ModelVariant, read_variants, select_variants
+
+__all__ = ["add_arguments", "run"]
+
+_TARGETS = (80, 86, 89, 90)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the kernels; what is in it is kept")
+    parser.add_argument(
+        "--targets", type=int, nargs="+", default=_TARGETS, metavar="N", help="GPU architectures, 90 for 9.0 (default: 80 86 89 90)"
+    )
+    names = ", ".join(MODELS)
+    parser.add_argument("--models", nargs="*", metavar="NAME", help=f"models of the list, all if none is named (default): {names}")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a model's config.json, or its folder, instead of the list's models")
+    parser.add_argument("--tp", type=int, nargs="+", default=(1,), metavar="N", help="tensor parallelism that --config is served with")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes that compile (default: as many as processors)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gantline_runtime.memory import available_cpus
+    from gantline_runtime.prebuild import prebuild
+
+    variants = list(select_variants(args.models or ()) if args.config is None else read_variants(args.config, args.tp))
+    began = time.monotonic()
+    prebuild(variants, args.targets, args.out, jobs=args.jobs or available_cpus(), on_done=_say)
+    kernels = list(args.out.glob("*/*.cubin"))
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"{len(kernels)} kernels in {args.out}, {size / 1e6:.1f} MB, after {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def _say(variant: ModelVariant, target: int, done: int, total: int) -> None:
+    print(f"{done}/{total} {variant.name}, tp {variant.tp}, architecture {target}", file=sys.stderr, flush=True)
