@@ -227,15 +227,25 @@ _LIMITS: dict[str, tuple[int | None, float | None, float | None]] = {
 
 
 def sampling_cases(backend: str) -> Iterator[Case]:
-    for shape, spread in (("peaked", 8.0), ("flat", 0.5)):
-        yield _sampling_case(f"argmax {shape}", spread, lambda logits: lambda: api.argmax(logits, backend=backend))
-        for name, limits in _LIMITS.items():
-            yield _sampling_case(f"{name} {shape}", spread, partial(_limited, limits=limits, backend=backend))
+    for rows in (256, 32, 1):
+        for shape in ("peaked", "flat", "text"):
+            yield _sampling_case(f"argmax {shape}", shape, rows, lambda logits: lambda: api.argmax(logits, backend=backend))
+            for name, limits in _LIMITS.items():
+                yield _sampling_case(f"{name} {shape}", shape, rows, partial(_limited, limits=limits, backend=backend))
 
 
-def _sampling_case(name: str, spread: float, make: Callable[[torch.Tensor], Run]) -> Case:
-    rows = 256
-    return Case(name, lambda _: make(torch.randn(rows, VOCABULARY, device="cuda") * spread), read=4.0 * rows * VOCABULARY)
+def _sampling_case(name: str, shape: str, rows: int, make: Callable[[torch.Tensor], Run]) -> Case:
+    return Case(f"{name} {rows}", lambda _: make(sampling_logits(shape, rows)), read=4.0 * rows * VOCABULARY)
+
+
+def sampling_logits(shape: str, rows: int, size: int = VOCABULARY) -> torch.Tensor:
+    """peaked, flat; text: a few hundred likely tokens, one far ahead in half of the rows, over a broad rest."""
+    if shape != "text":
+        return torch.randn(rows, size, device="cuda") * {"peaked": 8.0, "flat": 0.5}[shape]
+    logits = torch.randn(rows, size, device="cuda") * 2.0
+    logits[:, 100:400] += torch.rand(rows, 300, device="cuda") * 10.0
+    logits[::2, 17] = 16.0
+    return logits
 
 
 def _limited(logits: torch.Tensor, *, limits: tuple[int | None, float | None, float | None], backend: str) -> Run:

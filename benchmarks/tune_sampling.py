@@ -1,8 +1,9 @@
-"""Choosing tokens within limits, by variant: `python -m benchmarks.tune_sampling [--nvcc PATH] [--quick]`.
+"""Choosing tokens within limits, by variant: `python -m benchmarks.tune_sampling [--nvcc PATH] [--quick] ...`.
 
-Needs a Hopper GPU and nvcc. Compiles `sampling_long_hopper.cu` once for each variant, checks every one against the float64 reference (and
-says how many tokens differ from the cluster kernel's: they may where a uniform number falls on an edge of a running sum), then times all of
-them over input sets that together exceed 200 MB: medians of replays of CUDA graphs. A reading is the time that a sum over the logits takes.
+Needs a Hopper GPU and, but for --built, nvcc. Compiles `sampling_long_hopper.cu` once for each variant, checks every one against the
+float64 reference (and says how many tokens differ from the cluster kernel's: they may where a uniform number falls on an edge of a running
+sum), then times all of them over input sets that together exceed 200 MB: medians of replays of CUDA graphs. A reading is the time that a
+sum over the logits takes. The part that chooses, timed alone, finds what the call before left of another set.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from gantline_kernels import build, hopper_sampling, reference
+from gantline_kernels import library as built
 
 from benchmarks import ceilings
+from benchmarks.kernels import VOCABULARY, sampling_logits
 
 _SOURCES = Path(build.__file__).parent / "cuda_kernels"
 Limits = tuple[int | None, float | None, float | None]
@@ -60,43 +64,33 @@ def compile_variant(nvcc: Path, changes: dict[str, str], folder: Path) -> ctypes
     library = ctypes.CDLL(str(folder / "long.so"))
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     library.gantline_sample_long.argtypes = [integer, pointer, long, *[pointer] * 7, integer, integer, integer, pointer]
-    library.gantline_sample_long_scratch.argtypes, library.gantline_sample_long_scratch.restype = [integer], long
+    library.gantline_sample_long_scratch.argtypes = [integer, integer]
     return library
 
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-def sampler(library: ctypes.CDLL, options: int, scratch: dict[int, torch.Tensor]) -> Sampler:
-    """`scratch`: by rows; shared by samplers that launch parts of the same."""
+def sampler(library: ctypes.CDLL, options: int, scratch: dict[tuple[int, int], torch.Tensor]) -> Sampler:
+    """`scratch`: by rows and their length; shared by samplers that launch parts of the same."""
 
     def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: torch.Tensor, *limits: torch.Tensor | None) -> torch.Tensor:
         rows, size = logits.shape
-        if rows not in scratch:
-            scratch[rows] = torch.full((library.gantline_sample_long_scratch(rows),), 255, dtype=torch.uint8, device="cuda")
+        if (rows, size) not in scratch:
+            scratch[rows, size] = torch.full((library.gantline_sample_long_scratch(rows, size),), 255, dtype=torch.uint8, device="cuda")
         out = torch.empty(rows, dtype=torch.int64, device="cuda")
         if not torch.cuda.is_current_stream_capturing():
             out.fill_(-1)
         at = [None if x is None else x.data_ptr() for x in limits]
         code = library.gantline_sample_long(
             _TYPES[logits.dtype], logits.data_ptr(), logits.stride(0), uniforms.data_ptr(), temperature.data_ptr(), *at, out.data_ptr(),
-            scratch[rows].data_ptr(), rows, size, options, torch.cuda.current_stream().cuda_stream,
+            scratch[rows, size].data_ptr(), rows, size, options, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         if code:
             raise RuntimeError(f"CUDA error {code}")
         return out
 
     return sample
-
-
-def logits_of(shape: str, rows: int, size: int = 128256) -> torch.Tensor:
-    """peaked, flat; text: a few hundred likely tokens, one far ahead in half of the rows, over a broad rest."""
-    if shape != "text":
-        return torch.randn(rows, size, device="cuda") * {"peaked": 8.0, "flat": 0.5}[shape]
-    logits = torch.randn(rows, size, device="cuda") * 2.0
-    logits[:, 100:400] += torch.rand(rows, 300, device="cuda") * 10.0
-    logits[::2, 17] = 16.0
-    return logits
 
 
 def per_row(limits: Limits, rows: int) -> tuple[torch.Tensor | None, ...]:
@@ -134,7 +128,7 @@ def check(name: str, sample: Sampler) -> bool:
         logits[:, ::7] = -torch.inf
         bad += _wrong(name, sample, (logits, uniforms, temperature), limits, f"{spread} of {size}")
     for limits in [*_LIMITS.values(), *_MORE]:
-        logits, ones = logits_of("text", 64), torch.ones(64, device="cuda")
+        logits, ones = sampling_logits("text", 64), torch.ones(64, device="cuda")
         bad += _wrong(name, sample, (logits, torch.rand(64, device="cuda"), ones), limits, "text")
     bad += _odd_rows(name, sample)
     for dtype in (torch.bfloat16, torch.float16):
@@ -182,43 +176,57 @@ def time_us(sample: Sampler, inputs: list[tuple[torch.Tensor | None, ...]]) -> f
     return 1e3 * ceilings.graph_median_ms(lambda: [sample(*x) for x in inputs]) / len(inputs)
 
 
+def compile_samplers(nvcc: Path, variants: dict[str, dict[str, str]]) -> tuple[dict[str, Sampler], dict[str, Sampler]]:
+    """Each variant with and without overlapping launches, and the parts of the first."""
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(8) as pool:
+        main_library = pool.submit(lambda: built.find() or build.build(nvcc, build.library_path(), jobs=4))
+        compiled = [pool.submit(compile_variant, nvcc, changes, Path(work) / str(i)) for i, changes in enumerate(variants.values())]
+        libraries = [x.result() for x in compiled]
+        main_library.result()
+    samplers: dict[str, Sampler] = {}
+    of_first: dict[tuple[int, int], torch.Tensor] = {}
+    for name, library in zip(variants, libraries, strict=True):
+        scratch = {} if samplers else of_first
+        samplers |= {name: sampler(library, _ALL, scratch), f"{name}, early": sampler(library, _ALL | _EARLY, scratch)}
+    parts = {"(probe)": 1, "(probe, read)": 3, "(choose)": 4}
+    return samplers, {name: sampler(libraries[0], options, of_first) for name, options in parts.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nvcc", default="")
     parser.add_argument("--quick", action="store_true", help="only the variant as it is")
+    parser.add_argument("--built", action="store_true", help="the library's kernels alone: compiles nothing, times no parts")
+    parser.add_argument("--unchecked", action="store_true", help="only time")
+    parser.add_argument("--rows", nargs="+", type=int, default=[256, 1, 32])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[VOCABULARY], help="logits of a row, at most 409600")
     args = parser.parse_args()
-    nvcc = build.find_nvcc(args.nvcc)
-    if nvcc is None:
-        print("gantline: no nvcc found", file=sys.stderr)
-        return 2
-    variants = dict(itertools.islice(_VARIANTS.items(), 1 if args.quick else None))
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(8) as pool:
-        main_library = pool.submit(lambda: build.library_path().exists() or build.build(nvcc, build.library_path(), jobs=4))
-        compiled = [pool.submit(compile_variant, nvcc, changes, Path(work) / str(i)) for i, changes in enumerate(variants.values())]
-        libraries = dict(zip(variants, [x.result() for x in compiled], strict=True))
-        main_library.result()
+    samplers: dict[str, Sampler] = {"cluster": hopper_sampling.sample_in_cluster}
+    parts: dict[str, Sampler] = {}
+    if args.built:
+        samplers |= {f"as it is{name}": partial(hopper_sampling.sample_long, early=bool(name)) for name in ("", ", early")}
+    else:
+        nvcc = build.find_nvcc(args.nvcc)
+        if nvcc is None:
+            print("gantline: no nvcc found", file=sys.stderr)
+            return 2
+        of_variants, parts = compile_samplers(nvcc, dict(itertools.islice(_VARIANTS.items(), 1 if args.quick else None)))
+        samplers |= of_variants
     torch.manual_seed(0)
     print(json.dumps(ceilings.measure() | {"device": torch.cuda.get_device_name()}), flush=True)
-    first: dict[int, torch.Tensor] = {}
-    samplers: dict[str, Sampler] = {"cluster": hopper_sampling.hopper_sample}
-    for name, library in libraries.items():
-        scratch = first if name == "as it is" else {}
-        samplers |= {name: sampler(library, _ALL, scratch), f"{name}, early": sampler(library, _ALL | _EARLY, scratch)}
-    right = {name: check(name, sample) for name, sample in samplers.items() if name != "cluster"}
+    right = {} if args.unchecked else {name: check(name, sample) for name, sample in samplers.items() if name != "cluster"}
     print(json.dumps({"right": right}), flush=True)
-    for name, options in (("(probe)", 1), ("(probe, read)", 3), ("(choose)", 4)):
-        samplers[name] = sampler(libraries["as it is"], options, first)
-    for rows in (256, 1, 32):
-        _time_rows(rows, samplers)
+    for size, rows in itertools.product(args.sizes, args.rows):
+        _time_rows(rows, size, samplers | parts)
     return 0 if all(right.values()) else 1
 
 
-def _time_rows(rows: int, samplers: dict[str, Sampler]) -> None:
-    sets = max(2, min(64, 220_000_000 // (rows * 128256 * 4) + 1))
+def _time_rows(rows: int, size: int, samplers: dict[str, Sampler]) -> None:
+    sets = max(2, min(64, 220_000_000 // (rows * size * 4) + 1))
     table: dict[str, list[str]] = {name: [] for name in samplers}
     columns, differ = [], {}
     for shape in ("peaked", "flat", "text"):
-        all_logits = [logits_of(shape, rows) for _ in range(sets)]
+        all_logits = [sampling_logits(shape, rows, size) for _ in range(sets)]
         reading = 1e3 * ceilings.graph_median_ms(lambda all_logits=all_logits: [x.sum(dim=1) for x in all_logits]) / sets
         columns.append(f"{shape}: one reading {reading:.1f} us")
         for label, limits in _LIMITS.items():
@@ -230,7 +238,7 @@ def _time_rows(rows: int, samplers: dict[str, Sampler]) -> None:
                 table[name].append(f"{time_us(sample, inputs):6.1f}")
         del all_logits, inputs
         torch.cuda.empty_cache()
-    print(f"\n{rows} rows, us; {'; '.join(columns)}\nfor each of them: {', '.join(_LIMITS)}")
+    print(f"\n{rows} rows of {size}, us; {'; '.join(columns)}\nfor each of them: {', '.join(_LIMITS)}")
     print(f"tokens unlike the cluster's: {json.dumps(differ)}")
     for name, times in table.items():
         each = len(_LIMITS)

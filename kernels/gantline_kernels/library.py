@@ -29,6 +29,10 @@ _SIGNATURES = {
     "gantline_sample_hopper": [
         _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER,
     ],
+    "gantline_sample_long": [
+        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER,
+    ],
+    "gantline_sample_long_scratch": [_INT, _INT],
 }  # fmt: skip
 
 

@@ -358,20 +358,28 @@ def test_masked_tokens_are_forbidden_and_nothing_else_changes(rows: int, size: i
     assert torch.equal(padded[:, size:], before[:, size:])
 
 
-_DRAWS = [(16, 300, 3.0), (4, 2000, 0.3), (64, 128256, 1.0), (64, 128256, 8.0)] if ON_GPU else [(5, 700, 1.0)]
+Limits = tuple[int | None, float | None, float | None]
+_DRAWS = [(16, 300, 3.0), (4, 2000, 0.3), (64, 128256, 1.0), (64, 128256, 8.0), (9, 70001, 0.3)] if ON_GPU else [(5, 700, 1.0)]
 
 
 _LIMITS = [(None, None, None), (5, None, None), (0, 0.7, 0.0), (50, 0.5, 0.05), (1, 1.0, 0.0), (3, 0.0, 0.5), (40, 0.9, None)]
+_LIMITS += [(None, None, 0.05), (None, None, 0.6), (5000, 0.9, None), (20000, 0.8, None), (None, 0.99, None)] if ON_GPU else []
 
 
 @pytest.mark.parametrize("limits", _LIMITS)
 @pytest.mark.parametrize(("rows", "size", "spread"), _DRAWS)
-def test_sampling(limits: tuple[int | None, float | None, float | None], rows: int, size: int, spread: float) -> None:
-    """Tokens equal the reference's but where the uniform number falls on an edge of the running sum, within float32's error."""
+def test_sampling(limits: Limits, rows: int, size: int, spread: float) -> None:
     torch.manual_seed(0)
-    logits, uniforms = torch.randn(rows, size, device=DEVICE) * spread, torch.rand(rows, device=DEVICE)
-    temperature = torch.where(torch.arange(rows, device=DEVICE) % 4 == 0, 0.0, torch.rand(rows, device=DEVICE) + 0.5)
+    logits = torch.randn(rows, size, device=DEVICE) * spread
     logits[:, ::7] = -torch.inf
+    _check_tokens(logits, limits)
+
+
+def _check_tokens(logits: torch.Tensor, limits: Limits) -> None:
+    """Tokens equal the reference's but where the uniform number falls on an edge of the running sum, within float32's error."""
+    rows = len(logits)
+    uniforms = torch.rand(rows, device=DEVICE)
+    temperature = torch.where(torch.arange(rows, device=DEVICE) % 4 == 0, 0.0, torch.rand(rows, device=DEVICE) + 0.5)
     per_row = [None if x is None else torch.full((rows,), x, device=DEVICE) for x in limits]
     got = api.sample(logits, uniforms, temperature, *per_row, backend=BACKEND).cpu()
     greedy = reference.argmax(logits).cpu()
@@ -388,7 +396,26 @@ def test_sampling(limits: tuple[int | None, float | None, float | None], rows: i
         assert token == 0 or running[token - 1] <= at + 1e-5
 
 
-@pytest.mark.parametrize("size", [2000, 40000] if ON_GPU else [300])
+@pytest.mark.parametrize("limits", [(None, 0.9, None), (None, 0.95, None), (50, 0.9, 0.01), (None, None, 0.001)])
+@pytest.mark.parametrize("size", [128256, 152064] if ON_GPU else [600])
+def test_sampling_where_a_few_tokens_have_most_of_the_weight(size: int, limits: Limits) -> None:
+    """What a look at a part of the row cannot foresee: a few hundred likely tokens side by side, in some rows one far ahead."""
+    torch.manual_seed(2)
+    logits = torch.randn(64 if ON_GPU else 4, size, device=DEVICE) * 2
+    logits[:, 100:400] += torch.rand(len(logits), 300, device=DEVICE) * 10
+    logits[::3, 17] = 16.0
+    _check_tokens(logits, limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limits", [(None, None, None), (300, 0.8, None), (None, 0.9, 0.01), (None, None, 0.05)])
+def test_sampling_of_16_bit_logits_at_any_address(limits: Limits, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    for size in (3000, 70003) if ON_GPU else (300,):
+        _check_tokens((torch.randn(8, size, device=DEVICE) * 2).to(dtype)[:, 1:], limits)
+
+
+@pytest.mark.parametrize("size", [2000, 40000, 70001] if ON_GPU else [300])
 def test_sampling_of_odd_rows_keeps_what_the_limits_say(size: int) -> None:
     """One large logit and many equal ones; logits of every magnitude; forbidden by large finite values; a single allowed one."""
     torch.manual_seed(0)
@@ -415,16 +442,38 @@ def test_sampling_of_odd_rows_keeps_what_the_limits_say(size: int) -> None:
                 assert token == 0 or running[token - 1] <= at + 2e-5
 
 
-def test_sampling_does_not_depend_on_other_rows() -> None:
+@pytest.mark.parametrize(("rows", "size"), [(40, 30000), (40, 128256), (150, 70001), (300, 65536)] if ON_GPU else [(5, 500)])
+def test_sampling_does_not_depend_on_other_rows(rows: int, size: int) -> None:
     torch.manual_seed(1)
-    rows, size = (40, 30000) if ON_GPU else (5, 500)
     logits, uniforms, ones = torch.randn(rows, size, device=DEVICE) * 2, torch.rand(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
-    limits = ((ones * 5000).int(), ones * 0.9, ones * 0.001)
+    some = torch.arange(rows, device=DEVICE) % 3
+    limits = (torch.where(some == 0, 0, 5000).int(), torch.where(some == 1, 1.0, 0.9), ones * 0.001)
     whole = api.sample(logits, uniforms, ones, *limits, backend=BACKEND)
     for i in (0, rows // 2, rows - 1):
-        alone = api.sample(logits[i : i + 1], uniforms[i : i + 1], ones[:1], *(x[:1] for x in limits), backend=BACKEND)
+        alone = api.sample(logits[i : i + 1], uniforms[i : i + 1], ones[:1], *(x[i : i + 1] for x in limits), backend=BACKEND)
         assert torch.equal(alone, whole[i : i + 1])
     assert torch.equal(whole, api.sample(logits, uniforms, ones, *limits, backend=BACKEND))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs and the device's memory")
+def test_sampling_in_a_graph_gives_the_same_tokens_and_its_memory_is_bounded() -> None:
+    torch.manual_seed(4)
+    rows, size = 300, 128256
+    logits, uniforms, ones = torch.randn(rows, size, device=DEVICE), torch.rand(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+    limits = ((ones * 50).int(), ones * 0.9, ones * 0.0)
+    api.sample(logits[:2], uniforms[:2], ones[:2], *(x[:2] for x in limits), backend=BACKEND)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # of more rows than ran before
+        captured = api.sample(logits, uniforms, ones, *limits, backend=BACKEND)
+    for _ in range(3):
+        captured.fill_(-1)
+        uniforms.uniform_()
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        assert torch.equal(captured, api.sample(logits, uniforms, ones, *limits, backend=BACKEND))
+        assert BACKEND != "cuda" or torch.cuda.max_memory_allocated() - before < 20_000_000
 
 
 def test_sampling_keeps_equals_of_the_last_kept() -> None:

@@ -50,13 +50,17 @@ def hopper_linear(_: str) -> float:
 
 
 def sampling(backend: str) -> float:
-    rows, size = 6, 9001
-    logits, uniforms, ones = torch.randn(rows, size, device=DEVICE), torch.rand(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
-    wrong = (api.argmax(logits, backend=backend) != logits.argmax(dim=-1)).sum()
-    for k, p, least in ((0, 0.9, 0.0), (50, 0.8, 0.01), (3000, 0.9, 0.0)):
-        got = api.sample(logits, uniforms, ones, (ones * k).int(), ones * p, ones * least, backend=backend)
-        for i in range(rows):
-            wrong = wrong + (reference.kept_probabilities(logits[i], 1.0, k, p, least)[got[i]] <= 0)
+    """Short rows and long ones, whose limits are foreseen, or found by a second reading, or (equal logits) by a search."""
+    wrong = torch.zeros((), device=DEVICE)
+    for rows, size in ((6, 9001), (3, 66001)):
+        logits, uniforms, ones = torch.randn(rows, size, device=DEVICE), torch.rand(rows, device=DEVICE), torch.ones(rows, device=DEVICE)
+        logits[1, 100:400] += 10 * torch.rand(300, device=DEVICE)
+        logits[2] = torch.where(torch.arange(size, device=DEVICE) == 7, 12.0, 0.0)
+        wrong += (api.argmax(logits, backend=backend) != logits.argmax(dim=-1)).sum()
+        for k, p, least in ((0, 0.9, 0.0), (50, 0.8, 0.01), (3000, 0.9, 0.0), (0, 1.0, 0.05), (0, 1.0, 0.0)):
+            got = api.sample(logits, uniforms, ones, (ones * k).int(), ones * p, ones * least, backend=backend)
+            for i in range(rows):
+                wrong += reference.kept_probabilities(logits[i], 1.0, k, p, least)[got[i]] <= 0
     return float(wrong)
 
 

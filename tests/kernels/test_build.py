@@ -17,6 +17,7 @@ def test_the_library_exports_every_bound_function() -> None:
         build.build(nvcc, path)
     bound = ctypes.CDLL(str(path))
     assert all(hasattr(bound, name) for name in library._SIGNATURES)
+    assert 15e6 < bound.gantline_sample_long_scratch(256, 128256) < 16e6 < bound.gantline_sample_long_scratch(256, 524288) < 19e6
 
 
 def test_the_library_is_named_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

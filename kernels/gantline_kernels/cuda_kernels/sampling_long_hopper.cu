@@ -60,7 +60,7 @@ struct LongArguments {
   uint32_t* cells;       // [rows, CELLS]
   int* listed;           // [rows]: how many
   float* list;           // [rows, CAPACITY]
-  Stretch* stretches;    // [rows, MAX_STRETCHES]
+  Stretch* stretches;    // [rows, count]
   int size, count;       // logits and stretches of a row
   int early;             // a launch may begin before the one ahead has ended
 };
@@ -156,7 +156,10 @@ __device__ __forceinline__ int cell_of(float value, float largest, float scale) 
 }
 
 // Where cells are to be listed down to number `lo`, but, if not all of these can be, not those above number `hi` (-1: no more is known)
-// save for the largest: the wanted logits. `before`: probed logits above this thread's four cells; `counts`: those in each.
+// save for the largest: the wanted logits. `hi` UPWARDS: as many of these as can be, from `lo` up. `before`: probed logits above this
+// thread's four cells; `counts`: those in each.
+constexpr int UPWARDS = -2;
+
 __device__ Wanted wanted_of(int (&found)[4], float largest, float scale, const uint32_t (&counts)[4], float before, int lo, int hi) {
   const auto lower_edge = [&](int cell) { return largest - static_cast<float>(cell + 1) / scale; };
   __syncthreads();
@@ -177,6 +180,19 @@ __device__ Wanted wanted_of(int (&found)[4], float largest, float scale, const u
   const int top = found[0], most = found[1];
   lo = max(lo, top);
   if (lo < most) return {lower_edge(lo), INFINITE, INFINITE};
+  if (hi == UPWARDS) {
+    if (threadIdx.x == lo / 4) found[2] = static_cast<int>(number(lo));
+    if (threadIdx.x == 0) found[3] = lo;
+    __syncthreads();
+#pragma unroll
+    for (int i = 3; i >= 0; --i) {
+      const int cell = 4 * threadIdx.x + i;
+      if (static_cast<float>(found[2]) - number(cell) + LEAST_PROBED <= MOST_PROBED) atomicMin(&found[3], cell);
+    }
+    __syncthreads();
+    hi = found[3];
+    __syncthreads();
+  }
   if (hi > top) {
     if (threadIdx.x == lo / 4) found[2] = static_cast<int>(number(lo));
     if (threadIdx.x == hi / 4) found[3] = static_cast<int>(number(hi));
@@ -220,6 +236,8 @@ __global__ __launch_bounds__(THREADS, 2) void probe(const LongArguments args) {
     if (threadIdx.x == 0) args.probes[row] = {{INFINITE, INFINITE, INFINITE}, 0.f, 0.f};
     return;
   }
+  const bool by_floor = !limits.top_k && !(limits.top_p < 1.f);
+  const float lowest = largest + __logf(limits.min_p) * limits.temperature;  // of min-p, as far as is known here
   if (!limits.top_k && limits.top_p < 1.f) least = fmaxf(least, largest - REACH * limits.temperature);
   const float scale = least < largest ? fminf(CELLS / (largest - least), LARGEST) : 1.f;
   for (int i = threadIdx.x; i < fours; i += THREADS) {
@@ -268,14 +286,13 @@ __global__ __launch_bounds__(THREADS, 2) void probe(const LongArguments args) {
       if (more <= -off) atomicMax(&desk.edges.hi, last - i);
       below += numbers[i] * weights[i], square_below += numbers[i] * weights[i] * weights[i];
     }
-  } else {
-    const float lowest = largest + __logf(limits.min_p) * limits.temperature;
-    if (threadIdx.x == 0) desk.edges.lo = lowest > least ? min(cell_of(lowest, largest, scale) + 1, CELLS - 1) : CELLS - 1;
+  } else if (threadIdx.x == 0) {  // from here up: a largest logit that was not probed only raises the floor
+    desk.edges.lo = lowest > least ? min(cell_of(lowest, largest, scale) + 1, CELLS - 1) : CELLS - 1, desk.edges.hi = UPWARDS;
   }
   __syncthreads();
   Wanted wanted = wanted_of(desk.found, largest, scale, counts, before, min(desk.edges.lo, desk.edges.surely), desk.edges.hi);
-  const bool by_floor = !limits.top_k && !(limits.top_p < 1.f);
-  if (by_floor && wanted.lo > largest + __logf(limits.min_p) * limits.temperature) wanted.lo = INFINITE;  // some would not do
+  // Where some of these are not listed, none of the list would do.
+  if (by_floor) wanted.lo = wanted.lo <= largest - static_cast<float>(desk.edges.lo + 1) / scale ? fminf(wanted.lo, lowest) : INFINITE;
   if (threadIdx.x == 0) args.probes[row] = {wanted, largest, scale};
 }
 
@@ -386,7 +403,7 @@ __global__ __launch_bounds__(READERS * 32, READING_BLOCKS) void read(const LongA
   const Wanted wanted = args.probes[row].wanted;
   const Stretch sums = take_stretch<true>(values, wanted, temperature > 0.f ? LOG2_E / temperature : LOG2_E, &columns[threadIdx.x / 32][0][threadIdx.x % 32],
                                           args.list + static_cast<long long>(row) * CAPACITY, args.listed + row);
-  if (threadIdx.x % 32 == 0) store_stretch(args.stretches + static_cast<long long>(row) * MAX_STRETCHES + stretch, sums);
+  if (threadIdx.x % 32 == 0) store_stretch(args.stretches + static_cast<long long>(row) * args.count + stretch, sums);
 }
 
 // ---- choosing ----
@@ -419,14 +436,18 @@ __device__ __forceinline__ float unordered(unsigned bits) { return __uint_as_flo
 // A thread's logits of a row in memory.
 template <typename T>
 struct Afar {
+  static constexpr int AT_ONCE = 4;  // loads, or a block would wait for each
   const T* row;
   int size;
 
   template <typename F>
   __device__ __forceinline__ void each(F f) const {
-    for (int at = 4 * threadIdx.x; at < size; at += 4 * THREADS) {
-      const float4 four = four_at(row, at, size);
-      f(clamped(four.x)), f(clamped(four.y)), f(clamped(four.z)), f(clamped(four.w));
+    for (int at = 4 * threadIdx.x; at < size; at += 4 * AT_ONCE * THREADS) {
+      float4 fours[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) fours[i] = four_at(row, at + 4 * i * THREADS, size);  // past the row: forbidden
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) f(clamped(fours[i].x)), f(clamped(fours[i].y)), f(clamped(fours[i].z)), f(clamped(fours[i].w));
     }
   }
 };
@@ -609,7 +630,7 @@ struct Choice {
   // The row once more, with what is wanted now.
   __device__ __noinline__ void read_anew() {
     const int warp = threadIdx.x / 32;
-    Stretch* stretches = args.stretches + static_cast<long long>(row) * MAX_STRETCHES;
+    Stretch* stretches = args.stretches + static_cast<long long>(row) * args.count;
     for (int stretch = warp; stretch < args.count; stretch += WARPS) {
       float values[4 * STEPS];
       load_stretch(values, logits, stretch * STRETCH, args.size);
@@ -622,7 +643,7 @@ struct Choice {
 
   __device__ Stretch mine() const {
     if (threadIdx.x >= args.count) return {-INFINITE, 0.f, 0.f, 0, 0, 0, {0, 0}};
-    return load_stretch_sums(args.stretches + static_cast<long long>(row) * MAX_STRETCHES + threadIdx.x);
+    return load_stretch_sums(args.stretches + static_cast<long long>(row) * args.count + threadIdx.x);
   }
 
   // The least logit that top-k and top-p keep, without estimates.
@@ -806,6 +827,8 @@ int launch(const LongArguments& args, dim3 grid, int threads, int bytes, int mos
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
+int stretches_of(int size) { return (size + STRETCH - 1) / STRETCH; }
+
 template <typename T>
 int launch_all(const LongArguments& args, int rows, int parts, cudaStream_t stream) {
   const int probed = args.size / PERIOD * PROBED * sizeof(float), most_probed = MAX_STRETCHES * STRETCH / PERIOD * PROBED * sizeof(float);
@@ -819,17 +842,18 @@ int launch_all(const LongArguments& args, int rows, int parts, cudaStream_t stre
 }  // namespace
 }  // namespace gantline
 
-// As gantline_sample_hopper, for rows of at most 524288 logits. `scratch`: memory of gantline_sample_long_scratch(rows) bytes, aligned to
-// 16. `options`: 1, 2, 4: launch probe, read, choose; 8: launches may overlap.
-GANTLINE_EXPORT long long gantline_sample_long_scratch(int rows) {
+// What `scratch` must hold, in bytes, of at most 16384 rows.
+GANTLINE_EXPORT int gantline_sample_long_scratch(int rows, int size) {
   using namespace gantline;
-  return rows * static_cast<long long>(sizeof(Stretch) * MAX_STRETCHES + (CAPACITY + CELLS) * 4 + 32 + 16) + 64;
+  return rows * static_cast<int>(sizeof(Stretch) * stretches_of(size) + (CAPACITY + CELLS) * 4 + sizeof(Probe) + 4) + 5 * 16;
 }
 
+// As gantline_sample_hopper, for at most 16384 rows of 1024 to 524288 logits. `scratch`: memory that need hold nothing, aligned to 16.
+// `options`: 1, 2, 4: launch probe, read, choose; 8: launches may overlap. Results are the same with and without.
 GANTLINE_EXPORT int gantline_sample_long(int type, const void* logits, long long stride, const void* uniforms, const void* temperatures, const void* top_ks,
                                          const void* top_ps, const void* min_ps, void* tokens, void* scratch, int rows, int size, int options, void* stream) {
   using namespace gantline;
-  if (size < STRETCH || size > MAX_STRETCHES * STRETCH || rows < 1 || rows > 65535) return cudaErrorInvalidValue;
+  if (size < STRETCH || size > MAX_STRETCHES * STRETCH || rows < 1 || rows > 16384) return cudaErrorInvalidValue;
   unsigned char* at = static_cast<unsigned char*>(scratch);
   const auto take = [&](long long bytes) { unsigned char* place = at; at += (bytes + 15) / 16 * 16; return place; };
   LongArguments args = {logits,
@@ -840,12 +864,12 @@ GANTLINE_EXPORT int gantline_sample_long(int type, const void* logits, long long
                         static_cast<const float*>(top_ps),
                         static_cast<const float*>(min_ps),
                         static_cast<long long*>(tokens)};
-  args.stretches = reinterpret_cast<Stretch*>(take(rows * static_cast<long long>(sizeof(Stretch)) * MAX_STRETCHES));
+  args.stretches = reinterpret_cast<Stretch*>(take(rows * static_cast<long long>(sizeof(Stretch)) * stretches_of(size)));
   args.list = reinterpret_cast<float*>(take(rows * 4LL * CAPACITY));
   args.cells = reinterpret_cast<uint32_t*>(take(rows * 4LL * CELLS));
   args.probes = reinterpret_cast<Probe*>(take(rows * static_cast<long long>(sizeof(Probe))));
   args.listed = reinterpret_cast<int*>(take(rows * 4LL));
-  args.size = size, args.count = (size + STRETCH - 1) / STRETCH, args.early = options & 8;
+  args.size = size, args.count = stretches_of(size), args.early = options & 8;
   const auto on = static_cast<cudaStream_t>(stream);
   if (type == 0) return launch_all<__nv_bfloat16>(args, rows, options & 7, on);
   return type == 1 ? launch_all<__half>(args, rows, options & 7, on) : launch_all<float>(args, rows, options & 7, on);
