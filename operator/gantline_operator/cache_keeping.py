@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +25,7 @@ from gantline_runtime.termination import TerminationMessage
 
 from gantline_operator import resources
 from gantline_operator.apply import Problem, problem_of
-from gantline_operator.cache_ledger import LEDGER, LIMIT, Entry, Eviction, Ledger, parse, render, user_of
+from gantline_operator.cache_ledger import LEDGER, LIMIT, MAX_ENTRIES, Entry, Eviction, Ledger, parse, render, user_of
 from gantline_operator.client import ApiError, Conflict, NotFound, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.eviction import Room, artefacts_of_pods, artefacts_of_template, plan_eviction
@@ -44,6 +45,8 @@ CLAIMS = next(kind for kind in CHILD_KINDS if kind.kind == "PersistentVolumeClai
 _JOBS = next(kind for kind in CHILD_KINDS if kind.kind == "Job")
 
 _log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[a-z0-9]{1,16}-[0-9a-f]{10}")
 
 _WAIT_POLL_S = 10.0
 _FULL_POLL_S = 60.0
@@ -80,11 +83,19 @@ class CacheKeeping(StageRunner):
     async def _open_cache(self, claim: Object) -> bool:
         """False: the note cannot be written. Raises Conflict.
 
-        A claim of the same name but another uid is another volume: what the status has of the earlier one is noted as gone.
+        A claim of the same name but another uid is another volume: what the status has of the earlier one is noted as gone, and a note that
+        was restored or copied with the claim is worth nothing.
         """
-        self._claim = claim
-        self._ledger = parse((claim["metadata"].get("annotations") or {}).get(LEDGER))
         name, uid = claim["metadata"]["name"], claim["metadata"]["uid"]
+        self._claim = claim
+        written = parse((claim["metadata"].get("annotations") or {}).get(LEDGER))
+        self._ledger = written if written != Ledger() else Ledger(claim=uid)  # a claim that nothing was noted of need not be written to
+        if written.claim not in ("", uid):
+            _log.warning("%s: the note on claim %s is of another claim (%s), and counts for nothing", self.key, name, written.claim)
+        if not await self._note(self._ledger.of_claim(uid)):
+            return False
+        self._ledger = self._ledger.of_claim(uid)  # also while the service is paused
+        self._found["cache"] = {"claim": name, "claimUid": uid}
         items = [(kind, item) for kind, item in self.artefacts.items() if item.get("claim") == name]
         stale = {kind: f"{kind}-{item['hash']}" for kind, item in items if item.get("claimUid", uid) != uid}
         if not await self._note(self._ledger.lost(stale.values(), self._now())):
@@ -121,7 +132,9 @@ class CacheKeeping(StageRunner):
         claim = self.owner.cache_claim
         ours = known.get("hash") == digest and known.get("claim", claim) == claim
         there = self._ledger.has(name)
-        if self._ledger.is_going(name) or there is False or (there is None and not ours):
+        # Of a copy that a Job found on the volume only the Job that would make it can tell how good it is.
+        unjudged = there is True and not ours and kind != "fetch" and not self._ledger.entries[name].perplexity
+        if self._ledger.is_going(name) or there is False or (there is None and not ours) or unjudged:
             if ours:
                 del self.artefacts[kind]
             return None
@@ -183,9 +196,12 @@ class CacheKeeping(StageRunner):
         self._look_again(_GOING_POLL_S)
         return True
 
-    async def _note_made(self, kind: str, item: Mapping[str, Any]) -> bool:
+    async def _note_made(self, kind: str, item: Mapping[str, Any], answer: TerminationMessage) -> bool:
         name = f"{kind}-{item['hash']}"
-        return await self._note(self._ledger.made(name, item.get("bytes", 0), item.get("perplexity") or {}))
+        ledger = self._ledger.made(name, item.get("bytes", 0), item.get("perplexity") or {})
+        # What was evicted since the Job looked is not there, whatever it says.
+        whole, halves = ({key: size for key, size in part.items() if self._ledger.has(key) is None} for part in read_contents(answer))
+        return await self._note(ledger.discover(whole, halves, self._now()) if whole or halves else ledger)
 
     async def _look_at_failure(self, stage: StageName, name: str, needed_bytes: int) -> None:
         """A failed Job leaves the making to whoever comes first; one for which the volume was too full has others make room."""
@@ -195,7 +211,7 @@ class CacheKeeping(StageRunner):
         cleared = any(time >= write_time(step.finished) for time in self._ledger.gone.values())
         if step.trouble.reason is Reason.DISK_FULL and not cleared:
             room = await self._plan_room(name, needed_bytes, None)
-            if room.evict:
+            if room.evict or self._ledger.looked < write_time(step.finished):  # nobody may have noted what lies there
                 await self._evict(room)
             else:
                 self._found["stage"] = (stage, replace(step, trouble=self._full(step.trouble.message, room)))
@@ -328,15 +344,21 @@ class CacheKeeping(StageRunner):
             if self._found.get("record") is not None:
                 self._found["record"] = replace(self._found["record"], message=self._tell(names))
             return False
-        gone, found = read_eviction(answer, names)
+        gone = read_eviction(answer, names)
         freed = sum(self._ledger.entries[name].bytes for name in gone if name in self._ledger.entries)
-        if not await self._note(self._ledger.end_eviction(gone, found, self._now())):
+        ledger = self._ledger.end_eviction(gone, self._now()).discover(*read_contents(answer), self._now())
+        strays = sorted(ledger.entries.keys() - self._ledger.entries.keys())
+        if not await self._note(ledger):
             return False
         self.cluster.evicted(len(gone), freed)
-        _log.info("%s: evicted %s (%s) from claim %s", self.key, ", ".join(gone), readable(freed), self.owner.cache_claim)
+        _log.info("%s: evicted %s (%s) from claim %s", self.key, ", ".join(gone) or "nothing", readable(freed), self.owner.cache_claim)
+        if strays:
+            _log.info("%s: found in claim %s, noted by nobody: %s", self.key, self.owner.cache_claim, ", ".join(strays))
         return True
 
     def _tell(self, names: tuple[str, ...]) -> str:
+        if not names:
+            return "looking at what the volume holds"
         entries = [(name, self._ledger.entries.get(name)) for name in names]
         told = [f"{name} ({readable(entry.bytes)}, unused since {entry.used})" for name, entry in entries if entry is not None]
         return ", ".join(told)
@@ -388,12 +410,20 @@ class CacheKeeping(StageRunner):
         return write_time(self.cluster.now())
 
 
-def read_eviction(answer: TerminationMessage, names: tuple[str, ...]) -> tuple[list[str], dict[str, int]]:
-    """(names that are gone, bytes of what the volume has by name), from a Job's answer: nothing else is believed than what was asked."""
-    said, found = answer.artefact.get("evicted"), answer.artefact.get("found")
-    gone = [name for name in names if isinstance(said, list) and name in said]
-    sizes = found.items() if isinstance(found, dict) else ()
-    return gone, {name: size for name, size in sizes if type(size) is int and 0 <= size < 1 << 60 and len(name) <= 32}
+def read_eviction(answer: TerminationMessage, names: tuple[str, ...]) -> list[str]:
+    """Names that are gone, from a Job's answer: nothing else is believed than what was asked."""
+    said = answer.artefact.get("evicted")
+    return [name for name in names if isinstance(said, list) and name in said]
+
+
+def read_contents(answer: TerminationMessage) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes of the whole artefacts that a Job found on the volume, of the half made ones), by name. What is odd is left out."""
+    return _read_sizes(answer.artefact.get("found")), _read_sizes(answer.artefact.get("halves"))
+
+
+def _read_sizes(found: object) -> dict[str, int]:
+    sizes = list(found.items())[:MAX_ENTRIES] if isinstance(found, dict) else ()
+    return {name: size for name, size in sizes if type(size) is int and 0 <= size < 1 << 60 and _NAME.fullmatch(name)}
 
 
 def _service(user: str) -> str:

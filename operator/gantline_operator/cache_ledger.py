@@ -2,8 +2,9 @@
 
 The note is an annotation (gantline.io/cache) and is written with the claim's resourceVersion as precondition, so of two services that
 decide at once one is refused and looks again. That makes it the place where use and eviction exclude each other: a service is written down
-as a user before anything of its uses an artefact, and only what has no user is written down as being evicted. Functions here are pure:
-from one ledger to the next.
+as a user before anything of its uses an artefact, and only what has no user is written down as being evicted. A note names the claim that
+it is of by its uid: one that came along with a copied or restored claim tells of another volume. Functions here are pure: from one ledger
+to the next.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ class Ledger:
     eviction: Eviction | None = None
     gone: Mapping[str, str] = field(default_factory=dict)
     """Evicted, and when: a service whose status still has such an artefact must make it again."""
+    claim: str = ""
+    """uid of the claim; empty in notes of earlier releases."""
+    looked: str = ""
+    """When a Job last told what the volume has, as metav1.Time."""
+
+    def of_claim(self, uid: str) -> Ledger:
+        """The ledger of the claim with this uid: nothing is known of it where the note is another claim's."""
+        return replace(self, claim=uid) if self.claim in ("", uid) else Ledger(claim=uid)
 
     def users(self) -> set[str]:
         return {user for entry in self.entries.values() for user in entry.users}
@@ -111,15 +120,21 @@ class Ledger:
     def begin_eviction(self, names: Iterable[str], by: str, now: str) -> Ledger:
         return replace(self, eviction=Eviction(tuple(sorted(names)), by, now))
 
-    def end_eviction(self, gone: Collection[str], found: Mapping[str, int], now: str) -> Ledger:
-        """What the Job says: names that are gone, and bytes of what the volume has, of which some may be news."""
-        ours = set(self.eviction.names) if self.eviction is not None else set()
-        left = {name: entry for name, entry in self.entries.items() if name not in ours.intersection(gone)}
-        news = {name: Entry(bytes=size, made=True) for name, size in found.items() if name not in left and name not in gone}
-        gone_now = dict.fromkeys(ours.intersection(gone), now)
-        tombs = {name: time for name, time in self.gone.items() if name not in news} | gone_now
+    def end_eviction(self, gone: Collection[str], now: str) -> Ledger:
+        """What the Job says: names that are gone."""
+        ours = set(self.eviction.names).intersection(gone) if self.eviction is not None else set()
+        left = {name: entry for name, entry in self.entries.items() if name not in ours}
+        tombs = {**self.gone, **dict.fromkeys(ours, now)}
         latest = dict(sorted(tombs.items(), key=lambda item: item[1])[-_MAX_GONE:])
-        return _bounded(replace(self, entries={**left, **news}, eviction=None, gone=latest))
+        return replace(self, entries=left, eviction=None, gone=latest)
+
+    def discover(self, whole: Mapping[str, int], halves: Mapping[str, int], now: str) -> Ledger:
+        """What a Job found on the volume, in bytes: artefacts that are whole, and what Jobs left half made. What nobody has noted is noted
+        as in nobody's use, hence the first to go."""
+        news = {name: Entry(bytes=size, made=True) for name, size in whole.items() if name not in self.entries}
+        news |= {name: Entry(bytes=size) for name, size in halves.items() if name not in self.entries and name not in whole}
+        gone = {name: time for name, time in self.gone.items() if name not in news}
+        return _bounded(replace(self, entries={**self.entries, **news}, gone=gone, looked=now))
 
     def lost(self, names: Iterable[str], now: str) -> Ledger:
         """Names that were in a volume which is no more, unless this one has them too: they must be made again."""
@@ -158,6 +173,7 @@ def render(ledger: Ledger) -> str:
         values["evicting"] = {"names": list(ledger.eviction.names), "by": ledger.eviction.by, "since": ledger.eviction.since}
     if ledger.gone:
         values["evicted"] = dict(sorted(ledger.gone.items()))
+    values |= {key: text for key, text in (("claim", ledger.claim), ("looked", ledger.looked)) if text}
     return json.dumps(values, separators=(",", ":"))
 
 
@@ -180,9 +196,10 @@ def parse(text: str | None) -> Ledger:
         evicting = values.get("evicting")
         eviction = Eviction(_words(evicting["names"]), _word(evicting["by"]), _word(evicting["since"])) if evicting else None
         gone = {_word(name): _word(time) for name, time in list((values.get("evicted") or {}).items())[:_MAX_GONE]}
+        claim, looked = _word(values.get("claim", "")), _word(values.get("looked", ""))
     except (ValueError, KeyError, TypeError, AttributeError):
         return Ledger()
-    return Ledger(entries, eviction, gone)
+    return Ledger(entries, eviction, gone, claim, looked)
 
 
 def _entry(values: Mapping[str, Any]) -> Entry:

@@ -138,6 +138,7 @@ class EventReason(StrEnum):
     FETCH_STARTED = "FetchStarted"
     FETCH_SUCCEEDED = "FetchSucceeded"
     EVICTION_STARTED = "EvictionStarted"
+    CACHE_REPLACED = "CacheReplaced"
     QUANTIZATION_STARTED = "QuantizationStarted"
     QUANTIZATION_SUCCEEDED = "QuantizationSucceeded"
     ROLLOUT_STARTED = "RolloutStarted"

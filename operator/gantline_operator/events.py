@@ -52,7 +52,7 @@ def transitions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Eve
     prepared = [event for kind in _TELLING if kind in new for event in _of_condition(kind, old.get(kind, {}), new[kind])]
     summary = _of_condition("Ready", old.get("Ready", {}), new["Ready"]) if "Ready" in new else ()
     paused = _paused(old.get("Progressing", {}), new.get("Progressing", {}))
-    return list(dict.fromkeys([*paused, *prepared, *_scaled(before, after), *_started(before, after), *summary]))
+    return list(dict.fromkeys([*paused, *_cached(before, after), *prepared, *_scaled(before, after), *_started(before, after), *summary]))
 
 
 def _paused(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Event]:
@@ -61,6 +61,16 @@ def _paused(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[Event]:
         yield Event("Normal", EventReason.PAUSED, new.get("message", ""))
     if was and not is_now:
         yield Event("Normal", EventReason.RESUMED, "Resumed.")
+
+
+def _cached(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:
+    """A claim that was deleted and made again: told once, though what it held may take hours to be there again."""
+    was, is_now = (status.get("cache") or {} for status in (before, after))
+    if was and was.get("claim") == is_now.get("claim") and was.get("claimUid") != is_now.get("claimUid"):
+        note = (
+            f"PersistentVolumeClaim {is_now['claim']} was made anew: it is another volume, in which what the service needs is made again."
+        )
+        yield Event("Warning", EventReason.CACHE_REPLACED, note, "Prepare")
 
 
 def _scaled(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[Event]:

@@ -242,7 +242,7 @@ class Preparation(CacheKeeping):
             item["perplexity"] = {key: f"{perplexity[key]:.6g}" for key in ("before", "after") if _is_number(perplexity.get(key))}
         if isinstance(facts, dict):
             item["facts"] = facts
-        if not await self._note_made(kind, item):
+        if not await self._note_made(kind, item, answer):
             return False
         self.artefacts[kind] = item
         await self._checkpoint()

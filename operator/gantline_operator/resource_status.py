@@ -13,6 +13,7 @@ from gantline_operator.fields import REQUIRED, Choice, Flag, ListOf, MapOf, Obje
 
 __all__ = [
     "ArtefactStatus",
+    "CacheStatus",
     "ConditionStatus",
     "FactsStatus",
     "InferenceServiceStatus",
@@ -98,6 +99,14 @@ class ArtefactStatus:
     bytes: int | None = declare(_BYTES, "Bytes of its weights.")
     facts: FactsStatus | None = declare(Object(FactsStatus), "Facts of the copy, read from its files.")
     perplexity: PerplexityStatus | None = declare(Object(PerplexityStatus), "Quality of a quantized copy.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStatus:
+    """The claim for artefacts, as it was last looked at. Another uid under the same name is another volume."""
+
+    claim: str = declare(Text(253), "Its name.", default=REQUIRED)
+    claim_uid: str = declare(Text(64), "Its uid.", default=REQUIRED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +244,7 @@ class InferenceServiceStatus:
     plan: PlanStatus | None = declare(Object(PlanStatus), PlanStatus.__doc__ or "")
     stages: tuple[StageStatus, ...] | None = declare(ListOf(Object(StageStatus), 8, key="name"), StageStatus.__doc__ or "")
     artefacts: tuple[ArtefactStatus, ...] | None = declare(ListOf(Object(ArtefactStatus), 8, key="kind"), ArtefactStatus.__doc__ or "")
+    cache: CacheStatus | None = declare(Object(CacheStatus), CacheStatus.__doc__ or "")
     rollout: RolloutStatus | None = declare(Object(RolloutStatus), RolloutStatus.__doc__ or "")
     last_scale: LastScaleStatus | None = declare(Object(LastScaleStatus), LastScaleStatus.__doc__ or "")
     startup: StartupStatus | None = declare(Object(StartupStatus), StartupStatus.__doc__ or "")

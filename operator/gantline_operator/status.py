@@ -80,6 +80,8 @@ class Findings:
     record: Record | None = None
     model: Mapping[str, Any] | None = None
     artefacts: Sequence[Mapping[str, Any]] = ()
+    cache: Mapping[str, str] | None = None
+    """The claim that was looked at, by name and uid; None: not in this pass."""
     plan: Mapping[str, Any] | None = None
     plan_summary: str = ""
     plan_trouble: Trouble | None = None
@@ -153,6 +155,7 @@ def build_status(found: Findings, previous: Mapping[str, Any], now: datetime) ->
         "plan": dict(found.plan) if found.plan else None,
         "stages": [found.record.to_status()] if found.record else None,
         "artefacts": [dict(item) for item in found.artefacts] or None,
+        "cache": dict(found.cache) if found.cache else previous.get("cache"),
         "rollout": dict(found.rollout_record) or None,
         "lastScale": (found.scaling_report.last_scale or previous.get("lastScale")) if found.scaling or found.spec_trouble else None,
         "startup": _startup(found, previous.get("startup")),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gantline_runtime import logs, termination
 from gantline_runtime.checkpoint.shape import AWQ_GROUP_SIZES
+from gantline_runtime.contents import MAX_LISTED, list_contents
 from gantline_runtime.errors import ConfigurationError
 
 __all__ = ["add_arguments", "run"]
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         "bytes": manifest.bytes,
         "facts": manifest.facts,
         "perplexity": perplexity,
+        **list_contents(args.target.absolute().parent, MAX_LISTED),
     }
     change = f"held-out perplexity {perplexity['before']:.3f} before, {perplexity['after']:.3f} after"
     print(f"{args.target}: {manifest.facts['weightBytes']} bytes of weights; {change}")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from gantline_devcluster.api_only import ApiCluster
 from gantline_operator.eviction import artefacts_of_pods
-from gantline_operator.resources import fetch_hash
+from gantline_operator.resources import fetch_hash, quantize_hash
 from gantline_operator.spec import parse_service
 
 from tests.operator.harness import (
@@ -34,6 +34,7 @@ from tests.operator.harness import (
     status,
     volume,
     wait,
+    wait_events,
     wait_reason,
 )  # fmt: skip
 
@@ -141,6 +142,101 @@ def test_a_claim_that_was_made_anew_under_its_name_is_another_volume_and_filled_
     )
     (again,) = [item for item in items(cluster, "jobs", namespace) if item["metadata"]["labels"]["gantline.io/role"] == "fetch"]
     assert again["metadata"]["uid"] != job["metadata"]["uid"], "the files were fetched again"
+    wait_reason(cluster, "first", namespace, "Ready")
+    wait_events(cluster, "first", namespace, "CacheReplaced")
+    (told,) = [item for item in items(cluster, "events", namespace) if item["reason"] == "CacheReplaced"]
+    assert told["type"] == "Warning" and "PersistentVolumeClaim models was made anew" in told["note"]
+
+
+def test_a_note_that_was_restored_with_its_claim_fills_no_volume(cluster: ApiCluster, namespace: str, operator: Operator) -> None:
+    claim(cluster, namespace)
+    apply(cluster, shared("first", namespace))
+    wait_reason(cluster, "first", namespace, "Ready")
+    saved = get(cluster, "pvc", "models", namespace)
+    assert json.loads(saved["metadata"]["annotations"]["gantline.io/cache"])["claim"] == saved["metadata"]["uid"]
+
+    cluster.kubectl("delete", "gisvc/first", "-n", namespace, "--timeout=60s")
+    wait(lambda: not items(cluster, "pods", namespace))
+    cluster.kubectl("delete", "pvc", "models", "-n", namespace, "--timeout=120s")
+    cluster.kubectl("delete", "pv", f"{namespace}-models", "--timeout=120s")
+    volume(cluster, namespace, "models")
+    kept = {key: saved["metadata"][key] for key in ("name", "namespace")} | {"annotations": saved["metadata"]["annotations"]}
+    kept["annotations"] = {"gantline.io/cache": kept["annotations"]["gantline.io/cache"]}
+    spec = {key: value for key, value in saved["spec"].items() if key != "volumeName"}
+    apply(cluster, {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": kept, "spec": spec})
+    apply(cluster, shared("first", namespace))
+    wait_reason(cluster, "first", namespace, "Ready")
+    assert len(jobs(cluster, namespace, "fetch")) == 1, "what the note says is not there"
+    written = note(cluster, namespace)
+    assert (
+        written["claim"]
+        == get(cluster, "pvc", "models", namespace)["metadata"]["uid"]
+        != json.loads(kept["annotations"]["gantline.io/cache"])["claim"]
+    )
+
+
+def test_a_note_of_an_earlier_release_stays_in_force_and_gets_its_claims_uid(cluster: ApiCluster, namespace: str) -> None:
+    claim(cluster, namespace)
+    _, spec = parse_service(shared("first", namespace))
+    folder = f"fetch-{fetch_hash(spec, 'abc')}"
+    written = json.dumps({"artefacts": {folder: {"bytes": SIZE, "made": True, "used": "2026-01-01T00:00:00Z"}}})
+    cluster.kubectl("annotate", "pvc", "models", "-n", namespace, f"gantline.io/cache={written}")
+    with serving(cluster, namespace):
+        apply(cluster, shared("first", namespace))
+        wait_reason(cluster, "first", namespace, "Ready")
+        assert served(cluster, "first", namespace) == folder and not jobs(cluster, namespace, "fetch")
+        assert note(cluster, namespace)["claim"] == get(cluster, "pvc", "models", namespace)["metadata"]["uid"]
+
+
+def test_what_a_crash_left_on_a_full_volume_is_found_by_a_look_and_goes(cluster: ApiCluster, namespace: str) -> None:
+    """Nobody noted it: half a download of a Job whose service, and note, are no more."""
+    stray = "fetch-00000000ff"
+    full = answer("DiskFull", message="the volume is full")
+    holds = answer(artefact={"kind": "evict", "evicted": [], "found": {}, "halves": {stray: 30 * SIZE}})
+    claim(cluster, namespace)
+    found = [*inspected(crowded={**TINY, "revision": "abc"}), ("fetch", "crowded", "failed", full, {})]
+    fates(cluster, [*found, ("evict", "crowded", "complete", holds, {})])
+    with serving(cluster, namespace):
+        apply(cluster, shared("crowded", namespace))
+        wait(lambda: stray in note(cluster, namespace).get("artefacts", {}), what=lambda: note(cluster, namespace))
+        first = evictions(cluster, namespace)[0]
+        assert first == ["evict", "/mnt/cache"], "a look, which removes nothing"
+        gone = answer(artefact={"kind": "evict", "evicted": [stray], "found": {}, "halves": {}})
+        fates(cluster, [("evict", "crowded", "complete", gone, {}), ("fetch", "crowded", "complete", FETCHED, {})])
+        wait(lambda: stray in note(cluster, namespace).get("evicted", {}), what=lambda: note(cluster, namespace), timeout_s=120)
+        assert ["evict", "/mnt/cache", stray] in evictions(cluster, namespace)
+        wait_reason(cluster, "crowded", namespace, "Ready", timeout_s=180)
+        assert set(note(cluster, namespace)["artefacts"]) == {served(cluster, "crowded", namespace)}
+
+
+def evictions(cluster: ApiCluster, namespace: str) -> list[list[str]]:
+    """Arguments of the evict Jobs, oldest first."""
+    found = [item for item in items(cluster, "jobs", namespace) if item["metadata"]["labels"]["gantline.io/role"] == "evict"]
+    found.sort(key=lambda item: item["metadata"]["creationTimestamp"])
+    return [item["spec"]["template"]["spec"]["containers"][0]["args"] for item in found]
+
+
+def test_artefacts_that_a_job_finds_beside_its_own_are_adopted_a_copy_with_its_quality(cluster: ApiCluster, namespace: str) -> None:
+    claim(cluster, namespace)
+    facts = {**TINY, "revision": "abc"}
+    _, other = parse_service(shared("finder", namespace, uri="hf://org/other", quantization={"method": "awq"}))
+    lost, copy = f"fetch-{fetch_hash(other, 'abc')}", f"awq-{quantize_hash(other, facts['fingerprint'])}"
+    answered = answer(artefact={"kind": "fetch", "bytes": SIZE, "found": {lost: SIZE, copy: SIZE}, "halves": {}})
+    found = [*inspected(finder=facts, adopter=facts, judge=facts), ("fetch", "finder", "complete", answered, {})]
+    fates(cluster, [*found, ("quantize", "judge", "complete", copied(**TINY), {})])
+    with serving(cluster, namespace):
+        apply(cluster, shared("finder", namespace))
+        wait_reason(cluster, "finder", namespace, "Ready")
+        assert {lost, copy} < set(note(cluster, namespace)["artefacts"])
+        apply(cluster, shared("adopter", namespace, uri="hf://org/other"))
+        wait_reason(cluster, "adopter", namespace, "Ready")
+        assert served(cluster, "adopter", namespace) == lost and len(jobs(cluster, namespace, "fetch")) == 1
+        judged = {"method": "awq", "maxPerplexityIncrease": "0.05"}
+        apply(cluster, shared("judge", namespace, uri="hf://org/other", quantization=judged))
+        wait_reason(cluster, "judge", namespace, "Ready")
+        assert served(cluster, "judge", namespace) == copy and len(jobs(cluster, namespace, "quantize")) == 1
+        (quality,) = [item["perplexity"] for item in status(cluster, "judge", namespace)["artefacts"] if item["kind"] == "awq"]
+        assert quality == {"before": "10", "after": "10.2"}
 
 
 def test_what_nobody_uses_makes_room_what_is_served_stays_and_what_went_is_fetched_again(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from gantline_operator.cache_keeping import read_eviction
+from gantline_operator.cache_keeping import read_contents, read_eviction
 from gantline_operator.cache_ledger import MAX_ENTRIES, Entry, Ledger, parse, render
 from gantline_operator.eviction import Room, artefacts_of_pods, plan_eviction
 from gantline_runtime.termination import Reason, TerminationMessage
@@ -79,7 +79,9 @@ def test_nothing_in_use_goes_enough_goes_and_nothing_that_could_stay(
 def test_a_note_reads_as_it_was_written(ledger: Ledger) -> None:
     noted = ledger.begin_eviction(["fetch-0000000001"], "a.1", "now")
     assert parse(render(noted)) == noted
-    assert parse(render(noted.end_eviction(["fetch-0000000001"], {}, "later"))).is_going("fetch-0000000001") is False
+    assert parse(render(noted.end_eviction(["fetch-0000000001"], "later"))).is_going("fetch-0000000001") is False
+    stamped = noted.of_claim("uid").discover({"fetch-0000000002": 1}, {}, "later")
+    assert parse(render(stamped)) == stamped and (stamped.claim, stamped.looked) == ("uid", "later")
 
 
 @pytest.mark.parametrize(
@@ -98,10 +100,23 @@ def test_use_goes_before_eviction_and_eviction_before_use() -> None:
     assert plan_eviction(held, "x", 60, 100, ()).evict == ()
     going = VOLUME.begin_eviction(["fetch-old"], "chat.1", "now")
     assert going.is_going("fetch-old") and not going.is_going("fetch-new")
-    after = going.end_eviction(["fetch-old", "awq-busy"], {"fetch-new": 20, "fetch-lost": 5}, "later")
+    after = going.end_eviction(["fetch-old", "awq-busy"], "later")
     assert after.has("fetch-old") is False and after.has("awq-busy"), "only what was to go is gone, whatever the Job says"
-    assert after.has("fetch-lost"), "what the Job found on the volume is known from now on"
     assert after.use("chat.1", "fetch-old", "again", bytes=7).make("chat.1", "fetch-old").made("fetch-old", 9, {}).has("fetch-old")
+
+
+def test_what_nobody_noted_is_noted_once_it_is_found_and_goes_first() -> None:
+    found = VOLUME.discover({"fetch-lost": 25, "fetch-old": 999}, {"awq-half": 15, "fetch-new": 999, "fetch-lost": 1}, "now")
+    assert found.entries == {**VOLUME.entries, "fetch-lost": entry(25), "awq-half": entry(15, made=False)}
+    assert found.has("fetch-lost") is True and found.has("awq-half") is False, "half of a model cannot be used"
+    assert plan_eviction(found, "x", 30, 110, ()).evict == ("awq-half", "fetch-lost")
+    evicted = Ledger(gone={"fetch-lost": "before"}).discover({"fetch-lost": 25}, {}, "now")
+    assert evicted.has("fetch-lost") and not evicted.gone
+
+
+def test_a_note_of_another_claim_tells_nothing_and_one_of_an_earlier_release_is_this_claims() -> None:
+    assert VOLUME.of_claim("uid") == Ledger(VOLUME.entries, claim="uid") == VOLUME.of_claim("uid").of_claim("uid")
+    assert VOLUME.of_claim("uid").begin_eviction(["fetch-old"], "chat.1", "now").of_claim("other") == Ledger(claim="other")
 
 
 def test_services_that_are_no_more_use_nothing_and_their_models_count_as_used_until_now() -> None:
@@ -133,7 +148,13 @@ def test_pods_protect_what_they_serve_read_and_make_until_they_end() -> None:
 
 
 def test_an_evictions_answer_is_believed_as_far_as_it_was_asked() -> None:
-    artefact = {"evicted": ["fetch-a", "fetch-z"], "found": {"fetch-b": 3, "fetch-c": "many", "fetch-d": True}}
-    answer = TerminationMessage(Reason.COMPLETED, artefact=artefact)
-    assert read_eviction(answer, ("fetch-a", "fetch-b")) == (["fetch-a"], {"fetch-b": 3})
-    assert read_eviction(TerminationMessage(Reason.COMPLETED, artefact={"evicted": 3, "found": []}), ("fetch-a",)) == ([], {})
+    artefact = {"evicted": ["fetch-a", "fetch-z"]}
+    assert read_eviction(TerminationMessage(Reason.COMPLETED, artefact=artefact), ("fetch-a", "fetch-b")) == ["fetch-a"]
+    assert read_eviction(TerminationMessage(Reason.COMPLETED, artefact={"evicted": 3}), ("fetch-a",)) == []
+
+
+def test_what_a_job_found_is_believed_where_it_can_be_an_artefact() -> None:
+    whole = {"fetch-00000000bb": 3, "fetch-00000000cc": "many", "fetch-00000000dd": True, "fetch-b": 3, "../x": 4, "awq-00000000ee": -1}
+    answer = TerminationMessage(Reason.COMPLETED, artefact={"found": whole, "halves": {"awq-00000000ff": 0}})
+    assert read_contents(answer) == ({"fetch-00000000bb": 3}, {"awq-00000000ff": 0})
+    assert read_contents(TerminationMessage(Reason.COMPLETED, artefact={"found": [], "halves": 3})) == ({}, {})

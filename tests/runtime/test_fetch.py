@@ -289,10 +289,27 @@ def test_eviction_removes_what_is_named_and_nothing_else(tmp_path: Path, monkeyp
     with VolumeLock(tmp_path, busy):
         assert cli.main(["evict", str(tmp_path), gone, half, busy]) == 0
     word = last_word(tmp_path)
-    assert word.artefact == {"kind": "evict", "evicted": [gone, half], "left": [busy], "found": {kept: 1, busy: 1}}
+    assert word.artefact == {"kind": "evict", "evicted": [gone, half], "left": [busy], "found": {kept: 1, busy: 1}, "halves": {}}
     assert {path.name for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(".")} == {kept, busy}
     for name in ("../x", "model", ".gantline-locks", "fetch-0123456789.partial"):
         assert cli.main(["evict", str(tmp_path), name]) == 64
+
+
+def test_a_look_tells_what_killed_processes_left_half_made(tmp_path: Path) -> None:
+    whole, half, torn, both = "fetch-00000000aa", "fetch-00000000bb", "awq-00000000cc", "awq-00000000dd"
+    for name in (whole, torn, both):
+        publish(tmp_path / name)
+    (tmp_path / torn / MANIFEST).unlink()
+    for name in (half, both):
+        with Staging(tmp_path / name) as staging:
+            (staging.folder / "weights").write_bytes(b"12345")
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "somebody's model").mkdir()
+    assert cli.main(["evict", str(tmp_path)]) == 0
+    found = {"found": {whole: 1, both: 1}, "halves": {half: 5, torn: 1, both: 5}}
+    assert last_word(tmp_path).artefact == {"kind": "evict", "evicted": [], "left": [], **found}
+    assert cli.main(["evict", str(tmp_path), half, torn, both]) == 0
+    assert last_word(tmp_path).artefact["found"] == {whole: 1} and not last_word(tmp_path).artefact["halves"]
 
 
 def test_a_name_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Remove artefacts from a cache volume: those named, and nothing else. The operator's Job that makes room for another model.
 
 Each vanishes at once, by a rename, and is deleted afterwards; one that some process makes at this moment is left alone. The answer names
-what is gone, what was left, and what the volume still has.
+what is gone, what was left, and what the volume still has, half made or whole.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 
 from gantline_runtime import logs, termination
-from gantline_runtime.artefact import read_manifest
+from gantline_runtime.contents import list_contents
 from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.termination import Reason, TerminationMessage
 from gantline_runtime.volume_lock import POLL_S, STALE_S, VolumeLock
@@ -28,7 +27,6 @@ log = logging.getLogger("gantline.evict")
 _NAME = re.compile(r"[a-z0-9]{1,16}-[0-9a-f]{10}")
 _MOVED = ".gantline-evicted"
 _MAX_LISTED = 64
-"""The answer has room for 4096 bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     shutil.rmtree(args.root / _MOVED, ignore_errors=True)  # what a killed eviction left
     gone = [name for name in args.names if _evict(args.root, name)]
     left = [name for name in args.names if name not in gone]
-    artefact = {"kind": "evict", "evicted": gone, "left": left, "found": _list(args.root)}
+    artefact = {"kind": "evict", "evicted": gone, "left": left, **list_contents(args.root, _MAX_LISTED)}
     message = TerminationMessage(Reason.COMPLETED, f"Evicted {len(gone)} artefacts.", artefact=artefact)
     termination.write(message)
     print(f"Evicted {', '.join(gone) or 'nothing'}.")
@@ -77,20 +75,3 @@ def _remove(root: Path, folder: Path) -> None:
     moved.parent.mkdir(exist_ok=True)
     folder.rename(moved)
     shutil.rmtree(moved)
-
-
-def _list(root: Path) -> dict[str, int]:
-    """Bytes of the artefacts that are there, by name; at most `_MAX_LISTED`, the largest."""
-    found = {path.name: _bytes(path) for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)}
-    return dict(_largest(found.items()))
-
-
-def _largest(items: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    return sorted(items, key=lambda item: (-item[1], item[0]))[:_MAX_LISTED]
-
-
-def _bytes(folder: Path) -> int:
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        return manifest.bytes
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -17,6 +17,7 @@ from pathlib import Path
 from gantline_runtime import logs, termination
 from gantline_runtime.artefact import Manifest, Recipe, Staging, find_artefact, require_space
 from gantline_runtime.checkpoint import Checkpoint, open_checkpoint, read_checkpoint
+from gantline_runtime.contents import MAX_LISTED, list_contents
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.progress import Progress
 from gantline_runtime.sources import ModelUri, open_remote, parse_uri
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = fetch(uri, args.target, args.revision)
     artefact = {"kind": manifest.kind, "path": str(args.target), "bytes": manifest.bytes, "facts": manifest.facts}
     artefact["weight_bytes"] = manifest.facts["weightBytes"]
+    artefact |= list_contents(args.target.absolute().parent, MAX_LISTED)
     message = f"Fetched {args.uri} at {manifest.inputs['revision'].removeprefix('sha256:')[:12]}."
     termination.write(termination.TerminationMessage(termination.Reason.COMPLETED, message, artefact=artefact))
     print(f"{message} {manifest.bytes} bytes in {args.target}")
