@@ -275,7 +275,7 @@ def test_the_command_leaves_facts_and_perplexity_for_the_operator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GANTLINE_TERMINATION_LOG", str(tmp_path / "last-word"))
-    target = tmp_path / "target"
+    target = tmp_path / "awq-00000000aa"
     assert cli.main(command(target, "1")) == 0
     message = termination.parse((tmp_path / "last-word").read_text())
     assert message is not None and message.reason == Reason.COMPLETED
@@ -283,6 +283,7 @@ def test_the_command_leaves_facts_and_perplexity_for_the_operator(
     assert message.artefact["perplexity"] == manifest["perplexity"] and set(manifest["perplexity"]) == {"before", "after"}
     assert message.artefact["facts"] == manifest["facts"] == open_checkpoint(target).facts.to_json() | {"name": "tiny-model"}
     assert (message.artefact["kind"], message.artefact["path"]) == ("awq", str(target))
+    assert message.artefact["found"] == {target.name: message.artefact["bytes"]}, "what the volume holds, for the cache's note"
     assert "perplexity" in capsys.readouterr().out
     # The gate is judged again when a stricter one finds the copy there.
     assert cli.main(command(target, "0.001")) == 65

@@ -82,6 +82,18 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.
     assert last_word(tmp_path).reason == Reason.COMPLETED
 
 
+def test_the_answer_tells_what_else_the_volume_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody may have noted: the operator learns of it from Jobs that are there anyway."""
+    target, whole, half = "fetch-00000000aa", "awq-00000000bb", "fetch-00000000cc"
+    publish(tmp_path / whole)
+    with Staging(tmp_path / half) as staging:
+        (staging.folder / "weights").write_bytes(b"12345")
+    with hub_with(monkeypatch):
+        assert fetch(tmp_path / target) == 0
+    told = last_word(tmp_path).artefact
+    assert told["found"] == {whole: 1, target: told["bytes"]} and told["halves"] == {half: 5}
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("keep")
