@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES, Cluster, Mem
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service
-from gantline_operator.survey import MAX_AGE_S, Survey, WouldWrite
+from gantline_operator.survey import MAX_AGE_S, TOLD_AFTER_S, Survey, WouldWrite
 from gantline_operator.workqueue import Rank, WorkQueue
 
 __all__ = ["Controller", "DefinitionAppeared", "Key"]
@@ -301,7 +301,7 @@ class Controller:
 
     async def _end_first_survey(self, survey: Survey) -> None:
         """The watches have long told what is there. What was deleted after the survey and before they began, none told."""
-        await asyncio.sleep(MAX_AGE_S)
+        await asyncio.sleep(TOLD_AFTER_S)
         for key in survey.untold():
             self.queue.add(key, Rank.ROUTINE)
         survey.close()
@@ -345,9 +345,8 @@ class Controller:
 
     def _cluster_facts(self, service: str, own_pods: Collection[str]) -> ClusterFacts:
         bound = self.view.bound_pods()
-        others: Iterator[Reservation] = (item for name, item in self._reservations.items() if name != service)
-        unbound = [_less(item, bound[item.service]) for item in others]
-        return self.view.facts([item for item in unbound if item.pods > 0], own_pods)
+        left = ((item, item.pods - bound[name]) for name, item in self._reservations.items() if name != service)
+        return self.view.facts([replace(item, pods=pods) for item, pods in left if pods > 0], own_pods)
 
     def _reserve(self, service: str, spec: InferenceServiceSpec, planned: Plan | None) -> None:
         pods = 0 if spec.suspend else spec.replicas
@@ -366,10 +365,6 @@ class Controller:
         self._settling, self._settled_at = None, time.monotonic()
         for key in self._unsettled:
             self.queue.add(key, Rank.ROUTINE)
-
-
-def _less(reservation: Reservation, bound: int) -> Reservation:
-    return replace(reservation, pods=max(0, reservation.pods - bound))
 
 
 def _text(key: Key) -> str:

@@ -131,9 +131,12 @@ class ClusterView:
         self._changed = changed
         self._inventory = Inventory()
         self._inventory_data: Mapping[str, str] = {}
-        self._nodes: Mirror[Object] = Mirror(client, NODES, _trimmed_node, changed)
-        self._pods: Mirror[PodUse] = Mirror(client, PODS, reduce_pod, changed)
+        self._nodes: Mirror[Object] = Mirror(client, NODES, _trimmed_node, self._nodes_changed)
+        self._pods: Mirror[PodUse] = Mirror(client, PODS, reduce_pod, self._pods_changed)
         self._node_facts: dict[str, tuple[Object, NodeFacts]] = {}
+        self._live: list[NodeFacts] | None = None
+        """Of all nodes; None: to be put together, once for each change."""
+        self._bound: Counter[str] | None = None
         self._slices: Mirror[Slice] = Mirror(client, SLICES, read_slice, self._dynamic_changed)
         self._classes: Mirror[DeviceClass] = Mirror(client, DEVICE_CLASSES, read_class, self._dynamic_changed)
         self._claims: Mirror[Claim] = Mirror(client, CLAIMS, read_claim, self._dynamic_changed)
@@ -160,13 +163,16 @@ class ClusterView:
     def facts(self, reservations: Iterable[Reservation], credit: Collection[str]) -> ClusterFacts:
         """The cluster as it is now, less what is planned for other services, as if the pods with the uids in `credit` were gone."""
         dynamic = self._dynamic_facts()
-        nodes = None if self._nodes.items is None else [dynamic.add_to(self._read(uid, node)) for uid, node in self._nodes.items.items()]
+        if self._live is None and self._nodes.items is not None:
+            self._live = [dynamic.add_to(self._read(uid, node)) for uid, node in self._nodes.items.items()]
         pods = None if self._pods.items is None else [*self._pods.items.values(), *dynamic.uses]
-        return cluster_facts(nodes, pods, reservations=reservations, inventory=self._inventory, credit=credit)
+        return cluster_facts(self._live, pods, reservations=reservations, inventory=self._inventory, credit=credit)
 
     def bound_pods(self) -> Counter[str]:
         """Pods that hold devices of a node, by `namespace/name` of the service they belong to."""
-        return Counter(pod.service for pod in (self._pods.items or {}).values() if pod.service)
+        if self._bound is None:
+            self._bound = Counter(pod.service for pod in (self._pods.items or {}).values() if pod.service)
+        return self._bound
 
     def pods_of(self, service: str) -> list[str]:
         """uids of the pods of a service (`namespace/name`) that hold devices of a node."""
@@ -197,9 +203,17 @@ class ClusterView:
             else:
                 mirror.known.set()
 
+    def _nodes_changed(self) -> None:
+        self._live = None
+        self._changed()
+
+    def _pods_changed(self) -> None:
+        self._bound = None
+        self._changed()
+
     def _dynamic_changed(self) -> None:
         self._dynamic = None
-        self._changed()
+        self._nodes_changed()
 
     def _dynamic_facts(self) -> DynamicFacts:
         """Put together once for each change: a thousand nodes have thousands of devices."""
@@ -225,7 +239,7 @@ class ClusterView:
         if data != self._inventory_data:
             self._inventory, self._inventory_data = parse_inventory(data), data
             self._node_facts.clear()
-            self._changed()
+            self._nodes_changed()
 
 
 def _trimmed_node(node: Object) -> Object:

@@ -19,6 +19,7 @@ label, so that it is known what is *not* there: an autoscaler that nobody wants 
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import defaultdict
@@ -34,7 +35,7 @@ from gantline_operator.observe import PODS
 from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, SERVICES
 from gantline_operator.unchanged import apply_changes_nothing
 
-__all__ = ["MAX_AGE_S", "Survey", "Surveyed", "WouldWrite"]
+__all__ = ["MAX_AGE_S", "TOLD_AFTER_S", "Survey", "Surveyed", "WouldWrite"]
 
 Key = tuple[str, str]
 """Namespace and name of a service."""
@@ -43,6 +44,10 @@ _log = logging.getLogger(__name__)
 
 MAX_AGE_S = 60.0
 """From the beginning of the listing; what is older is asked for anew."""
+TOLD_AFTER_S = 120.0
+"""By when watches have told of all that is there, also on a busy machine."""
+_PAGE = "100"
+"""Objects of one answer, which are parsed together."""
 
 
 class WouldWrite(Exception):
@@ -51,10 +56,10 @@ class WouldWrite(Exception):
 
 @dataclass
 class _Bundle:
-    """What was listed for one service."""
+    """What was listed for one service, as JSON: parsed it would take ten times the memory, until its turn comes."""
 
-    parent: Object | None = None
-    children: dict[Child, Object] = field(default_factory=dict)
+    parent: str = ""
+    children: dict[Child, str] = field(default_factory=dict)
     """With its pods, by kind and name."""
 
 
@@ -64,7 +69,7 @@ class Survey:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = clock()
-        self._complete = False
+        self._complete = self._closed = False
         self._bundles: defaultdict[Key, _Bundle] = defaultdict(_Bundle)
         self._taken: set[Key] = set()
         self._listed: dict[str, str] = {}
@@ -80,14 +85,14 @@ class Survey:
         """Lists everything, in these namespaces or in all. Raises ApiError for what will pass."""
         async for item in _list(client, SERVICES, namespaces, ""):
             metadata = item["metadata"]
-            self._file((metadata["namespace"], metadata["name"]), item, watched=True).parent = item
+            self._file((metadata["namespace"], metadata["name"]), item, watched=True).parent = json.dumps(item)
         for resource in (*CHILD_KINDS, PODS):
             optional = resource.kind in OPTIONAL_KINDS
             try:
                 async for item in _list(client, resource, namespaces, "" if optional else resources.SELECTOR):
                     if (key := child_key(item)) is not None:
                         bundle = self._file(key, item, watched=not optional)
-                        bundle.children[(resource.kind, item["metadata"]["name"])] = item
+                        bundle.children[(resource.kind, item["metadata"]["name"])] = json.dumps(item)
             except KindMissing as error:
                 self._answers[resource.kind] = error
             except Forbidden as error:
@@ -106,7 +111,7 @@ class Survey:
 
     def tell(self, key: Key, body: Mapping[str, Any]) -> bool:
         """Notes what an event says of an object of the service; whether it is news, that is not what was listed."""
-        if self.is_over:
+        if self._closed:
             return True
         metadata = body.get("metadata") or {}
         uid, version = str(metadata.get("uid", "")), str(metadata.get("resourceVersion", ""))
@@ -115,25 +120,21 @@ class Survey:
 
     def take(self, key: Key, client: Api) -> Surveyed | None:
         """The service as it was surveyed, once, unless the API server has to be asked; `client` answers what was not surveyed."""
-        fresh = self._complete and not self.is_over and key not in self._taken
+        fresh = self._complete and self._clock() - self._began <= MAX_AGE_S and key not in self._taken
         self._taken.add(key)
         bundle = self._bundles.pop(key, None)
-        if not fresh or bundle is None or bundle.parent is None:
+        if not fresh or bundle is None or not bundle.parent:
             return None
-        parent = bundle.parent
+        parent = json.loads(bundle.parent)
         if "deletionTimestamp" in parent["metadata"] or not parent.get("status"):
             return None  # there is something to do
         if any(self._listed.get(uid) != version for uid, version in self._told[key].items()):
             return None
-        return Surveyed(client, parent, bundle.children, self._answers)
-
-    @property
-    def is_over(self) -> bool:
-        return self._clock() - self._began > MAX_AGE_S
+        return Surveyed(client, parent, {child: json.loads(text) for child, text in bundle.children.items()}, self._answers)
 
     def close(self) -> None:
-        """Forgets what was listed; from now on nothing is taken."""
-        self._complete = False
+        """Forgets what was listed: from now on nothing is taken, and every event is news."""
+        self._complete, self._closed = False, True
         for part in (self._bundles, self._taken, self._listed, self._watched, self._told):
             part.clear()
 
@@ -144,7 +145,7 @@ class Survey:
 
 
 async def _list(client: Client, resource: Resource, namespaces: Sequence[str], selector: str) -> Any:
-    query = {"labelSelector": selector} if selector else {}
+    query = {"limit": _PAGE, **({"labelSelector": selector} if selector else {})}
     for namespace in namespaces or (None,):
         async for page in client.pages(resource, namespace, **query):
             for item in page.get("items") or []:
