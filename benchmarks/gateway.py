@@ -7,6 +7,8 @@ requests    requests a second of so many clients, and the gateway's processor ti
 stream      events a second of so many streams (one token each, at a fixed rate), and the gateway's processor time for one of them
 clients     with --compare-clients: the same request by three HTTP client libraries, milliseconds and processor time
 
+With --tls the gateway's port speaks HTTPS (and `openssl` makes it a certificate); direct connections stay plain.
+
 Rates are also given for a whole core, from the processor time: a machine that does other things as well changes that little.
 """
 
@@ -19,12 +21,14 @@ import json
 import os
 import resource
 import signal
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +88,20 @@ async def _replica(events_per_second: float) -> None:
     await server.serve_forever()
 
 
+@dataclass(frozen=True)
+class _Endpoint:
+    port: int
+    tls: ssl.SSLContext | None = None
+
+
 class _Client:
     """One keep-alive connection; written by hand, so that it costs less than what it measures."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, endpoint: _Endpoint) -> None:
+        self._endpoint = endpoint
 
     async def __aenter__(self) -> _Client:
-        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._endpoint.port, ssl=self._endpoint.tls)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -116,11 +126,11 @@ class _Client:
             tail = (tail + data)[-16:]
 
 
-async def _latency(ports: dict[str, int], requests: int) -> dict[str, Any]:
+async def _latency(endpoints: dict[str, _Endpoint], requests: int) -> dict[str, Any]:
     """In turns, so that whatever else the machine does meets both."""
-    times: dict[str, list[float]] = {name: [] for name in ports}
+    times: dict[str, list[float]] = {name: [] for name in endpoints}
     async with contextlib.AsyncExitStack() as stack:
-        clients = {name: await stack.enter_async_context(_Client(port)) for name, port in ports.items()}
+        clients = {name: await stack.enter_async_context(_Client(endpoint)) for name, endpoint in endpoints.items()}
         for turn in range(requests + 100):
             for name, client in clients.items():
                 began = time.perf_counter()
@@ -137,7 +147,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
     return {"p50_ms": round(cuts[49], 3), "p99_ms": round(cuts[98], 3)}
 
 
-async def _load(port: int, clients: int, seconds: float, stream: bool, cpu: Callable[[], float]) -> dict[str, Any]:
+async def _load(endpoint: _Endpoint, clients: int, seconds: float, stream: bool, cpu: Callable[[], float]) -> dict[str, Any]:
     done, events, stop = 0, 0, False
 
     def count(found: int) -> None:
@@ -146,7 +156,7 @@ async def _load(port: int, clients: int, seconds: float, stream: bool, cpu: Call
 
     async def ask_on() -> None:
         nonlocal done
-        async with _Client(port) as client:
+        async with _Client(endpoint) as client:
             while not stop:
                 await client.ask(stream, count)
                 done += 1
@@ -228,20 +238,32 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         file.write_text(json.dumps({"services": [{"name": "m", "replicas": [f"http://127.0.0.1:{direct}"]}]}))
         flags = [f"--services={file}", "--host=127.0.0.1", "--port=0", "--internal-port=0", "--drain-delay=0", "--drain-timeout=0"]
         log = stack.enter_context((file.parent / "log").open("w"))
+        certificate = _certificate(file.parent) if options.tls else None
+        flags += [f"--tls-cert={certificate}", f"--tls-key={file.parent / 'key.pem'}"] if certificate else []
         gateway = stack.enter_context(_process(["-m", "gantline_gateway.main", *flags, "--log-format=json"], stderr=log))
-        port = _port(file.parent / "log")
+        context = ssl.create_default_context(cafile=str(certificate)) if certificate else None
+        replica_end, gateway_end = _Endpoint(direct), _Endpoint(_port(file.parent / "log"), context)
 
         def cpu() -> float:
             return _cpu_seconds(gateway.pid)
 
-        found = {"latency": asyncio.run(_latency({"direct": direct, "gateway": port}, options.requests))}
+        found = {"latency": asyncio.run(_latency({"direct": replica_end, "gateway": gateway_end}, options.requests))}
         for name, stream in (("requests", False), ("stream", True)):
-            straight = asyncio.run(_load(direct, options.clients, options.seconds, stream, lambda: 0.0))
-            found[name] = {"direct": straight, "gateway": asyncio.run(_load(port, options.clients, options.seconds, stream, cpu))}
+            straight = asyncio.run(_load(replica_end, options.clients, options.seconds, stream, lambda: 0.0))
+            through = asyncio.run(_load(gateway_end, options.clients, options.seconds, stream, cpu))
+            found[name] = {"direct": straight, "gateway": through}
         if options.compare_clients:
             found["clients"] = asyncio.run(_compare_clients(direct, options.requests))
         found["gateway_mib"] = round(int(Path(f"/proc/{gateway.pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
         return found
+
+
+def _certificate(folder: Path) -> Path:
+    """Of 127.0.0.1, its own authority; `key.pem` beside it is its key."""
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=x", "-days", "2"]
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run([*new, *files], check=True, capture_output=True)
+    return folder / "cert.pem"
 
 
 def _port(log: Path, timeout_s: float = 30.0) -> int:
@@ -265,6 +287,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--events-per-second", type=float, default=50.0, help="of one stream")
     parser.add_argument("--compare-clients", action="store_true")
+    parser.add_argument("--tls", action="store_true", help="HTTPS at the gateway")
     print(json.dumps(_measure(parser.parse_args()), indent=1))
 
 
