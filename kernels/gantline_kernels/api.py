@@ -19,22 +19,27 @@ Wrong shapes or types raise ValueError. Values on the device (block numbers, pos
 from __future__ import annotations
 
 import importlib
+import os
 from functools import cache
 from typing import Any
 
 import torch
 
+from gantline_kernels.invariance import Products
 from gantline_kernels.shared_prefix import SharedPrefixes
 
 __all__ = [
     "BACKENDS",
     "HEAD_DIMS",
     "INVARIANT",
+    "INVARIANT_TRITON",
+    "Products",
     "SharedPrefixes",
     "add_rms_norm",
     "argmax",
     "awq_dequantize",
     "awq_linear",
+    "find_variance",
     "linear",
     "mask_tokens",
     "paged_attention",
@@ -42,12 +47,15 @@ __all__ = [
     "rope_and_cache_write",
     "sample",
     "select",
+    "select_invariant",
     "silu_and_mul",
+    "token_logprobs",
 ]
 
 BACKENDS = ("torch", "triton", "cuda")
-INVARIANT = "invariant"
-"""A backend for CPUs whose results for a row depend on that row alone; slower, and chosen by name only (`EngineConfig.batch_invariant`)."""
+INVARIANT, INVARIANT_TRITON = "invariant", "invariant_triton"
+"""Backends, for CPUs and for GPUs, whose results for a row depend on that row alone; slower, and chosen by `select_invariant` only
+(`EngineConfig.batch_invariant`)."""
 HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
 """Head dimensions that attention is built for. 64, 96, 128 and 256 are tested on every backend; others are padded inside."""
 
@@ -69,6 +77,17 @@ def select(backend: str, device: torch.device | str) -> str:
     return backend
 
 
+def select_invariant(backend: str, device: torch.device | str) -> str:
+    """The backend whose rows depend on themselves alone, in the place of `backend` (one of BACKENDS) on `device`.
+
+    Raises ValueError where there is none: for `torch` on a GPU, for `cuda` and `triton` on a CPU (but `triton` under its interpreter).
+    """
+    kind = torch.device(device).type
+    on_gpu = kind == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+    _require(on_gpu == (backend != "torch"), f"the {backend} backend does not have it on the device {kind!r}")
+    return INVARIANT_TRITON if on_gpu else INVARIANT
+
+
 def _automatic(kind: str) -> str:
     if kind != "cuda":
         return "torch"
@@ -79,7 +98,7 @@ def _automatic(kind: str) -> str:
 
 @cache
 def _implementation(backend: str) -> Any:
-    known = (*BACKENDS, INVARIANT)
+    known = (*BACKENDS, INVARIANT, INVARIANT_TRITON)
     _require(backend in known, f"backend is {backend!r}, expected one of {', '.join(known)}")
     return importlib.import_module(f"gantline_kernels.{backend}_backend")
 
@@ -269,6 +288,23 @@ def sample(
     for name, tensor in (("uniforms", uniforms), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
         _require(tensor is None or tensor.shape == logits.shape[:1], f"sample: {name} must be [S]")
     return _implementation(backend).sample(logits, uniforms, temperature, top_k, top_p, min_p)
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, count: int, *, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, of logits [S, V]: those of tokens int64 [S] -> float32 [S]; the `count` largest of each row: tokens int64
+    [S, count], and float32 [S, count]. A row's elements lie side by side."""
+    _require(logits.dim() == 2 and logits.stride(1) == 1, f"token_logprobs: logits are {list(logits.shape)}, expected rows side by side")
+    _require(tokens.shape == logits.shape[:1] and tokens.dtype == torch.int64, "token_logprobs: tokens must be int64 [S]")
+    _require(0 <= count <= logits.shape[1], f"token_logprobs: {count} of {logits.shape[1]} tokens")
+    return _implementation(backend).token_logprobs(logits, tokens, count)
+
+
+def find_variance(products: Products, *, backend: str) -> str:
+    """Of a backend that `select_invariant` gave: which of a model's products depends on a row's place on this machine, or nothing."""
+    found: str = _implementation(backend).find_variance(products)
+    return found
 
 
 def _require(ok: bool, message: str) -> None:

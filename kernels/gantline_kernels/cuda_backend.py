@@ -20,6 +20,7 @@ from gantline_kernels.triton_backend import (
     rms_norm,
     rope_and_cache_write,
     silu_and_mul,
+    token_logprobs,
 )
 from gantline_kernels.triton_kernels.decode import decode_attention
 from gantline_kernels.triton_kernels.prefill import prefill_attention
@@ -36,6 +37,7 @@ __all__ = [
     "rope_and_cache_write",
     "sample",
     "silu_and_mul",
+    "token_logprobs",
 ]
 
 _HOPPER = (9, 0)

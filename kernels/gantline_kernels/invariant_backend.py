@@ -11,12 +11,13 @@ Prompts and decoding take the same way, so computing a sequence again after pree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from gantline_kernels import torch_backend
+from gantline_kernels.invariance import Products, take_likeliest
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.torch_backend import add_rms_norm, argmax, awq_dequantize, mask_tokens, rms_norm, rope_and_cache_write, sample
 
@@ -33,10 +34,12 @@ __all__ = [
     "rope_and_cache_write",
     "sample",
     "silu_and_mul",
+    "token_logprobs",
 ]
 
 ROWS = 16
 KEYS = 256
+_MOST_TRIED_OUTPUTS = 1 << 15
 _UNSPLIT = 1 << 15
 """Elements that torch gives to one thread at least (at::internal::GRAIN_SIZE): so many are never divided in mid-row."""
 
@@ -158,19 +161,27 @@ def _unsplit(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     return torch.cat([function(x[start : start + step].contiguous()) for start in range(0, len(x), step)])
 
 
-def find_variance(matrices: Iterable[tuple[int, int]], kv_heads: int, head_dim: int, dtype: torch.dtype) -> str:
-    """Try whether a row's place among `ROWS` decides on its result here, for products with matrices of these (inputs, outputs) and for
-    attention; says where it does, or nothing."""
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logprobs = logits.float().log_softmax(dim=-1)
+    top, ids = take_likeliest(logprobs, count, argmax)
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), ids, top
+
+
+def find_variance(products: Products) -> str:
+    """Try whether a row's place among `ROWS` decides on its result here, for products with the model's matrices and for attention; says
+    where it does, or nothing."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    for inputs, outputs in matrices:
+    dtype, kv_heads = products.dtype, products.kv_heads
+    for inputs, outputs in products.matrices:
+        outputs = min(outputs, _MOST_TRIED_OUTPUTS)
         weight, row = random(outputs, inputs).to(dtype), random(inputs).to(dtype)
         if _varies(lambda x, weight=weight: F.linear(x, weight), random(ROWS, inputs).to(dtype), row):  # type: ignore[misc]
             return f"the product with a matrix of {inputs} inputs and {outputs} outputs"
-    for inner, outer in ((head_dim, KEYS), (KEYS, head_dim)):
+    for inner, outer in ((products.head_dim, KEYS), (KEYS, products.head_dim)):
         other = random(kv_heads, inner, outer)
         if _varies(lambda x, other=other: torch.bmm(x, other), random(kv_heads, ROWS, inner), random(kv_heads, inner)):  # type: ignore[misc]
             return "attention's product"

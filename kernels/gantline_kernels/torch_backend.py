@@ -26,6 +26,7 @@ __all__ = [
     "rope_and_cache_write",
     "sample",
     "silu_and_mul",
+    "token_logprobs",
 ]
 
 _AWQ_BITS_OF_COLUMN = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -323,3 +324,9 @@ def _limit(probabilities: torch.Tensor, top_k: torch.Tensor | None, top_p: torch
     if min_p is not None:
         probabilities = torch.where(probabilities >= min_p.unsqueeze(-1) * ordered[:, :1], probabilities, 0.0)
     return probabilities
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logprobs = logits.float().log_softmax(dim=-1)
+    top, ids = logprobs.topk(count, dim=-1)
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), ids, top

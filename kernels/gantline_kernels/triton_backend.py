@@ -6,6 +6,7 @@ import torch
 
 from gantline_kernels import torch_backend
 from gantline_kernels.shared_prefix import SharedPrefixes
+from gantline_kernels.torch_backend import token_logprobs
 from gantline_kernels.triton_kernels.awq import awq_dequantize, awq_linear
 from gantline_kernels.triton_kernels.decode import decode_attention
 from gantline_kernels.triton_kernels.elementwise import add_rms_norm, rms_norm, silu_and_mul
@@ -27,6 +28,7 @@ __all__ = [
     "rope_and_cache_write",
     "sample",
     "silu_and_mul",
+    "token_logprobs",
 ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from gantline_kernels import api, invariant_backend
+from gantline_kernels import api
 
 from gantline_runtime import sizing
 from gantline_runtime.batch import BatchLimits, pack_batch
@@ -34,7 +34,6 @@ __all__ = ["Executor", "MemoryReport"]
 _HOST_RESERVE_BYTES = 768 << 20
 """Kept free on a CPU beside the cache: the API process (0.4 GiB) and activations."""
 _POLL_S = 50e-6
-_MOST_TRIED_OUTPUTS = 1 << 15
 _NUM_BUFFERS = 3
 """Batches whose copy to the device may be under way at once: one more than steps in flight, and one being written."""
 
@@ -71,7 +70,7 @@ class Executor:
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(plan.num_threads)
         if config.batch_invariant:
-            _try_invariance(checkpoint.shape, plan.dtype)
+            _try_invariance(checkpoint.shape, plan.dtype, self.device, plan.backend)
         self._workers = WorkerGroup(plan) if config.tp > 1 else None
         try:
             self._load(checkpoint, config, plan, on_progress)
@@ -216,9 +215,9 @@ def _resolve(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         )
     if device == "cpu" and config.backend == "cuda":
         raise ConfigurationError("the cuda backend cannot run on a CPU", cure="Give --backend auto or torch.")
-    if config.batch_invariant:
-        _check_invariant(config, checkpoint, device)
     backend = api.select(config.backend, device)
+    if config.batch_invariant:
+        _check_invariant(config, checkpoint, backend, device)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else checkpoint.facts.dtype  # type: ignore[assignment]
@@ -230,32 +229,37 @@ def _resolve(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
     return replace(config, device=device, backend=backend, dtype=dtype)  # type: ignore[arg-type]
 
 
-def _check_invariant(config: EngineConfig, checkpoint: Checkpoint, device: str) -> None:
+def _check_invariant(config: EngineConfig, checkpoint: Checkpoint, backend: str, device: str) -> None:
     problems = {
-        "GPUs do not have it yet": device != "cpu",
-        f"the {config.backend} backend does not have it": config.backend not in ("auto", "torch"),
         "ranks would add up in an order of their own": config.tp > 1,
         "this model runs by transformers' own implementation": checkpoint.shape.family == "transformers",
     }
     for problem, holds in problems.items():
         if holds:
-            raise ConfigurationError(f"batch_invariant cannot be kept: {problem}", cure="Use one CPU process and a model of our families.")
+            raise ConfigurationError(f"batch_invariant cannot be kept: {problem}", cure="Use tp 1 and a model of our families.")
+    try:
+        api.select_invariant(backend, device)
+    except ValueError as error:
+        raise ConfigurationError(f"batch_invariant cannot be kept: {error}", cure="Use the backend auto.") from None
 
 
-def _try_invariance(shape: ModelShape, dtype: torch.dtype) -> None:
+def _try_invariance(shape: ModelShape, dtype: torch.dtype, device: torch.device, backend: str) -> None:
     """Raises ConfigurationError where this machine's matrix products do not keep what the mode is built on."""
     attended, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    matrices = [
+    matrices = (
         (shape.hidden_size, attended + 2 * keys),
         (attended, shape.hidden_size),
         (shape.hidden_size, 2 * shape.intermediate_size),
         (shape.intermediate_size, shape.hidden_size),
-        (shape.hidden_size, min(shape.vocab_size, _MOST_TRIED_OUTPUTS)),
-    ]
-    found = invariant_backend.find_variance(matrices, shape.num_kv_heads, shape.head_dim, dtype)
+        (shape.hidden_size, shape.vocab_size),
+    )
+    group_size = None if shape.awq is None else shape.awq.group_size
+    products = api.Products(matrices, shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype, device, group_size)
+    found = api.find_variance(products, backend=backend)
     if found:
         raise ConfigurationError(
-            f"batch_invariant cannot be kept: on this machine, {found} depends on a row's place", cure="Use another dtype or another CPU."
+            f"batch_invariant cannot be kept: on this machine, {found} depends on a row's place",
+            cure="Use another dtype, or another CPU or GPU.",
         )
 
 
@@ -281,7 +285,7 @@ def _worker_plan(model_dir: Path, config: EngineConfig, position_limit: int) -> 
         session_len=config.session_len or position_limit,
         dtype=getattr(torch, config.dtype),
         device_type=config.device,
-        backend=api.INVARIANT if config.batch_invariant else config.backend,
+        backend=api.select_invariant(config.backend, config.device) if config.batch_invariant else config.backend,
         size=config.tp,
         rendezvous=make_rendezvous() if config.tp > 1 else "",
         num_threads=max(1, available_cpus() // config.tp),

@@ -184,7 +184,9 @@ class ModelRunner:
             sampling = replace(sampling or SamplingBatch(), mask=mask)
         slots = inputs[segments(shape).sample_slots][: shape.num_samples].long()
         sampled = self._sample(hidden[: shape.num_samples], slots, sampling) if shape.num_samples else None
-        read = read_rows(hidden[shape.num_samples :], shape.num_scored, reads, self._model.logits) if shape.num_reads or reads else None
+        read = None
+        if shape.num_reads or reads:
+            read = read_rows(hidden[shape.num_samples :], shape.num_scored, reads, self._model.logits, backend=self._backend)
         both = (reads, read) if reads is not None and read is not None else None
         return PendingTokens(self.device, sampled, sampling, shape.num_samples, both)
 

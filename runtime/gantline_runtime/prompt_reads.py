@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gantline_kernels import api
 from numpy.typing import NDArray
 
 from gantline_runtime.messages import PromptLogprobs
@@ -61,7 +62,12 @@ def build_read_batch(step: Step) -> ReadBatch | None:
 
 
 def read_rows(
-    hidden: torch.Tensor, num_scored: int, batch: ReadBatch | None, logits: Callable[[torch.Tensor], torch.Tensor | None]
+    hidden: torch.Tensor,
+    num_scored: int,
+    batch: ReadBatch | None,
+    logits: Callable[[torch.Tensor], torch.Tensor | None],
+    *,
+    backend: str,
 ) -> ReadTensors | None:
     """`hidden` [rows, hidden], the first `num_scored` to be scored. `logits` is a collective, so all ranks come here; those without a
     `batch` get None."""
@@ -71,7 +77,7 @@ def read_rows(
         piece = slice(start, min(start + SCORE_ROWS, num_scored))
         values = logits(hidden[piece])
         if values is not None and targets is not None and batch is not None:
-            pieces.append(_score(values.float(), targets[piece], batch.num_top))
+            pieces.append(_score(values, targets[piece], batch.num_top, backend))
     if batch is None:
         return None
     chosen, top_ids, top, ranks = (torch.cat(column) for column in zip(*pieces, strict=True)) if pieces else (None, None, None, None)
@@ -80,11 +86,10 @@ def read_rows(
     return ReadTensors(chosen, top_ids, top, ranks, sums)
 
 
-def _score(logits: torch.Tensor, targets: torch.Tensor, num_top: int) -> tuple[torch.Tensor, ...]:
-    total = logits.logsumexp(-1, keepdim=True)
-    top, ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
+def _score(logits: torch.Tensor, targets: torch.Tensor, num_top: int, backend: str) -> tuple[torch.Tensor, ...]:
+    chosen, ids, top = api.token_logprobs(logits, targets, min(num_top, logits.shape[-1]), backend=backend)
     wanted = logits.gather(-1, targets.unsqueeze(-1))
-    return (wanted - total).squeeze(-1), ids, top - total, (logits > wanted).sum(-1) + 1
+    return chosen, ids, top, (logits > wanted).sum(-1) + 1
 
 
 def split_reads(batch: ReadBatch, host: ReadTensors) -> list[PromptLogprobs | NDArray[np.float32]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 from gantline_kernels import api
-from gantline_kernels.triton_kernels import decode, prefill, shared_prefix
+from gantline_kernels.triton_kernels import decode, invariant_attention, invariant_linear, prefill, shared_prefix
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -47,10 +47,11 @@ def compile_only(capability: int) -> None:
         return kernel
 
     JITFunction.run = compile_launch
-    decode._num_sms = lambda index: 132
+    decode._num_sms = invariant_linear._num_sms = lambda index: 132
     if capability >= 90:
         decode.capability = lambda device: (9, 0)
-        prefill._can_use_tma = shared_prefix._can_use_tma = lambda q, dim, tile, block_size: (
+        invariant_linear.capability = lambda device: (9, 0)
+        prefill._can_use_tma = shared_prefix._can_use_tma = invariant_attention._can_use_tma = lambda q, dim, tile, block_size: (
             dim & (dim - 1) == 0 and 64 <= dim <= 256 and tile <= block_size and q.dtype != torch.float32
         )
 
@@ -63,6 +64,25 @@ def run_attention() -> None:
         lengths = [(1, 3072 + own)] * batch
         case = paged(lengths, heads=32, kv_heads=8, dim=dim, dtype=torch.bfloat16, block_size=64).share([(list(range(batch)), 48)])
         api.paged_attention(*case.arguments, **case.options, backend="triton")
+
+
+def run_invariant() -> None:
+    """The operations whose rows depend on themselves alone: every tile of the linear layers, and attention of both kinds of launch."""
+    x, weight = torch.zeros(300, 4096, dtype=torch.bfloat16), torch.zeros(640, 4096, dtype=torch.bfloat16)
+    for tile in invariant_linear.TILES:
+        for out_dtype in (None, torch.float32):
+            invariant_linear.invariant_linear(x, weight, None, out_dtype, tile=tile)
+    qweight, qzeros = (torch.zeros(n, 64, dtype=torch.int32) for n in (256, 2))
+    for tile in invariant_linear.AWQ_TILES:
+        invariant_linear.invariant_awq_linear(x[:, :256], qweight, qzeros, torch.zeros(2, 512, dtype=torch.bfloat16), 128, None, tile=tile)
+    for dim, window in ((128, 0), (256, 100)):
+        counts = []
+        for lengths in ([(1, 5000), (1, 30), (200, 300)], [(1, 50)], [(20, 300), (3, 90)]):
+            case = paged(lengths, heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, block_size=64, window=window)
+            api.paged_attention(*case.arguments, **case.options, backend=api.INVARIANT_TRITON)
+            counts.append(sum(len(cached[0]) for cached in invariant_attention._invariant_attention.device_caches.values()))
+        assert len(set(counts)) == 1, f"prompts and single queries have kernels of their own: {counts}"
+    api.token_logprobs(torch.randn(2, 20000), torch.zeros(2, dtype=torch.int64), 0, backend=api.INVARIANT_TRITON)
 
 
 def run_other_mixtures() -> None:
@@ -114,6 +134,7 @@ def run_others() -> None:
 if __name__ == "__main__":
     compile_only(int(sys.argv[1]))
     run_attention()  # what takes much shared memory, and so differs between chips
+    run_invariant()
     if sys.argv[1] == "90":
         run_other_mixtures()
         run_others()

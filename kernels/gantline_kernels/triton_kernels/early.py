@@ -19,13 +19,13 @@ import torch
 
 from gantline_kernels import library
 
-__all__ = ["capability", "early_mode", "launch_options", "launched", "starts_early"]
+__all__ = ["NOT_EARLY", "capability", "early_mode", "launch_options", "launched", "starts_early"]
 
 _HOPPER = (9, 0)
 _MAX_PROGRAMS = 2048
 """With more, starting early costs more than it brings: programs that wait take the place of those that work."""
 _MAX_ROWS = 16
-_NOT, _EARLY, _BESIDE_SHARED = 0, 1, 2
+NOT_EARLY, _EARLY, _BESIDE_SHARED = 0, 1, 2
 _beside_shared: set[int] = set()
 """Kernels (CUfunctions) that have asked for all shared memory."""
 
@@ -37,7 +37,7 @@ def starts_early(device: torch.device, programs: int) -> bool:
 def early_mode(device: torch.device, programs: int, rows: int) -> int:
     """A kernel's EARLY: 0 not, 1 early, 2 early beside linear layers that take all shared memory (a kernel of its own, so compiled)."""
     if rows > _MAX_ROWS or not starts_early(device, programs):
-        return _NOT
+        return NOT_EARLY
     return _EARLY if rows == 1 else _BESIDE_SHARED
 
 

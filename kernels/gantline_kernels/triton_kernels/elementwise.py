@@ -38,26 +38,31 @@ def _rms_norm(
     tl.store(out + row * size + at, (wide * gain).to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, early: int | None = None) -> torch.Tensor:
+    """`early`, here and below: see `early.early_mode`; None: by the launch's size."""
     out = x.new_empty(x.shape)
-    _launch_norm(x, None, weight, out, eps)
+    _launch_norm(x, None, weight, out, eps, early)
     return out
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, early: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum takes the place of `residual`."""
     out = x.new_empty(x.shape)
-    _launch_norm(x, residual, weight, out, eps)
+    _launch_norm(x, residual, weight, out, eps, early)
     return out, residual
 
 
-def _launch_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float) -> None:
+def _launch_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor, eps: float, early: int | None
+) -> None:
     rows, size = x.shape
     if not rows:
         return
     block = next_power_of_2(size)
     stride = 0 if residual is None else residual.stride(0)
-    early = early_mode(x.device, rows, rows)
+    early = early_mode(x.device, rows, rows) if early is None else early
     kernel = _rms_norm[(rows,)](
         x, residual, weight, out, x.stride(0), stride, size, eps,
         ADD=residual is not None, EARLY=early, BLOCK=block, num_warps=_warps(block), **launch_options(early),
@@ -83,13 +88,13 @@ def _silu_and_mul(x, out, x_stride, size, EARLY: tl.constexpr, BLOCK: tl.constex
     tl.store(out + row * size + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(x: torch.Tensor, *, early: int | None = None) -> torch.Tensor:
     rows, size = x.shape[0], x.shape[1] // 2
     out = x.new_empty((rows, size))
     if rows:
         block = min(2048, next_power_of_2(size))
         grid = (rows, cdiv(size, block))
-        early = early_mode(x.device, grid[0] * grid[1], rows)
+        early = early_mode(x.device, grid[0] * grid[1], rows) if early is None else early
         kernel = _silu_and_mul[grid](
             x, out, x.stride(0), size, EARLY=early, BLOCK=block, num_warps=max(1, min(4, block // 512)), **launch_options(early)
         )

@@ -100,7 +100,10 @@ def rope_and_cache_write(
     q_norm_weight: torch.Tensor | None,
     k_norm_weight: torch.Tensor | None,
     eps: float,
+    *,
+    early: int | None = None,
 ) -> torch.Tensor:
+    """`early`: see `early.early_mode`; None: by the launch's size."""
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     q, k, v = (_with_packed_heads(x) for x in (q, k, v))
@@ -109,7 +112,7 @@ def rope_and_cache_write(
         per_program = min(_HEADS_PER_PROGRAM, next_power_of_2(max(heads, kv_heads)))
         grid = (tokens, cdiv(heads, per_program) + 2 * cdiv(kv_heads, per_program))
         half = next_power_of_2(dim // 2)
-        early = early_mode(q.device, grid[0] * grid[1], tokens)
+        early = early_mode(q.device, grid[0] * grid[1], tokens) if early is None else early
         kernel = _rope_and_cache_write[grid](
             q, k, v, out, cos_sin, positions, key_cache, value_cache, slots, q_norm_weight, k_norm_weight,
             q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, dim // 2, key_cache.shape[2], eps,

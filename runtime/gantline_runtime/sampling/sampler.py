@@ -116,9 +116,8 @@ class Sampler:
         return self._output_counts, self._in_prompt
 
     def _with_logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, count: int) -> SampledTokens:
-        logprobs = logits[rows].float().log_softmax(dim=-1)
-        chosen = logprobs.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
-        top, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+        count = min(count, logits.shape[-1])
+        chosen, ids, top = api.token_logprobs(logits[rows], tokens[rows], count, backend=self._backend)
         return SampledTokens(tokens, chosen, ids, top)
 
     def _upload_columns(self, *columns: NDArray[Any] | None) -> list[torch.Tensor]:
