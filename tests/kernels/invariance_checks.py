@@ -47,7 +47,7 @@ def _check_rows(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, co
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("out_dtype", [None, torch.float32])
 def test_linear(inputs: int, outputs: int, dtype: torch.dtype, out_dtype: torch.dtype | None) -> None:
-    counts = [count for count in ROWS if count * outputs < 1 << 28]
+    counts = [count for count in ROWS if count * outputs < 1 << 28 and (count <= 300 or dtype != torch.float32)]
     x, weight = _random(max(counts), inputs, dtype=dtype), _random(outputs, inputs, dtype=dtype, seed=1) / 8
     bias = None if out_dtype else _random(outputs, dtype=dtype, seed=2)
     _check_rows(lambda rows: api.linear(rows, weight, bias, out_dtype=out_dtype, backend=BACKEND), x, counts)

@@ -13,10 +13,9 @@ from gantline_kernels import api, invariant_backend
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import LLMEngine
 from gantline_runtime.errors import ConfigurationError
-from gantline_runtime.messages import TokenOutput
 
 from tests.runtime.checkpoints import VOCAB, write_checkpoint
-from tests.runtime.engine_support import drain, request, tokens_of
+from tests.runtime.invariance import ask_all
 from tests.runtime.server_process import REAL, ROOT, running
 
 DTYPES = {"qwen3": "float32", "mistral-window": "bfloat16", "llama-biases-linear-rope": "float32"}
@@ -35,17 +34,11 @@ def _prompts() -> list[list[int]]:
 
 
 def _run(model: Path, prompts: list[list[int]], *, together: bool, count: int = 10, **settings: Any) -> tuple[list[Any], LLMEngine]:
-    """Of each prompt its tokens with all that is known of them."""
+    """Of each prompt and its tokens all that is known."""
     defaults: dict[str, Any] = {"num_cache_blocks": 400, "session_len": 640, "max_batch_size": 16, "block_size": 16, "device": "cpu"}
     engine = LLMEngine(model, EngineConfig(**{**defaults, "batch_invariant": True, **settings}))
-    outputs: dict[str, list[TokenOutput]] = {}
-    for i, prompt in enumerate(prompts):
-        engine.add_request(request(str(i), prompt, count=count, num_logprobs=3, temperature=0.9 if i % 2 else 0.0, top_p=0.9, seed=i))
-        if not together:
-            outputs |= drain(engine, checked=False)
-    outputs |= drain(engine, checked=False)
+    results = ask_all(engine, prompts, count, together=together)
     engine.close()
-    results = [(tokens_of(outputs[str(i)]), [entry for o in outputs[str(i)] for entry in o.logprobs or ()]) for i in range(len(prompts))]
     return results, engine
 
 
@@ -73,7 +66,7 @@ def test_what_cannot_be_kept_is_refused_by_name(model: Path, tmp_path: Path, mon
     def build(**settings: Any) -> None:
         LLMEngine(model, EngineConfig(device="cpu", batch_invariant=True, num_cache_blocks=64, session_len=64, **settings)).close()
 
-    for settings, named in (({"tp": 2}, "ranks"), ({"backend": "triton"}, "triton backend")):
+    for settings, named in (({"tp": 2}, "ranks"), ({"backend": "triton"}, "triton backend does not have it on the device 'cpu'")):
         with pytest.raises(ConfigurationError, match=named):
             build(**settings)
     monkeypatch.setattr(invariant_backend, "find_variance", lambda *_: "the product with some matrix")
@@ -82,10 +75,19 @@ def test_what_cannot_be_kept_is_refused_by_name(model: Path, tmp_path: Path, mon
 
 
 def test_a_product_that_depends_on_a_rows_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert invariant_backend.find_variance([(48, 80)], 2, 16, torch.float32) == ""
+    products = api.Products(((48, 80),), 4, 2, 16, torch.float32, torch.device("cpu"))
+    assert api.find_variance(products, backend=api.INVARIANT) == ""
     places = torch.arange(invariant_backend.ROWS).unsqueeze(1)
     monkeypatch.setattr(invariant_backend.F, "linear", lambda x, weight: x @ weight.t() + 1e-7 * places)
-    assert "48 inputs and 80 outputs" in invariant_backend.find_variance([(48, 80)], 2, 16, torch.float32)
+    assert "48 inputs and 80 outputs" in api.find_variance(products, backend=api.INVARIANT)
+
+
+def test_the_backend_is_that_of_the_device() -> None:
+    assert api.select_invariant("torch", "cpu") == api.INVARIANT
+    assert api.select_invariant("cuda", "cuda") == api.select_invariant("triton", "cuda") == api.INVARIANT_TRITON
+    for backend, device in (("torch", "cuda"), ("cuda", "cpu"), ("triton", "cpu")):
+        with pytest.raises(ValueError, match=backend):
+            api.select_invariant(backend, device)
 
 
 @pytest.mark.parametrize("window", [0, 40])
