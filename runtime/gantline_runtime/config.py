@@ -56,7 +56,7 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = _option(True, "Reuse the cached blocks of a prompt's beginning.")
     eager_mode: bool = _option(False, "Never use CUDA graphs.")
-    batch_invariant: bool = _option(False, "The same tokens whatever else runs, to the last bit, at a price; on CPUs.")
+    batch_invariant: bool = _option(False, "The same tokens whatever else runs, to the last bit, at a price.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
