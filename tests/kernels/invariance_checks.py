@@ -31,12 +31,12 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
 def _check_rows(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, counts: list[int]) -> None:
     """`run` of any number of rows gives each of them what it got alone."""
     rows = torch.arange(len(x), device=x.device)
-    chosen = [0, 1, len(x) // 2, len(x) - 1]
+    chosen = [0, 1, len(x) // 2, len(x) - 1] if ON_GPU else [1, len(x) - 1]
     alone = torch.cat([run(x[i : i + 1]) for i in chosen])
     for count in counts:
         for shift in (0, 5) if ON_GPU else (5,):
             others = (rows + shift)[:count] % len(x)
-            places = [min(i, count - 1) for i in (0, 1, count // 2, count - 1)]
+            places = [min(i, count - 1) for i in (0, 1, count // 2, count - 1)][-len(chosen) :]
             order = others.clone()
             order[places] = torch.tensor(chosen, device=x.device)
             got = run(x[order])
@@ -84,7 +84,7 @@ def test_awq(inputs: int, outputs: int, group_size: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_activation_and_rotation(dtype: torch.dtype) -> None:
     size, dim = (4096, 128) if ON_GPU else (96, 32)
-    x, weight, counts = _random(ROWS[-1], size, dtype=dtype), _random(size, dtype=dtype, seed=1), ROWS
+    x, weight, counts = _random(ROWS[-1], size, dtype=dtype), _random(size, dtype=dtype, seed=1), ROWS if ON_GPU else [5]
     _check_rows(lambda rows: api.rms_norm(rows, weight, 1e-5, backend=BACKEND), x, counts)
     _check_rows(lambda rows: api.add_rms_norm(rows.clone(), rows * 2, weight, 1e-5, backend=BACKEND)[0], x, counts)
     _check_rows(lambda rows: api.silu_and_mul(rows, backend=BACKEND), x, counts)
@@ -111,9 +111,9 @@ def test_norms_activation_and_rotation(dtype: torch.dtype) -> None:
     _check_rows(rotate, x, counts)
 
 
-@pytest.mark.parametrize("limits", [(None, None, None), (40, 0.9, 0.01)])
+@pytest.mark.parametrize("limits", [(None, None, None), (40, 0.9, 0.01)] if ON_GPU else [(40, None, 0.01)])
 def test_sampling_and_log_probabilities(limits: tuple[int | None, float | None, float | None]) -> None:
-    size = 128_256 if ON_GPU else 301
+    size = 128_256 if ON_GPU else 61
     logits, counts = _random(200 if ON_GPU else 6, size) * 3, [1, 2, 20, 200] if ON_GPU else [5]
 
     def both(rows: torch.Tensor) -> torch.Tensor:
@@ -174,28 +174,28 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    "case", CASES if ON_GPU else [{"heads": 4, "kv_heads": 2, "dim": 16}, {"heads": 3, "kv_heads": 1, "dim": 32, "window": 70}]
+    "case", CASES if ON_GPU else [{"heads": 2, "kv_heads": 1, "dim": 16}, {"heads": 3, "kv_heads": 1, "dim": 32, "window": 70}]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(case: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts whole, cut anywhere, and token by token, alone and beside others, whether or not contexts go in pieces."""
     if not ON_GPU:
         monkeypatch.setattr(invariant_attention, "PIECE", 64)
-    lengths = [3000, 1024, 1025, 65, 5000] if ON_GPU else [150, 64, 3]
+    lengths = [3000, 1024, 1025, 65, 5000] if ON_GPU else [131, 64]
     contexts = _Contexts(lengths, dtype=dtype, **case)  # type: ignore[arg-type]
     whole = [contexts.attend([(i, 0, length)], num_decodes=0)[0] for i, length in enumerate(lengths)]
     assert all(bool(torch.isfinite(out).all()) for out in whole)
     places = [
         (i, place) for i, length in enumerate(lengths) for place in {0, 1, 63, 64, 130, 1023, 1024, 2047, length - 1} if place < length
     ]
-    for chosen in (*([place] for place in places[:: 1 if ON_GPU else 4]), places):
+    for chosen in (*([place] for place in places[:: 1 if ON_GPU else 5]), places):
         for bound in (0, max(lengths)):
             one_each = [(i, place, place + 1) for i, place in chosen]
             for (i, place), out in zip(chosen, contexts.attend(one_each, num_decodes=len(chosen), bound=bound), strict=True):
                 assert torch.equal(out[0], whole[i][place]), (i, place, bound)
     cuts = [(i, *pair) for i, length in enumerate(lengths) for pair in _cuts(length)]
     decodes = [(0, 99, 100), (1, 63, 64)]
-    for chosen in (cuts, cuts[::-1], decodes + cuts)[0 if ON_GPU else 1 :]:
+    for chosen in (cuts, cuts[::-1], decodes + cuts)[0 if ON_GPU else 2 :]:
         count = 2 if chosen[0] == decodes[0] else 0
         for (i, first, end), out in zip(chosen, contexts.attend(chosen, num_decodes=count), strict=True):
             assert torch.equal(out, whole[i][first:end]), (i, first, end)

@@ -63,11 +63,11 @@ def ask_all(engine: LLMEngine, prompts: list[list[int]], count: int, *, together
 def main(folder: Path) -> None:
     import tests.kernels.kernel_checks  # noqa: F401  the interpreter, made to work
 
-    api.find_variance = lambda products, *, backend: ""  # half a minute here; it has a test of its own
+    api.find_variance = lambda products, *, backend: ""  # seconds here; it has a test of its own
     fixed: dict[str, Any] = {"device": "cpu", "backend": "triton", "batch_invariant": True, "dtype": "float16", "block_size": 16}
-    prompts, others = prompts_of([19, 1, 40], 512), prompts_of([9, 33], 512, seed=1)
+    prompts, others = prompts_of([5, 21], 512), prompts_of([7], 512, seed=1)
     found = []
-    for together, settings in ((False, {}), (True, {"max_prefill_token_num": 23})):
+    for together, settings in ((False, {}), (True, {"max_prefill_token_num": 17})):
         engine = LLMEngine(folder, EngineConfig(**fixed, num_cache_blocks=64, session_len=128, max_batch_size=8, **settings))
         found.append(ask_all(engine, prompts, 2, together=together, others=others if together else []))
         if together:
