@@ -1,8 +1,10 @@
-"""Linear layers for few rows: every way we have, checked, and timed against the floor: `python -m benchmarks.linear [--rows 1 16]`.
+"""Linear layers: every way we have, checked, and timed against the floor: `python -m benchmarks.linear [--rows 1 16 32]`.
 
 Needs a GPU. A time is the median of replays of a CUDA graph over eight layers of Llama 3.1 8B (3.5 GB of weights: nothing is found in the
-second-level cache), all shapes in a chain, and each shape alone; the floor is the weights' bytes over 4.4 TB/s. Results are compared with
-float32 first, and two runs with each other. The last lines are the table: percent of that floor in the chain, by rows.
+second-level cache): all shapes in a chain, whole layers (with norms, rope and activation between, without attention), each shape alone, and
+the head, whose results are float32. The floor is the larger of the weights' bytes at the rate of reading measured in the same call, and the
+operations at 700 TFLOP/s. Results are compared with float32 first, and two runs with each other. The last lines are the tables: percent of
+that floor, by rows, in the chain and in whole layers.
 """
 
 from __future__ import annotations
@@ -16,21 +18,20 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from gantline_kernels import api, library, reference
-from gantline_kernels.hopper_linear import MAX_ROWS, hopper_linear
+from gantline_kernels import api, hopper_batch_linear, hopper_linear, library, reference, torch_backend
 from gantline_kernels.triton_kernels.linear import one_row_linear
 
 from benchmarks import ceilings
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 HEAD = (128256, 4096)
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 4096, 32, 8, 128
 LAYERS = 8
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_READ = 4.4e12
+_OPERATIONS = 700e12
 _LARGEST_ERROR = 0.06
 """Of results of size 4 at most, in bfloat16: twice its rounding and the sums' order."""
-Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype | None], torch.Tensor]
 Layers = list[list[torch.Tensor]]
 
 ONE_ROW: list[dict[str, Any]] = [
@@ -44,23 +45,25 @@ ONE_ROW: list[dict[str, Any]] = [
 
 
 def one_row(options: dict[str, Any]) -> Linear:
-    return lambda x, w, b: one_row_linear(x, w, b, **options)
+    return lambda x, w, b, d: one_row_linear(x, w, b, d, **options)
 
 
 HOPPER: list[dict[str, Any]] = [{}, {"blocks": 66}]
 
 
 def hopper(options: dict[str, Any]) -> Linear:
-    return lambda x, w, b: hopper_linear(x, w, b, **options)
+    return lambda x, w, b, d: hopper_linear.hopper_linear(x, w, b, d, **options)
 
 
 def variants(rows: int) -> Iterator[tuple[str, Linear]]:
-    yield "cuBLAS", F.linear
+    yield "cuBLAS", torch_backend.linear
     for backend in ("triton", "cuda"):
-        yield f"api, {backend}", lambda x, w, b, backend=backend: api.linear(x, w, b, backend=backend)
-    if library.load() is not None and rows <= MAX_ROWS:
+        yield f"api, {backend}", lambda x, w, b, d, backend=backend: api.linear(x, w, b, out_dtype=d, backend=backend)
+    if library.load() is not None and rows <= hopper_linear.MAX_ROWS:
         for options in HOPPER:
             yield f"cuda {options or ''}".strip(), hopper(options)
+    if library.load() is not None and rows <= hopper_batch_linear.MAX_ROWS:
+        yield "cuda, batch", hopper_batch_linear.batch_linear
     if rows == 1:
         for options in ONE_ROW:
             yield f"one row {options or ''}".strip(), one_row(options)
@@ -72,7 +75,7 @@ def error_of(run: Linear, rows: int, weights: list[torch.Tensor]) -> float:
     for w in weights:
         wide = torch.randn(rows, w.shape[1] + 64, device="cuda", dtype=torch.bfloat16)
         x, bias = wide[:, : w.shape[1]], torch.randn(w.shape[0], device="cuda", dtype=torch.bfloat16)
-        got, again = run(x, w, bias), run(x, w, bias)
+        got, again = run(x, w, bias, None), run(x, w, bias, None)
         if not bool(torch.isfinite(got).all()) or not torch.equal(got, again):
             return float("inf")
         worst = max(worst, float((got.float() - reference.linear(x, w, bias)).abs().max()))
@@ -80,29 +83,45 @@ def error_of(run: Linear, rows: int, weights: list[torch.Tensor]) -> float:
 
 
 def measure(run: Linear, rows: int, layers: Layers, head: torch.Tensor) -> dict[str, Any]:
-    """Microseconds of a layer in the chain, of each shape alone and of the head, and the largest error."""
+    """Microseconds of a layer in the chain, of a whole one, of each shape alone and of the head, and the largest error."""
     xs = {k: torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _, k in SHAPES}
 
     def chain(picked: Layers) -> None:
         for layer in picked:
             for w in layer:
-                run(xs[w.shape[1]], w, None)
+                run(xs[w.shape[1]], w, None, None)
 
     alone = [[[layer[i]] for layer in layers] for i in range(len(SHAPES))]
     return {
         "error": round(error_of(run, rows, layers[0]), 4),
         "us": round(_graph_us(partial(chain, layers)) / LAYERS, 2),
+        "layer_us": round(_graph_us(partial(whole_layers, run, rows, layers)) / LAYERS, 2),
         "shapes_us": [round(_graph_us(partial(chain, picked)) / LAYERS, 2) for picked in alone],
-        "head_us": round(_graph_us(lambda: run(xs[HEAD[1]], head, None)), 1),
+        "head_us": round(_graph_us(lambda: run(xs[HEAD[1]], head, None, torch.float32)), 1),
     }
+
+
+def whole_layers(run: Linear, rows: int, layers: Layers) -> torch.Tensor:
+    """What attention does not take of Llama's layers, with what stands between the products."""
+    norm, positions = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16), torch.arange(rows, device="cuda")
+    caches = [torch.zeros(rows, KV_HEADS, 16, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    table, slots = torch.ones(rows, HEAD_DIM, device="cuda"), positions * 16
+    h, residual = (torch.ones(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for qkv, out, up, down in layers:
+        h, residual = api.add_rms_norm(h, residual, norm, 1e-5, backend="cuda")
+        heads = run(h, qkv, None, None).unflatten(-1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        q = api.rope_and_cache_write(*heads, table, positions, *caches, slots, backend="cuda")
+        h, residual = api.add_rms_norm(run(q.flatten(1), out, None, None), residual, norm, 1e-5, backend="cuda")
+        h = run(api.silu_and_mul(run(h, up, None, None), backend="cuda"), down, None, None)
+    return h
 
 
 def _graph_us(call: Callable[[], object]) -> float:
     return 1e3 * ceilings.graph_median_ms(call)
 
 
-def _floor_us(outputs: int, inputs: int) -> float:
-    return 2e6 * outputs * inputs / _READ
+def _floor_us(rows: int, outputs: int, inputs: int, read: float) -> float:
+    return 2e6 * outputs * inputs * max(1 / read, rows / _OPERATIONS)
 
 
 def main() -> int:
@@ -114,10 +133,12 @@ def main() -> int:
     torch.manual_seed(0)
     layers = [[torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for n, k in SHAPES] for _ in range(LAYERS)]
     head = torch.randn(*HEAD, device="cuda", dtype=torch.bfloat16) * HEAD[1] ** -0.5
-    floor_us = sum(_floor_us(*shape) for shape in SHAPES)
-    table: dict[str, dict[int, str]] = {}
+    rates = ceilings.measure()
+    print(json.dumps(rates), flush=True)
+    tables: dict[str, dict[str, dict[int, str]]] = {"us": {}, "layer_us": {}}
     ok = True
     for rows in args.rows:
+        floor_us = sum(_floor_us(rows, *shape, 1e12 * rates["read_TB_s"]) for shape in SHAPES)
         for name, run in variants(rows):
             if time.monotonic() > deadline:
                 break
@@ -127,12 +148,13 @@ def main() -> int:
                 line = {"error": float("inf"), "failed": str(error)[:200]}
             right = line["error"] <= _LARGEST_ERROR
             ok = ok and right
-            table.setdefault(name, {})[rows] = f"{100 * floor_us / line['us']:.1f}" if right else "wrong"
+            for figure, table in tables.items():
+                table.setdefault(name, {})[rows] = f"{100 * floor_us / line[figure]:.1f}" if right else "wrong"
             print(json.dumps({"rows": rows, "variant": name, **line}), flush=True)
-    print("floors, us:", round(floor_us, 2), [round(_floor_us(*shape), 2) for shape in [*SHAPES, HEAD]])
-    print("| variant | " + " | ".join(map(str, args.rows)) + " |")
-    for name, cells in table.items():
-        print(f"| {name} | " + " | ".join(cells.get(rows, "") for rows in args.rows) + " |")
+    for title, table in zip(("chain", "layer"), tables.values(), strict=True):
+        print(f"| {title} | " + " | ".join(map(str, args.rows)) + " |")
+        for name, cells in table.items():
+            print(f"| {name} | " + " | ".join(cells.get(rows, "") for rows in args.rows) + " |")
     return 0 if ok else 1
 
 

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from gantline_kernels import library, triton_backend
+from gantline_kernels.hopper_batch_linear import batch_linear, has_batch_linear
 from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
 from gantline_kernels.hopper_sampling import fits_hopper_sample, hopper_sample
 from gantline_kernels.scratch import kept
@@ -129,6 +130,8 @@ def _prefill_hopper(
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
     if x.shape[0] in _FEW_ROWS and fits_hopper_linear(x, weight) and _has_hopper_kernels(x.device):
         return hopper_linear(x, weight, bias, out_dtype)
+    if has_batch_linear(x, weight) and _has_hopper_kernels(x.device):
+        return batch_linear(x, weight, bias, out_dtype)
     return triton_backend.linear(x, weight, bias, out_dtype)
 
 

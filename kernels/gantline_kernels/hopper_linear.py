@@ -17,10 +17,10 @@ _MAX_TILES, _MAX_CHUNKS = 16384, 1 << 20
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
-def fits_hopper_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernel can take these; the caller knows whether it is built, and the chip."""
+def fits_hopper_linear(x: torch.Tensor, weight: torch.Tensor, max_rows: int = MAX_ROWS) -> bool:
+    """Whether a kernel for `max_rows` can take these; the caller knows whether it is built, and the chip."""
     rows, (outputs, inputs) = x.shape[0], weight.shape
-    if not 1 <= rows <= MAX_ROWS or x.dtype not in _TYPES or weight.dtype != x.dtype:
+    if not 1 <= rows <= max_rows or x.dtype not in _TYPES or weight.dtype != x.dtype:
         return False
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
     countable = outputs <= _MAX_TILES * _OUTPUTS and -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH) <= _MAX_CHUNKS

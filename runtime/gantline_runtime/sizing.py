@@ -91,6 +91,7 @@ _AWQ_PACK = 8  # 4-bit values in one int32; a shard's columns must be whole word
 _CUDA_CONTEXT_BYTES = int(0.74 * GIB)  # 0.739 GiB measured on an H100, driver 580, with the kernels of one model loaded
 _NCCL_BYTES = int(0.4 * GIB)
 _CUBLAS_BYTES = 64 << 20  # a workspace of 32 MiB for each of two streams
+_KERNEL_SCRATCH_BYTES = 16 << 20  # the linear kernels' sums of shared tiles, for a stream and for graphs: 14.2 MB on an H100
 _LOGITS_COPIES = 4  # logits in float32, their softmax, and what filters and penalties keep; a draw's scratch, 19 MB, comes beside two
 _SCORE_ROWS = 256  # rows of a prompt whose logits exist at once, where their log-probabilities are wanted
 _PENALTY_BYTES = 3  # a count and a mark for each token of the vocabulary
@@ -212,7 +213,7 @@ def reserved_bytes(
     if graphs:
         largest = _activation_bytes(facts, tp, dtype_bytes, min(step_tokens, GRAPH_TOKENS), parts)
         total += int(GRAPH_POOL_SLACK * largest) + MAX_GRAPHS * facts.num_layers * GRAPH_LAYER_BYTES
-    return total + _table_bytes(facts, max_batch_size, session) + _CUBLAS_BYTES
+    return total + _table_bytes(facts, max_batch_size, session) + _CUBLAS_BYTES + _KERNEL_SCRATCH_BYTES
 
 
 def _activation_bytes(facts: ModelFacts, tp: int, dtype_bytes: int, num_tokens: int, part_bytes: int) -> int:

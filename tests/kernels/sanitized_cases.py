@@ -32,20 +32,21 @@ def attention(backend: str) -> float:
 
 def linear(backend: str) -> float:
     worst = 0.0
-    for rows, inputs, outputs in ((1, 200, 130), (2, 520, 700), (9, 1000, 136), (16, 64, 64), (33, 520, 300)):
+    for rows, inputs, outputs in ((1, 200, 130), (2, 520, 700), (9, 1000, 136), (16, 64, 64), (20, 1000, 300), (33, 520, 300)):
         x, weight, bias = _randn(rows, inputs + 8)[:, :inputs], _randn(outputs, inputs) / inputs**0.5, _randn(outputs)
         worst = max(worst, largest_error(api.linear(x, weight, bias, backend=backend), reference.linear(x, weight, bias)))
     return worst
 
 
 def hopper_linear(_: str) -> float:
-    """Also the single row that `api.linear` leaves to Triton's kernel."""
+    """Also what `api.linear` leaves to others: the single row, and more than 32 of a small weight."""
+    from gantline_kernels.hopper_batch_linear import batch_linear
     from gantline_kernels.hopper_linear import hopper_linear
 
     worst = 0.0
-    for rows in (1, 16):
+    for run, rows in ((hopper_linear, 1), (hopper_linear, 16), (batch_linear, 33), (batch_linear, 64)):
         x, weight = _randn(rows, 520), _randn(700, 520) / 520**0.5
-        worst = max(worst, largest_error(hopper_linear(x, weight, None), reference.linear(x, weight)))
+        worst = max(worst, largest_error(run(x, weight, None), reference.linear(x, weight)))
     return worst
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gantline_kernels import api, reference
+from gantline_kernels.hopper_batch_linear import has_batch_linear
 from gantline_kernels.hopper_linear import fits_hopper_linear
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
@@ -55,6 +56,17 @@ def test_the_cuda_kernel_takes_any_shape_of_aligned_rows(rows: int, outputs: int
     assert not fits_hopper_linear(x.float(), weight.float())
     assert not fits_hopper_linear(torch.empty(17, inputs, dtype=torch.bfloat16, device="meta"), weight)
     assert not fits_hopper_linear(*(torch.empty(n, inputs + 4, dtype=torch.bfloat16, device="meta") for n in (rows, outputs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (1, 8), (1000, 200), (128256, 4096)])
+def test_the_kernel_for_batches_takes_17_to_32_rows_and_up_to_64_of_a_large_head(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    weight = torch.empty(outputs, inputs, dtype=dtype, device="meta")
+    taken = [rows for rows in range(300) if has_batch_linear(torch.empty(rows, inputs, dtype=dtype, device="meta"), weight)]
+    assert taken == list(range(17, 65 if outputs > 100_000 else 33))
+    x = torch.empty(20, inputs + 4, dtype=dtype, device="meta")
+    assert not has_batch_linear(x[:, :inputs], weight), "rows do not begin at 16 bytes"
+    assert not has_batch_linear(x[:, 4:].contiguous().float(), weight.float())
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -38,6 +38,15 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+// The same, where blocks of the cluster have written what is waited for.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@done bra ready;\nbra again;\nready:\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 template <int id, int threads>
 __device__ __forceinline__ void named_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory");
@@ -118,6 +127,18 @@ __device__ __forceinline__ int remote_add(int* mine, int rank, int value) {
   return before;
 }
 
+// At addresses from `remote_address`: arrive at a barrier (which makes no writes to global memory visible: that would wait for them); store
+// 16 bytes, which a barrier beside them counts.
+__device__ __forceinline__ void remote_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void remote_store_async(uint32_t target, const float* quad, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target), "f"(quad[0]), "f"(quad[1]),
+               "f"(quad[2]), "f"(quad[3]), "r"(barrier)
+               : "memory");
+}
+
 // ---- registers ----
 
 template <int count>
@@ -165,6 +186,8 @@ __device__ __forceinline__ void hold(float (&x)[n]) {
 #define GANTLINE_LIST64                                                                                                        \
   GANTLINE_LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
                   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define GANTLINE_LIST16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 
 // The products for one element type: both operands in shared memory (64 x 128, inner 16), or the left one in registers and the right
 // one transposed (its columns are not the inner dimension).

@@ -13,18 +13,16 @@
 
 #include "host.cuh"
 #include "hopper.cuh"
+#include "linear_hopper.cuh"
 
 namespace gantline {
 namespace {
 
-constexpr int OUTPUTS = 128;  // of a tile
-constexpr int DEPTH = 64;     // inputs of a chunk, which a stage holds
 constexpr int COMPUTE_THREADS = 128;
 constexpr int THREADS = COMPUTE_THREADS + 32;
 constexpr int MAX_ROWS = 16;
 constexpr int MAX_TILES = 16384;
 constexpr int SHARED_LIMIT = 113 * 1024;  // so that two blocks fit
-constexpr uint64_t EVICT_FIRST = 0x12F0000000000000;  // weights are not met again before they would be evicted
 
 struct Arguments {
   void* out;
@@ -49,26 +47,6 @@ struct __align__(1024) Shared {
   uint64_t full[STAGES], empty[STAGES];
   int is_last;
 };
-
-// A place in a ring of stages, and the parity of its current round.
-template <int SIZE>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == SIZE) stage = 0, parity ^= 1;
-  }
-};
-
-__device__ __forceinline__ void copy_once_box(void* target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
-                   shared_address(target)),
-               "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(EVICT_FIRST)
-               : "memory");
-}
-
-__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // sums[64 x COLUMNS] += 64 outputs' weights times COLUMNS rows of x, inner 16.
 #define GANTLINE_FEW(type, name)                                                                                                        \
@@ -266,14 +244,6 @@ __global__ __launch_bounds__(THREADS, 2) void few_rows(const __grid_constant__ C
     wait_for_earlier_kernels();  // whoever writes must have waited
     compute<T, COLUMNS>(shared, args, first, last);
   }
-}
-
-template <typename T>
-bool make_map(CUtensorMap* map, const void* matrix, int rows, int columns, long long stride, int box_rows, CUtensorMapL2promotion promotion) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {stride * sizeof(T)};
-  const cuuint32_t box[2] = {DEPTH, static_cast<cuuint32_t>(box_rows)};
-  return encode_panels<T>(map, const_cast<void*>(matrix), sizes, strides, box, promotion);
 }
 
 template <typename T, int COLUMNS>

@@ -7,7 +7,7 @@ small kernels then costs little more than its work.
 A multiprocessor divides its memory between shared memory and cache as the kernel asks, and must run empty before it divides it anew: two
 kernels that ask for different shares never overlap. With a single row, all kernels leave the choice to the driver. From 2 rows on, linear
 layers take all the shared memory there is (`cuda_kernels/linear_hopper.cu`), and so those between them ask for it too, though they need
-none. Kernels of more rows do not start early: beside the vendor's matrix products it costs more than it brings (docs/perf-log.md).
+none. Those of more rows do not start early: it costs more than it brings, beside the vendor's products and beside ours (docs/perf-log.md).
 """
 
 from __future__ import annotations
