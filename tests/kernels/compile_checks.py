@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import triton
 from gantline_kernels import api
+from gantline_kernels.absent_gpu import CHIPS, AbsentGpus
 from gantline_kernels.triton_kernels import decode, invariant_attention, invariant_linear, prefill, shared_prefix
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.cases import paged
@@ -21,24 +21,8 @@ from tests.kernels.cases import paged
 compiled: list[tuple[str, Any]] = []
 
 
-class _AbsentGpu:
-    """What the compiler asks of a driver."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_only(capability: int) -> None:
-    triton.runtime.driver.set_active(_AbsentGpu(capability))
+    triton.runtime.driver.set_active(AbsentGpus(next(chip for chip in CHIPS if chip.target == capability)))
     run = JITFunction.run
 
     def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
