@@ -134,10 +134,11 @@ def test_keys_depend_neither_on_the_process_nor_on_its_folders(config: Path, tmp
 @pytest.mark.parametrize(("name", "tp"), [("llama-3.1-8b", 1), ("qwen2.5-7b-awq", 2), ("mistral-7b-v0.1", 1)])
 def test_batches_drawn_at_random_need_no_other_kernels(name: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on the `triton` backend nor on the `cuda` backend with its library, whose own kernels are not Triton's."""
-    from gantline_kernels import library
+    from gantline_kernels import hopper_sampling, library
 
     monkeypatch.setattr(library, "load", lambda: SimpleNamespace(gantline_sample_long_scratch=lambda rows, size: 1024))
     monkeypatch.setattr(library, "call", lambda name, *arguments: None)
+    monkeypatch.setattr(hopper_sampling, "_scratch_bytes", lambda rows, size: 1024)
     variant = next(variant for variant in select_variants([name.removesuffix("-awq")]) if (variant.name, variant.tp) == (name, tp))
     foreseen = {launch.key for launch in prebuild.note_launches(variant, [90])}
     for backend in ("triton", "cuda"):
