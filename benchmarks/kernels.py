@@ -96,16 +96,15 @@ def paged_inputs(
 
 def attention_case(name: str, queries: list[int], contexts: list[int], backend: str, **shape: int) -> Case:
     heads, kv_heads, dim = shape.get("heads", HEADS), shape.get("kv_heads", KV_HEADS), shape.get("dim", DIM)
-    decodes = len(queries) if max(queries) == 1 else 0
+    decodes = next((i for i, count in enumerate(queries) if count != 1), len(queries))
 
     def make(_: int) -> Run:
         inputs = paged_inputs(queries, contexts, **shape)
         limits = {"max_query_len": max(queries), "max_context_len": max(contexts), "num_decodes": decodes}
         return lambda: api.paged_attention(*inputs, dim**-0.5, **limits, backend=backend)  # type: ignore[arg-type]
 
-    pairs = sum(q * (c - q) + q * (q + 1) / 2 for q, c in zip(queries, contexts, strict=True))
-    cache_bytes = 4.0 * sum(contexts) * kv_heads * dim
-    return Case(name, make, read=cache_bytes, operations=0.0 if decodes else 4.0 * pairs * heads * dim)
+    pairs = sum(q * (c - q) + q * (q + 1) / 2 for q, c in zip(queries[decodes:], contexts[decodes:], strict=True))
+    return Case(name, make, read=4.0 * sum(contexts) * kv_heads * dim, operations=4.0 * pairs * heads * dim)
 
 
 def shared_inputs(groups: list[tuple[int, int]], own: int, **shape: int) -> tuple[tuple[torch.Tensor, ...], api.SharedPrefixes]:
@@ -181,6 +180,17 @@ def prefill_cases(backend: str) -> Iterator[Case]:
     yield attention_case("prefill 4 x 1024 on 4k", [1024] * 4, [5120] * 4, backend)
     yield attention_case("prefill 32 x 16 on 2048", [16] * 32, [2064] * 32, backend)
     yield attention_case("prefill 8 x 4096, dim 64", [4096] * 8, [4096] * 8, backend, dim=64)
+
+
+def chunk_cases(backend: str) -> Iterator[Case]:
+    """Few tokens on long prefixes, as prompts get on beside sequences that decode."""
+    for new in (32, 64, 128, 256, 384, 512, 640, 1024):
+        yield attention_case(f"chunk {new} on 30k", [new], [30_000 + new], backend)
+    yield attention_case("chunk 4 x 64 on 30k", [64] * 4, [30_064] * 4, backend)
+    yield attention_case("chunk 256 on 8k", [256], [8448], backend)
+    yield attention_case("chunk 128 on 30k, dim 64", [128], [30_128], backend, dim=64)
+    yield attention_case("chunk 128 on 30k, 4/1 heads", [128], [30_128], backend, heads=4, kv_heads=1)
+    yield attention_case("chunk 128 on 30k beside 64 decodes at 1k", [1] * 64 + [128], [1024] * 64 + [30_128], backend)
 
 
 def elementwise_cases(backend: str) -> Iterator[Case]:
@@ -268,7 +278,7 @@ def linear_cases(backend: str) -> Iterator[Case]:
 
 
 GROUPS: dict[str, Callable[[str], Iterator[Case]]] = {
-    "decode": decode_cases, "shared": shared_cases, "prefill": prefill_cases,
+    "decode": decode_cases, "shared": shared_cases, "prefill": prefill_cases, "chunk": chunk_cases,
     "elementwise": elementwise_cases, "sampling": sampling_cases, "linear": linear_cases,
 }  # fmt: skip
 

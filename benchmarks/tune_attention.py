@@ -43,7 +43,7 @@ def _call(kind: str, options: dict[str, Any], queries: list[int], contexts: list
     if kind == "decode":
         plan = DecodePlan(parts, least=1, joined=parts > 1) if parts else None
         return lambda: decode_attention(q, keys, values, tables, lens, out, DIM**-0.5, max(contexts), 0, 0.0, plan=plan, **options)
-    return lambda: prefill_attention(q, keys, values, tables, starts, lens, out, DIM**-0.5, 0, 0, 0.0, **options)
+    return lambda: prefill_attention(q, keys, values, tables, starts, lens, out, DIM**-0.5, max(contexts), 0, 0, 0.0, **options)
 
 
 def compile_variant(variant: Variant) -> str:

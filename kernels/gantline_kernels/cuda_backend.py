@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from gantline_kernels import library, triton_backend
+from gantline_kernels import devices, library, prefill_split, triton_backend
 from gantline_kernels.hopper_batch_linear import batch_linear, has_batch_linear
 from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
 from gantline_kernels.hopper_sampling import fits_hopper_sample, hopper_sample
@@ -74,9 +74,9 @@ def paged_attention(
     if num_decodes < len(context_lens):
         inputs = (q, key_cache, value_cache, block_tables, query_starts, context_lens, out)
         if _has_hopper_prefill(q, key_cache.shape[2], logit_softcap):
-            _prefill_hopper(*inputs, scale, num_decodes, sliding_window)
+            _prefill_hopper(*inputs, scale, max_context_len, num_decodes, sliding_window)
         else:
-            prefill_attention(*inputs, scale, num_decodes, sliding_window, logit_softcap)
+            prefill_attention(*inputs, scale, max_context_len, num_decodes, sliding_window, logit_softcap)
     return out
 
 
@@ -89,11 +89,6 @@ def _has_hopper_prefill(q: torch.Tensor, block_size: int, logit_softcap: float) 
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-@cache
-def _num_sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _new_counters(index: int) -> torch.Tensor:
@@ -110,20 +105,25 @@ def _prefill_hopper(
     context_lens: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    max_context_len: int,
     first_sequence: int,
     sliding_window: int,
 ) -> None:
     tokens, heads, dim = q.shape
     blocks, kv_heads, block_size, _ = key_cache.shape
     sequences = len(context_lens) - first_sequence
-    tiles = kv_heads * (tokens * (heads // kv_heads) // _ROWS + sequences)  # of the sequences before, not all need have a query
+    full_tiles, num_sms = kv_heads * (tokens * (heads // kv_heads) // _ROWS), devices.num_sms(q.device.index)
+    seen = min(max_context_len, sliding_window + _ROWS) if sliding_window else max_context_len
+    slots = prefill_split.num_slots(sequences, full_tiles, seen, num_sms)
+    parts = prefill_split.new_parts(slots, _ROWS, dim, q.device) if slots else out
+    tiles = full_tiles + kv_heads * sequences  # of the sequences before, not all need have a query
     stream = torch.cuda.current_stream(q.device).cuda_stream
     counters = kept(_new_counters, q.device.index, stream)
     library.call(
         "gantline_prefill_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
-        query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), counters.data_ptr(),
+        query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), counters.data_ptr(), parts.data_ptr(), slots,
         q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size.bit_length() - 1, blocks, first_sequence, sequences, tiles,
-        sliding_window, scale, _num_sms(q.device.index), stream,
+        sliding_window, scale, num_sms, stream,
     )  # fmt: skip
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gantline_kernels import library
-from gantline_kernels.hopper_linear import fits_hopper_linear, num_sms
+from gantline_kernels import devices, library
+from gantline_kernels.hopper_linear import fits_hopper_linear
 from gantline_kernels.scratch import kept
 
 __all__ = ["MAX_ROWS", "batch_linear", "has_batch_linear"]
@@ -37,7 +37,7 @@ def batch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     sums, counters = kept(_new_scratch, x.device.index, stream)
-    clusters = min(num_sms(x.device.index) // 2, -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH))
+    clusters = min(devices.num_sms(x.device.index) // 2, -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH))
     library.call(
         "gantline_linear_batch_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(),
         None if bias is None else bias.data_ptr(), out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs,
@@ -48,5 +48,5 @@ def batch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def _new_scratch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
     device = torch.device("cuda", index)
-    sums = torch.empty(num_sms(index) * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
+    sums = torch.empty(devices.num_sms(index) * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
     return sums, torch.zeros(16 * _MAX_TILES, dtype=torch.int32, device=device)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
-from gantline_kernels import library
+from gantline_kernels import devices, library
 from gantline_kernels.scratch import kept
 
 __all__ = ["MAX_ROWS", "fits_hopper_linear", "hopper_linear"]
@@ -38,7 +36,7 @@ def hopper_linear(
     out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     sums, counters = kept(_new_scratch, x.device.index, stream)
-    blocks = min(blocks or num_sms(x.device.index), -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH))
+    blocks = min(blocks or devices.num_sms(x.device.index), -(-outputs // _OUTPUTS) * -(-inputs // _DEPTH))
     library.call(
         "gantline_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr(),
         out.data_ptr(), int(out.dtype == torch.float32), rows, inputs, outputs, sums.data_ptr(), counters.data_ptr(), blocks, stream,
@@ -46,12 +44,7 @@ def hopper_linear(
     return out
 
 
-@cache
-def num_sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _new_scratch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
     device = torch.device("cuda", index)
-    sums = torch.empty(2 * num_sms(index) * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
+    sums = torch.empty(2 * devices.num_sms(index) * _OUTPUTS * MAX_ROWS, dtype=torch.float32, device=device)
     return sums, torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)

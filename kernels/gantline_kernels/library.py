@@ -18,7 +18,7 @@ __all__ = ["call", "find", "load"]
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SIGNATURES = {
     "gantline_prefill_hopper": [
-        _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
+        _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
         _LONG, _INT, _INT, _INT, _INT, _INT, _LONG, _INT, _INT, _INT, _INT, _FLOAT, _INT, _POINTER,
     ],
     "gantline_linear_hopper": [

@@ -125,19 +125,20 @@ def _gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tens
 
 
 def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:
-    """q [n, Hq, D], keys and values [Hkv, length, D]: the queries are the last n of the context."""
-    queries, heads, _ = q.shape
-    length, group = keys.shape[1], heads // keys.shape[0]
-    keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
-    scores = torch.matmul(q.transpose(0, 1), keys.transpose(1, 2)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    """q [n, Hq, D], keys and values [Hkv, length, D]: the queries are the last n of the context. Head by head, to bound memory."""
+    queries, length, group = len(q), keys.shape[1], q.shape[1] // len(keys)
     at = torch.arange(length - queries, length, device=q.device).unsqueeze(1)
     other = torch.arange(length, device=q.device).unsqueeze(0)
     seen = other <= at
     if window:
         seen &= other > at - window
-    return torch.matmul(scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), values).transpose(0, 1)
+    results = []
+    for head, (head_keys, head_values) in enumerate(zip(keys, values, strict=True)):
+        scores = torch.matmul(q[:, head * group : (head + 1) * group].transpose(0, 1), head_keys.t()) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        results.append(torch.matmul(scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), head_values).transpose(0, 1))
+    return torch.cat(results, dim=1)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -57,8 +57,9 @@ def paged_attention(
         )  # fmt: skip
     if num_decodes < len(context_lens):
         prefill_attention(
-            q, key_cache, value_cache, block_tables, query_starts, context_lens, out, scale, num_decodes, sliding_window, logit_softcap
-        )
+            q, key_cache, value_cache, block_tables, query_starts, context_lens, out,
+            scale, max_context_len, num_decodes, sliding_window, logit_softcap,
+        )  # fmt: skip
     return out
 
 

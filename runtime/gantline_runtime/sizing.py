@@ -98,6 +98,9 @@ _PENALTY_BYTES = 3  # a count and a mark for each token of the vocabulary
 _ATTENTION_PART = 2048  # tokens of a context that one program takes, where there are many sequences; each part leaves a partial result
 _MAX_ATTENTION_PARTS = 128
 _SHARED_PARTS = 512  # of all sequences together: the more of them, the fewer parts a prefix is cut into
+_CHUNK_PARTS = 512  # of chunks of prompts, each of so many rows (half as many where heads are wider than 128)
+_CHUNK_ROWS = 128
+_LEAST_CUT = 1024  # tokens that chunks must see to be cut into parts
 _BLOCK_SIZE = 64
 _LOAD_BYTES_PER_S = 200e6  # a network volume's sequential read; local NVMe is ten times faster, and a promise must hold on the slow one
 _LOAD_FIXED_S = {"cuda": 60.0, "cpu": 20.0}  # imports, CUDA context, first compilation, warm-up
@@ -234,11 +237,15 @@ def _cpu_width(facts: ModelFacts, tp: int) -> int:
 
 
 def _attention_part_bytes(facts: ModelFacts, tp: int, max_batch_size: int, session_len: int) -> int:
-    """Partial results, float32, of contexts that are split among several programs, and of prefixes that are shared."""
-    seen = min(session_len, facts.sliding_window or session_len)
+    """Partial results, float32: of contexts that are split among several programs and of prefixes that are shared; then, where those were,
+    of chunks of prompts that are split."""
+    window = facts.sliding_window or session_len
+    seen = min(session_len, window)
     parts = min(_MAX_ATTENTION_PARTS, math.ceil(seen / _ATTENTION_PART))
-    results = (max_batch_size * parts if parts > 1 else 0) + (_SHARED_PARTS if max_batch_size > 1 else 0)
-    return results * facts.num_heads // tp * (facts.head_dim + 1) * 4
+    decodes = (max_batch_size * parts if parts > 1 else 0) + (_SHARED_PARTS if max_batch_size > 1 else 0)
+    rows = _CHUNK_ROWS if facts.head_dim <= 128 else _CHUNK_ROWS // 2
+    chunks = _CHUNK_PARTS * rows if min(session_len, window + rows) > _LEAST_CUT else 0
+    return max(decodes * facts.num_heads // tp, chunks) * (facts.head_dim + 1) * 4
 
 
 def _unpacked_bytes(facts: ModelFacts, tp: int, dtype_bytes: int) -> int:

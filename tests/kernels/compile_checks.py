@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import triton
-from gantline_kernels import api
+from gantline_kernels import api, devices
 from gantline_kernels.absent_gpu import CHIPS, AbsentGpus
-from gantline_kernels.triton_kernels import decode, invariant_attention, invariant_linear, prefill, shared_prefix
+from gantline_kernels.triton_kernels import decode, invariant_attention, invariant_linear, prefill, prefill_plan, shared_prefix
 from triton.runtime.jit import JITFunction
 
 from tests.kernels.cases import paged
@@ -31,7 +31,7 @@ def compile_only(capability: int) -> None:
         return kernel
 
     JITFunction.run = compile_launch
-    decode._num_sms = invariant_linear._num_sms = lambda index: 132
+    devices.num_sms = lambda index: 132
     if capability >= 90:
         decode.capability = lambda device: (9, 0)
         invariant_linear.capability = lambda device: (9, 0)
@@ -43,6 +43,9 @@ def compile_only(capability: int) -> None:
 def run_attention() -> None:
     for dim, window in ((128, 0), (256, 100)):
         case = paged([(1, 5000), (1, 30), (200, 300)], heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, block_size=64, window=window)
+        api.paged_attention(*case.arguments, **case.options, backend="triton")
+    for dim, window in ((128, 0), (256, 3000)):  # few chunks of prompts on long contexts
+        case = paged([(20, 9000), (3, 5000)], heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, block_size=64, window=window)
         api.paged_attention(*case.arguments, **case.options, backend="triton")
     for dim, batch, own in ((128, 64, 500), (256, 4, 5000)):  # taken in by each sequence's program; joined
         lengths = [(1, 3072 + own)] * batch
@@ -70,9 +73,9 @@ def run_invariant() -> None:
 
 def run_other_mixtures() -> None:
     """Assert that batches of other sizes, whose parts lie differently in one packed array, compile nothing anew."""
-    kernels = (decode._decode, decode._join, shared_prefix._shared_prefix, prefill._prefill)
+    kernels = (decode._decode, decode._join, shared_prefix._shared_prefix, prefill._prefill, prefill_plan.join_parts)
     counts = []
-    for batch, prefix, chunks in ((64, 1024, 1), (65, 1088, 2), (99, 128, 17)):
+    for batch, prefix, chunks in ((64, 1024, 1), (65, 1088, 2), (99, 1152, 17)):
         lengths = [(1, prefix + 100)] * batch + [(30, 60)] * chunks
         case = paged(lengths, heads=32, kv_heads=8, dim=128, dtype=torch.bfloat16, block_size=64)
         case.share([(list(range(batch)), prefix // 64)])

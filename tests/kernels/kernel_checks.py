@@ -124,6 +124,92 @@ def test_attention_of_a_padded_batch(decodes: list[tuple[int, int]], chunks: lis
     _check_attention(arguments, [*decodes, *empty, *chunks, *[(0, 0)] * 4])
 
 
+FEW = None if ON_GPU else 1
+"""Of cases on long contexts: the interpreter takes seconds for each."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES[-1:] if FEW else DTYPES)
+@pytest.mark.parametrize("lengths", [[(9, 1300), (5, 1100), (0, 0), (1, 1), (40, 40)], [(1, 2000), (130, 1100), (0, 7)]][:FEW])
+def test_chunks_of_few_tokens_on_long_contexts(dtype: torch.dtype, lengths: list[tuple[int, int]]) -> None:
+    _check_attention({"dtype": dtype, "block_size": 64, "num_decodes": 0}, lengths)
+
+
+@pytest.mark.parametrize(("window", "softcap", "dim"), [(1100, 3.0, 80), (1500, 0.0, 64), (0, 2.0, 96), (0, 0.0, 256)][:FEW])
+def test_chunks_on_long_contexts_within_a_window_and_with_capped_scores(window: int, softcap: float, dim: int) -> None:
+    options = {"window": window, "softcap": softcap, "dim": dim, "block_size": 64, "dtype": torch.float16, "num_decodes": 0}
+    _check_attention(options, [(1, 300), (10, 1900), (90, 90)])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="slow: for a GPU")
+@pytest.mark.parametrize("heads", [1, 7])
+def test_chunks_on_long_contexts_of_every_grouping_of_heads(heads: int) -> None:
+    _check_attention({"heads": heads, "kv_heads": 1, "block_size": 64, "dtype": torch.float16}, [(1, 300), (50, 1300), (0, 0), (4, 1200)])
+
+
+def test_what_is_too_little_for_the_gpu_is_cut_over_the_keys_and_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own plan says how many tiles of keys a part has."""
+    from gantline_kernels import prefill_split
+
+    new_parts, made = prefill_split.new_parts, []
+
+    def remember(*arguments: Any) -> torch.Tensor:
+        made.append(new_parts(*arguments))
+        made[-1].fill_(torch.nan)
+        return made[-1]
+
+    monkeypatch.setattr(prefill_split, "new_parts", remember)
+    sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "dim": 128, "block_size": 64, "dtype": torch.float16, "device": DEVICE}
+    case = paged([(5, 2000), (0, 0), (2, 40)], num_decodes=0, padding=9, **sizes)
+    first, again = (api.paged_attention(*case.arguments, **case.options, backend=BACKEND)[:7] for _ in range(2))
+    assert largest_error(first, case.expected()[:7]) < TOLERANCE[torch.float16]
+    assert torch.equal(first, again) and len(made) == 2
+    plans = [int(parts[-prefill_split.PLAN_WORDS :].view(torch.int32)[2]) for parts in made]
+    assert plans[0] == plans[1] and 1 <= plans[0] <= 2000 // 64 // 2
+
+
+@pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [0, 4096])
+def test_chunks_on_long_contexts_in_large_batches(dtype: torch.dtype, dim: int, window: int) -> None:
+    shape = {"heads": 32, "kv_heads": 8, "dim": dim, "dtype": dtype, "block_size": 64, "window": window}
+    for new in (1, 32, 100, 300, 640):
+        _check_attention({**shape, "num_decodes": 0}, [(new, 10_000)])
+    decodes, chunks = [(1, 1000)] * 3 + [(0, 0)] * 2, [(64, 9000), (3, 30), (200, 7000), (0, 0)]
+    _check_attention({**shape, "num_decodes": 5, "padding": 40}, decodes + chunks)
+    _check_attention({**shape, "heads": 4, "kv_heads": 1, "num_decodes": 0}, [(16, 20_000), (100, 100)])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are CUDA's")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_graph_of_chunks_on_long_contexts_follows_the_true_lengths(dim: int) -> None:
+    """Captured for a class of batches, replayed with others: the plan is made anew in each."""
+    shape = {"heads": 32, "kv_heads": 8, "dim": dim, "dtype": torch.bfloat16, "block_size": 64, "device": DEVICE, "num_decodes": 8}
+    decodes = [(1, 500)] * 6 + [(0, 0)] * 2
+    lengths = [[(90, 9000), (0, 0)], [(1, 16_000), (60, 60)], [(17, 17), (64, 12_000)], [(100, 8000), (0, 0)]]
+    cases = [paged([*decodes, *chunks], padding=122 - sum(new for new, _ in chunks), **shape) for chunks in lengths]  # type: ignore[arg-type]
+    blocks, width = (max(size) for size in zip(*((len(case.key_cache), case.block_tables.shape[1]) for case in cases), strict=True))
+    first, caches = cases[0], torch.zeros(2, blocks, 8, 64, dim, dtype=torch.bfloat16, device=DEVICE)
+    tables = first.block_tables.new_zeros(len(first.context_lens), width)
+    arguments = [first.q.clone(), *caches, tables, first.query_starts.clone(), first.context_lens.clone()]
+    options = {**first.options, "max_query_len": 128, "max_context_len": 16_000}
+
+    def attend() -> torch.Tensor:
+        return api.paged_attention(*arguments, first.scale, **options, backend=BACKEND)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for case, chunks in zip(cases * 2, lengths * 2, strict=True):
+        for place, tensor in zip(arguments, case.arguments[:6], strict=True):
+            assert isinstance(tensor, torch.Tensor)
+            place[tuple(slice(0, size) for size in tensor.shape)] = tensor
+        graph.replay()
+        rows = 6 + sum(new for new, _ in chunks)
+        assert largest_error(out[:rows], case.expected()[:rows]) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])

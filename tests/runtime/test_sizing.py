@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from gantline_kernels import prefill_split
 from gantline_runtime import sizing
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.errors import CheckpointError
@@ -170,6 +171,24 @@ def test_what_the_engine_reserves_is_worked_out_from_shapes() -> None:
     tables = 131072 * 128 * 4 + 256 * 2048 * 5 * 4
     expected = step + 3 * logits + 256 * 128256 * 3 + int(1.2 * attention) + 256 * 32 * (40 << 10) + tables + (64 << 20) + (16 << 20)
     assert sizing.reserved_bytes(make_facts(), tp=1, dtype_bytes=2, max_batch_size=256, device="cuda") == expected
+
+
+def test_chunks_of_prompts_that_see_much_take_room_for_their_parts() -> None:
+    """Contexts of 2048 are not split for decoding, but for chunks of prompts: 512 parts of 128 rows, once more in the graphs."""
+
+    def reserved(session_len: int) -> int:
+        facts = make_facts(num_heads=8, intermediate_size=1024)
+        return sizing.reserved_bytes(facts, tp=1, dtype_bytes=2, max_batch_size=1, device="cuda", session_len=session_len)
+
+    parts, positions = 512 * 128 * 129 * 4, 1024 * 128 * 4 + 16 * 5 * 4
+    growth = reserved(2048) - reserved(1024) - positions
+    assert parts + int(1.2 * parts) - 1 <= growth <= parts + int(1.2 * parts) + 1
+
+
+def test_parts_of_chunks_are_the_kernels() -> None:
+    assert prefill_split.SLOTS == sizing._CHUNK_PARTS
+    assert prefill_split.num_slots(4, 8, sizing._LEAST_CUT, 132) == 0
+    assert prefill_split.num_slots(4, 8, sizing._LEAST_CUT + 1, 132) == sizing._CHUNK_PARTS
 
 
 def test_the_largest_step_is_the_engines() -> None:

@@ -139,6 +139,11 @@ __device__ __forceinline__ void remote_store_async(uint32_t target, const float*
                : "memory");
 }
 
+// ---- kernels that start before the one ahead of them ends ----
+
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // ---- registers ----
 
 template <int count>

@@ -27,8 +27,6 @@ __device__ __forceinline__ void copy_once_box(void* target, const CUtensorMap* m
                : "memory");
 }
 
-__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 template <typename T>
 bool make_map(CUtensorMap* map, const void* matrix, int rows, int columns, long long stride, int box_rows, CUtensorMapL2promotion promotion) {

@@ -6,17 +6,17 @@
 // cache; persistent blocks fetch their next tile of work while they compute, in an order that keeps one head's keys in the second-level
 // cache and its longest rows first.
 //
-// Letters: a tile of work is ROWS rows of one sequence and key/value head; it walks over tiles of KEYS keys from the last to the first.
+// Letters: a tile of work is ROWS rows of one sequence and key/value head; it walks over tiles of KEYS keys from the last to the first, over
+// all that it sees or a part of them (`prefill_work.cuh`).
 
 #include "host.cuh"
 #include "hopper.cuh"
+#include "prefill_join.cuh"
+#include "prefill_work.cuh"
 
 namespace gantline {
 namespace {
 
-constexpr int ROWS = 128;
-constexpr int KEYS_BITS = 7;
-constexpr int KEYS = 1 << KEYS_BITS;
 constexpr int STAGES = 2;
 constexpr int COMPUTE_WARPGROUPS = 2;
 constexpr int THREADS = (COMPUTE_WARPGROUPS + 1) * 128;
@@ -27,36 +27,6 @@ constexpr int PANEL = 64;  // columns of a panel
 constexpr int BARRIER_TURN = 1;  // and 2: whose turn it is on the matrix units
 constexpr int BARRIER_TAIL = 3;
 
-struct Arguments {
-  const void* q;
-  void* out;
-  const int* block_tables;
-  const int* query_starts;
-  const int* context_lens;
-  int* counters;  // [2], zero: next tile of work; blocks that are done. Zero again at the end.
-  long long q_stride;  // elements between tokens
-  int table_stride;
-  int heads;
-  int kv_heads;
-  int block_bits;  // a block has 1 << block_bits tokens
-  int first_sequence;
-  int sequences;
-  int tiles;  // upper bound
-  int window;  // 0: none
-  float scale_log2;
-};
-
-struct Tile {
-  int sequence;  // -1: no more work
-  int kv_head;
-  int first_row;  // of the sequence's num_queries * group rows
-  int num_queries;
-  int begin;  // the sequence's first token in q
-  int length;
-  int last_keys;  // tile of keys, from
-  int first_keys;  // down to
-};
-
 template <typename T, int DIM>
 struct __align__(1024) Shared {
   T q[2][DIM / PANEL][ROWS * PANEL];
@@ -65,63 +35,17 @@ struct __align__(1024) Shared {
   uint64_t tile_known[2], q_full[2], q_empty[2];
   uint64_t keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
   Tile tile[2];
+  Plan plan;
 };
-
-__device__ __forceinline__ int tiles_before(const Arguments& args, int sequence, int origin, int group) {
-  return args.kv_heads * ((args.query_starts[args.first_sequence + sequence] - origin) * group / ROWS + sequence);
-}
-
-// The last sequence whose first tile is not after `index`; a warp looks at 32 candidates at a time.
-__device__ int find_sequence(const Arguments& args, int index, int origin, int group, int lane) {
-  int low = 0, count = args.sequences;
-  while (count > 1) {
-    const int step = (count + 31) / 32;
-    const int candidate = low + min(lane * step, count - 1);
-    const unsigned before = __ballot_sync(~0u, lane * step < count && tiles_before(args, candidate, origin, group) <= index);
-    const int chosen = 31 - __clz(before);  // lane 0 always qualifies
-    low += chosen * step;
-    count = min(step, count - chosen * step);
-  }
-  return low;
-}
-
-// Fetch work until a tile has rows. All lanes return the same.
-__device__ Tile next_tile(const Arguments& args, int origin, int group, int lane) {
-  Tile tile;
-  while (true) {
-    int index = 0;
-    if (lane == 0) index = atomicAdd(args.counters, 1);
-    index = __shfl_sync(~0u, index, 0);
-    tile.sequence = -1;
-    if (index >= args.tiles) return tile;
-    const int local = find_sequence(args, index, origin, group, lane);
-    const int sequence = args.first_sequence + local;
-    tile.begin = args.query_starts[sequence];
-    tile.num_queries = args.query_starts[sequence + 1] - tile.begin;
-    const int rows = tile.num_queries * group;
-    const int of_head = (rows + ROWS - 1) / ROWS;
-    index -= tiles_before(args, local, origin, group);
-    if (index >= of_head * args.kv_heads) continue;
-    tile.kv_head = index / of_head;
-    tile.first_row = (of_head - 1 - index % of_head) * ROWS;
-    tile.length = args.context_lens[sequence];
-    const int before = tile.length - tile.num_queries;
-    const int last_position = min(before + (tile.first_row + ROWS - 1) / group, tile.length - 1);
-    tile.last_keys = last_position / KEYS;
-    tile.first_keys = args.window ? max(before + tile.first_row / group - args.window + 1, 0) / KEYS : 0;
-    tile.sequence = sequence;
-    return tile;
-  }
-}
 
 // Rows of queries into the swizzled panels; by the feeding warpgroup's warps 1 to 3.
 template <typename T, int DIM>
-__device__ __forceinline__ void load_queries(const Arguments& args, const Tile& tile, T* panels, int group, int thread) {
+__device__ __forceinline__ void load_queries(const Arguments& args, const Tile& tile, T* panels, int thread) {
   constexpr int PIECES = DIM / 8;
   for (int i = thread; i < ROWS * PIECES; i += 96) {
     const int row = i / PIECES, piece = i % PIECES;
-    const int query = (tile.first_row + row) / group;
-    const int head = tile.kv_head * group + (tile.first_row + row) % group;
+    const int query = (tile.first_row + row) / args.group;
+    const int head = tile.kv_head * args.group + (tile.first_row + row) % args.group;
     T* target = panels + (piece / 8) * ROWS * PANEL + row * PANEL + ((piece % 8) ^ (row % 8)) * 8;
     if (query < tile.num_queries) {
       copy_16(target, static_cast<const T*>(args.q) + (tile.begin + query) * args.q_stride + head * DIM + piece * 8);
@@ -180,30 +104,31 @@ __device__ __forceinline__ void announce(const Tile& tile, Shared<T, DIM>& share
 // Warps 1 to 3 of the feeding warpgroup.
 template <typename T, int DIM>
 __device__ void feed_queries(const Arguments& args, Shared<T, DIM>& shared) {
-  const int group = args.heads / args.kv_heads;
   for (int turn = 0;; ++turn) {
     barrier_wait(&shared.tile_known[turn % 2], (turn / 2) & 1);
     const Tile tile = shared.tile[turn % 2];
-    if (tile.sequence >= 0) load_queries<T, DIM>(args, tile, &shared.q[turn % 2][0][0], group, threadIdx.x - 32);
+    if (tile.sequence >= 0) load_queries<T, DIM>(args, tile, &shared.q[turn % 2][0][0], threadIdx.x - 32);
     barrier_arrive(&shared.q_full[turn % 2]);
     if (tile.sequence < 0) return;
   }
+}
+
+// For the kernel that joins.
+__device__ __forceinline__ void tell_plan(const Plan& plan, Plan* target, int lane) {
+  for (int i = lane; i < static_cast<int>(sizeof(Plan) / sizeof(int)); i += 32) reinterpret_cast<int*>(target)[i] = reinterpret_cast<const int*>(&plan)[i];
 }
 
 // Warp 0. The next tile of work is fetched as soon as the ring of stages is full, so that its queries are there when their turn comes.
 template <typename T, int DIM>
 __device__ void feed_keys(const Arguments& args, const CUtensorMap* key_map, const CUtensorMap* value_map, Shared<T, DIM>& shared) {
   const int lane = threadIdx.x;
-  const int group = args.heads / args.kv_heads;
-  const int origin = args.query_starts[args.first_sequence];
   const int box_bits = min(args.block_bits, KEYS_BITS);
   int steps = 0;
-  Tile tile = next_tile(args, origin, group, lane);
+  Tile tile = next_tile(args, shared.plan, true, lane);
   announce(tile, shared, 0, lane);
   for (int turn = 1; tile.sequence >= 0; ++turn) {
     const int* table = args.block_tables + static_cast<long long>(tile.sequence) * args.table_stride;
     const int fetch_at = max(tile.last_keys - STAGES + 1, tile.first_keys);
-    Tile next_work;
     Boxes boxes = find_boxes(args, tile, table, tile.last_keys, box_bits, lane);
     for (int keys = tile.last_keys; keys >= tile.first_keys; --keys, ++steps) {
       const Boxes next = find_boxes(args, tile, table, keys - 1, box_bits, lane);  // before waiting
@@ -213,13 +138,11 @@ __device__ void feed_keys(const Arguments& args, const CUtensorMap* key_map, con
       barrier_wait(&shared.values_empty[stage], parity);
       copy_tile<T, DIM>(value_map, &shared.values[stage][0][0], &shared.values_full[stage], boxes, box_bits, lane == 0);
       boxes = next;
-      if (keys == fetch_at) {
-        next_work = next_tile(args, origin, group, lane);
-        announce(next_work, shared, turn, lane);
-      }
+      if (keys == fetch_at) announce(next_tile(args, shared.plan, false, lane), shared, turn, lane);
     }
-    tile = next_work;
+    tile = shared.tile[turn % 2];
   }
+  let_later_kernels_start();
 }
 
 // scores[64 x KEYS] = queries of this warpgroup times keys; left in flight. Operands by their descriptors.
@@ -314,13 +237,13 @@ __device__ __forceinline__ void clear_tail(T* values, int from) {
 
 // Neighbouring lanes exchange so that each writes 8 bytes, and two of them 32 in a row.
 template <typename T, int DIM>
-__device__ __forceinline__ void store_rows(const Arguments& args, const Tile& tile, const float (&sums)[DIM / 2], const RowState& state, int row, int group, int lane) {
+__device__ __forceinline__ void store_rows(const Arguments& args, const Tile& tile, const float (&sums)[DIM / 2], const RowState& state, int row, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float total = row_sum(state.total[r]);
     const float factor = total > 0.f ? 1.f / total : 0.f;
     const int at = row + 8 * r;
-    const int query = at / group, head = tile.kv_head * group + at % group;
+    const int query = at / args.group, head = tile.kv_head * args.group + at % args.group;
     T* target = static_cast<T*>(args.out) + (static_cast<long long>(tile.begin + query) * args.heads + head) * DIM;
 #pragma unroll
     for (int i = 0; i < DIM / 8; i += 2) {
@@ -334,10 +257,28 @@ __device__ __forceinline__ void store_rows(const Arguments& args, const Tile& ti
   }
 }
 
+// The mean of a part's values in each row, and the logarithm of its weight. Four lanes write 32 bytes in a row.
+template <int DIM>
+__device__ __forceinline__ void store_part(const Arguments& args, const Tile& tile, const float (&sums)[DIM / 2], const RowState& state, int my_row, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float total = row_sum(state.total[r]);
+    const float factor = total > 0.f ? 1.f / total : 0.f;
+    const int at = my_row + 8 * r;
+    if ((tile.first_row + at) / args.group >= tile.num_queries) continue;
+    const long long place = static_cast<long long>(tile.slot) * ROWS + at;
+    float* target = part_means(args) + place * DIM + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < DIM / 8; ++i) {
+      *reinterpret_cast<float2*>(target + 8 * i) = make_float2(sums[4 * i + 2 * r] * factor, sums[4 * i + 2 * r + 1] * factor);
+    }
+    if (lane % 4 == 0) part_logs(args, DIM)[place] = total > 0.f ? state.top[r] * args.scale_log2 + log2f(total) : -INFINITY;
+  }
+}
+
 template <typename T, int DIM>
 __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
   const int warpgroup = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-  const int group = args.heads / args.kv_heads;
   const int my_row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   const bool leader = lane == 0;
   constexpr int STAGE_STEP = KEYS * DIM * sizeof(T) / 16;  // from a stage's descriptor to the next one's
@@ -352,8 +293,8 @@ __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
     if (tile.sequence < 0) return;
     const uint32_t queries = panel(&shared.q[side][0][0] + warpgroup * 64 * PANEL, 16);
     const int row = tile.first_row + my_row, before = tile.length - tile.num_queries;
-    const int position_0 = before + row / group, position_1 = before + (row + 8) / group;
-    const int first_position = before + tile.first_row / group, last_position = before + (tile.first_row + ROWS - 1) / group;
+    const int position_0 = before + row / args.group, position_1 = before + (row + 8) / args.group;
+    const int first_position = before + tile.first_row / args.group, last_position = before + (tile.first_row + ROWS - 1) / args.group;
 
     float scores[64], sums[DIM / 2];
     uint32_t weights[32];
@@ -418,7 +359,11 @@ __device__ void compute(const Arguments& args, Shared<T, DIM>& shared) {
     products_wait<0>();
     hold(sums);
     if (leader) barrier_arrive(&shared.values_empty[stage]);
-    store_rows<T, DIM>(args, tile, sums, state, row, group, lane);
+    if (tile.slot < 0) {
+      store_rows<T, DIM>(args, tile, sums, state, row, lane);
+    } else {
+      store_part<DIM>(args, tile, sums, state, my_row, lane);
+    }
   }
 }
 
@@ -437,6 +382,10 @@ __global__ __launch_bounds__(THREADS, 1) void prefill(const __grid_constant__ CU
       barrier_init(&shared.values_full[i], 1), barrier_init(&shared.values_empty[i], COMPUTE_WARPS);
     }
     barrier_init_visible();
+  }
+  if (threadIdx.x < 32 && args.sequences <= MAX_PLANNED) {
+    make_plan(args, shared.plan, gridDim.x, threadIdx.x);
+    if (args.slots && blockIdx.x == 0) tell_plan(shared.plan, known_plan(args, DIM), threadIdx.x);
   }
   __syncthreads();
   if (threadIdx.x < 128) {
@@ -474,22 +423,26 @@ int launch(void* keys, void* values, long long blocks, const Arguments& args, in
   const long long rows = (blocks * args.kv_heads) << args.block_bits;
   const int box = 1 << (args.block_bits < KEYS_BITS ? args.block_bits : KEYS_BITS);
   if (!make_map<T>(&key_map, keys, rows, DIM, box) || !make_map<T>(&value_map, values, rows, DIM, box)) return cudaErrorInvalidValue;
-  const int grid = args.tiles < num_sms ? args.tiles : num_sms;
+  const int grid = args.slots || args.tiles > num_sms ? num_sms : args.tiles;
   prefill<T, DIM><<<grid, THREADS, bytes, stream>>>(key_map, value_map, args);
-  return cudaGetLastError();
+  const cudaError_t launched = cudaGetLastError();
+  return launched == cudaSuccess && args.slots ? launch_join<T, DIM>(args, num_sms, stream) : launched;
 }
 
 }  // namespace
 }  // namespace gantline
 
-// See api.py's paged_attention. `type` 0: bfloat16, 1: float16. Blocks have 1 << block_bits tokens. `counters` int32 [2], zero before the first call, one for each stream.
+// See api.py's paged_attention. `type` 0: bfloat16, 1: float16. Blocks have 1 << block_bits tokens. `counters` int32 [2], zero before the
+// first call, one for each stream. `slots` > 0: tiles may be split, of at most 32 sequences; `parts` then float32 [slots * 128 * (dim + 1) + 512].
 // Returns a cudaError_t; cudaErrorNotSupported for shapes that have no kernel here.
 GANTLINE_EXPORT int gantline_prefill_hopper(
     int type, const void* q, void* keys, void* values, const int* block_tables, const int* query_starts, const int* context_lens, void* out, int* counters,
-    long long q_stride, int table_stride, int heads, int kv_heads, int dim, int block_bits, long long blocks, int first_sequence, int sequences, int tiles,
-    int window, float scale, int num_sms, void* stream) {
-  const gantline::Arguments args = {q, out, block_tables, query_starts, context_lens, counters, q_stride, table_stride, heads, kv_heads, block_bits,
-                                    first_sequence, sequences, tiles, window, scale * 1.4426950408889634f};
+    void* parts, int slots, long long q_stride, int table_stride, int heads, int kv_heads, int dim, int block_bits, long long blocks, int first_sequence,
+    int sequences, int tiles, int window, float scale, int num_sms, void* stream) {
+  static_assert(sizeof(gantline::Plan) <= 512 * sizeof(float), "the plan's place");
+  if (slots && (sequences > gantline::MAX_PLANNED || !parts)) return cudaErrorInvalidValue;
+  const gantline::Arguments args = {q, out, block_tables, query_starts, context_lens, counters, static_cast<float*>(parts), q_stride, table_stride, heads,
+                                    kv_heads, heads / kv_heads, block_bits, first_sequence, sequences, tiles, slots, window, scale * 1.4426950408889634f};
   const auto on = static_cast<cudaStream_t>(stream);
   if (type == 0 && dim == 128) return gantline::launch<__nv_bfloat16, 128>(keys, values, blocks, args, num_sms, on);
   if (type == 0 && dim == 64) return gantline::launch<__nv_bfloat16, 64>(keys, values, blocks, args, num_sms, on);

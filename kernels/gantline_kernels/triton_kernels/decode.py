@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from gantline_kernels import devices
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_kernels.early import capability, launch_options
 from gantline_kernels.triton_kernels.integers import next_power_of_2
@@ -151,11 +152,6 @@ def _join(
     tl.store(out + row * DIM + dims, result.to(out.dtype.element_ty), mask=(dims < DIM) & covered)
 
 
-@cache
-def _num_sms(index: int | None) -> int:
-    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def plan_parts(batch: int, kv_heads: int, max_context_len: int, num_sms: int) -> tuple[int, int]:
     """(parts of each context, least tokens of a part). Measured on an H200, docs/perf-log.md.
 
@@ -257,7 +253,7 @@ def decode_attention(
     """
     batch, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
-    group, dim_padded, num_sms = heads // kv_heads, next_power_of_2(dim), _num_sms(q.device.index)
+    group, dim_padded, num_sms = heads // kv_heads, next_power_of_2(dim), devices.num_sms(q.device.index)
     seen = min(max_context_len, sliding_window) if sliding_window else max_context_len
     plan = plan or plan_decode(batch, heads, kv_heads, seen, None if shared is None else shared.max_own_len, num_sms)
     tile = tile or _tile(dim, block_size)

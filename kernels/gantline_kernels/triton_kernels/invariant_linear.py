@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gantline_kernels import devices
 from gantline_kernels.triton_kernels.awq import _unpack_tile
 from gantline_kernels.triton_kernels.early import capability
 from gantline_kernels.triton_kernels.integers import cdiv
@@ -155,7 +156,7 @@ def invariant_linear(
     out = torch.empty((rows, outputs), dtype=out_dtype or x.dtype, device=x.device)
     if not rows:
         return out
-    tile = tile or choose_tile(tiles_of(x.dtype), rows, outputs, _num_sms(x.device.index))
+    tile = tile or choose_tile(tiles_of(x.dtype), rows, outputs, devices.num_sms(x.device.index))
     by_tma = _can_use_tma(x, weight) if tma is None else tma
     left, right = (_descriptor(weight, tile.outputs), _descriptor(x, tile.rows)) if by_tma else (weight, x)
     _invariant_linear[(cdiv(rows, tile.rows) * cdiv(outputs, tile.outputs),)](
@@ -182,7 +183,7 @@ def invariant_awq_linear(
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     if not rows:
         return out
-    tile = tile or choose_tile(tiles_of(x.dtype, awq=True), rows, outputs, _num_sms(x.device.index))
+    tile = tile or choose_tile(tiles_of(x.dtype, awq=True), rows, outputs, devices.num_sms(x.device.index))
     _invariant_awq_linear[(cdiv(rows, tile.rows) * cdiv(outputs, tile.outputs),)](
         x, qweight, qzeros, scales, bias, out, rows, inputs, outputs, group_size, x.stride(0),
         BIAS=bias is not None, **_options(tile, x, awq=True),
@@ -198,11 +199,6 @@ def _options(tile: Tile, x: torch.Tensor, *, awq: bool = False) -> dict[str, obj
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "num_warps": tile.warps, "num_stages": min(tile.stages, most),
     }  # fmt: skip
-
-
-@cache
-def _num_sms(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 4
 
 
 def _can_use_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
