@@ -146,6 +146,7 @@ def test_chunks_on_long_contexts_of_every_grouping_of_heads(heads: int) -> None:
     _check_attention({"heads": heads, "kv_heads": 1, "block_size": 64, "dtype": torch.float16}, [(1, 300), (50, 1300), (0, 0), (4, 1200)])
 
 
+@pytest.mark.skipif(BACKEND == api.INVARIANT_TRITON, reason="its pieces do not depend on the batch")
 def test_what_is_too_little_for_the_gpu_is_cut_over_the_keys_and_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's own plan says how many tiles of keys a part has."""
     from gantline_kernels import prefill_split
@@ -361,7 +362,8 @@ def test_linear(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Non
     for b, out_dtype in ((None, None), (bias, None), (None, torch.float32)):
         got = api.linear(x, weight, b, out_dtype=out_dtype, backend=BACKEND)
         assert got.dtype == (out_dtype or dtype)
-        assert largest_error(got, reference.linear(x, weight, b)) < (1e-4 if out_dtype else 2 * TOLERANCE[dtype])
+        wide = 1e-4 if inputs < 8192 else 2e-4  # sums in one order err the more the longer they are
+        assert largest_error(got, reference.linear(x, weight, b)) < (wide if out_dtype else 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="of the CUDA kernels for Hopper")
