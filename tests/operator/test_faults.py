@@ -202,7 +202,9 @@ def test_a_full_disk_is_told_and_tried_again_until_there_is_room(
 ) -> None:
     monkeypatch.setitem(stages._PASSES, Reason.DISK_FULL, (0.5, 1.0))  # type: ignore[index]
     full = answer("DiskFull", message="No room.", cure="Enlarge it.")
-    fates(cluster, [*inspected(packed={**TINY, "revision": "abc123"}), ("fetch", "packed", "failed", full, {"exit_code": 74})])
+    nothing = answer(artefact={"kind": "evict", "evicted": [], "found": {}, "halves": {}})
+    jobs_end = [("fetch", "packed", "failed", full, {"exit_code": 74}), ("evict", "packed", "complete", nothing, {})]
+    fates(cluster, [*inspected(packed={**TINY, "revision": "abc123"}), *jobs_end])
     volume(cluster, namespace, "packed-cache")
     with serving(cluster, namespace):
         apply(cluster, service("packed", namespace, model={"uri": "hf://org/name"}))
