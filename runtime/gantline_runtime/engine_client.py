@@ -194,11 +194,6 @@ class EngineClient:
 
     # ---- requests
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that were sent and have not ended."""
-        return len(self._groups)
-
     def open_group(self) -> RequestGroup:
         return RequestGroup(self)
 
