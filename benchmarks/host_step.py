@@ -49,6 +49,7 @@ class FreeExecutor:
         self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0, 0, 0)
         self.failed = False
         self.capture_seconds: list[float] = []
+        self.launch_seconds: list[float] = []
         self._classes = GraphClasses(
             max_sequences=config.max_batch_size, max_tokens=config.max_prefill_token_num, session_len=config.session_len
         )
@@ -70,6 +71,9 @@ class FreeExecutor:
 
     def read(self, pending: Any) -> Any:
         return pending.tolist(), None, ()
+
+    def prepare(self) -> bool:
+        return False
 
     def check(self) -> None: ...
 

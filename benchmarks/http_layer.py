@@ -77,6 +77,9 @@ class InstantEngine:
             outputs.append(TokenOutput(request_id=name, token_ids=[300 + left % 1000], logprobs=logprobs, finish_reason=reason))
         return outputs
 
+    def prepare(self) -> bool:
+        return False
+
     def stats(self) -> Any:
         return _Nothing()
 

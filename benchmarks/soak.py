@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gantline_runtime import garbage
 from gantline_runtime.compilation import loaded_kernels
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop, LLMEngine
@@ -132,6 +133,7 @@ def main() -> int:
         cache_max_entry_count=options.share,
     )
     engine = LLMEngine(options.model, config)
+    garbage.settle()  # as the engine's own process does: a full collection takes as long as three captures
     vocab = json.loads((options.model / "config.json").read_text())["vocab_size"]
     ledger = soak(engine, seconds=options.minutes * 60, vocab=vocab)
     counts = {name: value for name, value in asdict(ledger).items() if isinstance(value, (int, float))}

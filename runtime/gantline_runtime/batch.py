@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from gantline_runtime.kv_cache.prefix_groups import MAX_GROUPS, PrefixGroups, num_groups
 from gantline_runtime.scheduler import Step
 
-__all__ = ["MAX_PADDED_PROMPTS", "BatchLimits", "BatchShape", "Segments", "pack_batch", "segments"]
+__all__ = ["MAX_PADDED_PROMPTS", "BatchLimits", "BatchShape", "Segments", "pack_batch", "pack_padding", "segments"]
 
 Words = NDArray[np.int32]
 
@@ -52,10 +52,17 @@ class BatchShape(NamedTuple):
     otherwise 0."""
     padded: int = 0
     """1: all but `num_samples` and `num_updates` are those of a class."""
+    capture: int = 0
+    """1: a CUDA graph of its class is to be captured."""
 
     @property
     def num_words(self) -> int:
         return segments(self).update_blocks.stop
+
+    @property
+    def graph(self) -> BatchShape:
+        """Of a padded batch what its class is known by: the same for all its batches."""
+        return self._replace(num_samples=0, num_updates=0, capture=0)
 
     @property
     def is_decode(self) -> bool:
@@ -174,6 +181,15 @@ def pack_batch(
         out[at.update_places].view(np.int64)[:] = updates[::2]
         out[at.update_blocks] = updates[1::2]
     return shape
+
+
+def pack_padding(out: Words, shape: BatchShape, spare: int) -> None:
+    """Write a padded batch without any sequence to `out`: `spare` is the block tables' row for padding."""
+    at = segments(shape)
+    out[: shape.num_words] = 0
+    out[at.slots].view(np.int64)[:] = -1
+    out[at.rows] = spare
+    out[at.sample_slots] = spare
 
 
 def _fill(target: Words, values: Words | list[int], rest: int) -> None:

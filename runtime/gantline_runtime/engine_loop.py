@@ -10,6 +10,7 @@ reads each step before it schedules the next; the code is the same, with another
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from gantline_runtime.admission import Admission
 from gantline_runtime.batch import BatchLimits
+from gantline_runtime.capture_pacing import CapturePacer
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.failures import is_fatal
 from gantline_runtime.isolation import rescue_step
@@ -40,8 +42,12 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineLoop", "EngineStats", "StepExecutor", "StepTimes"]
 
+log = logging.getLogger("gantline.engine")
+
 _IDLE_S = 0.005
 """How long a step with nothing else to do waits for a grammar to be compiled: messages are read in between."""
+_SEEN_AT_ONCE = 0.01
+"""Share of a step's time: who waits less for its end has come too late to see it."""
 _QUEUED_CACHES = 16
 """How many times the cache's tokens may wait, unless the configuration says otherwise."""
 _MOST_FAILURES_IN_A_ROW = 16
@@ -136,6 +142,11 @@ class StepExecutor(Protocol):
     """How long the capture of each CUDA graph took."""
 
     @property
+    def launch_seconds(self) -> Seq[float]:
+        """How long the host launched the last steps without a graph."""
+        ...
+
+    @property
     def failed(self) -> bool: ...
 
     def launch(self, step: Step, cache: CacheManager, masks: Callable[[], TokenMask | None] | None = None) -> PendingTokens:
@@ -143,6 +154,10 @@ class StepExecutor(Protocol):
         ...
 
     def read(self, pending: PendingTokens) -> StepResult: ...
+
+    def prepare(self) -> bool:
+        """Do one thing, of less than a tenth of a second, that later steps profit from; False if there is nothing. No step is in flight."""
+        ...
 
     def check(self) -> None: ...
 
@@ -181,6 +196,7 @@ class EngineLoop:
             on_cpu=config.device == "cpu",
         )
         self.pacer = Pacer(config.max_step_ms / 1000)
+        self._captures = CapturePacer(self.pacer, executor.capture_seconds, executor.launch_seconds)
         capacity = executor.num_blocks * config.block_size
         most_tokens = config.max_waiting_tokens if config.max_waiting_tokens is not None else _QUEUED_CACHES * capacity
         self._admission = Admission(max_waiting=config.max_waiting, max_waiting_tokens=most_tokens)
@@ -196,6 +212,7 @@ class EngineLoop:
         self._clock = clock
         self._in_flight: deque[_Flight] = deque()
         self._last_done = self._progressed_at = clock()
+        self._last_late = False
         self._arrivals = 0
         self._counters = _Counters()
 
@@ -263,6 +280,7 @@ class EngineLoop:
         step = self._scheduler.schedule()
         times.schedule_s += self._clock() - t0
         if step is not None:
+            step.captures = self._captures.allow(step.load)
             self._launch(step, outputs)
             self._counters.steps += 1
         elif self._grammars is not None and not self._in_flight:
@@ -270,6 +288,20 @@ class EngineLoop:
         if self._in_flight and (step is None or len(self._in_flight) > self._executor.depth):
             outputs += self._take_results(self._in_flight.popleft())
         return outputs
+
+    def prepare(self) -> bool:
+        """With nothing else to do: make one thing ready that later steps would have to, a CUDA graph. False if there is nothing left.
+
+        Raises what `step` raises where the engine is dead."""
+        if self.has_work():
+            return False
+        try:
+            return self._executor.prepare()
+        except Exception as error:
+            if is_fatal(error) or self.config.tp > 1:
+                raise
+            log.warning("a CUDA graph could not be made ahead of its use: %s", error)
+            return True
 
     def _launch(self, step: Step, outputs: list[TokenOutput]) -> None:
         """Launch a step; results of earlier ones, taken since its masks need them, go to `outputs`."""
@@ -340,14 +372,22 @@ class EngineLoop:
         t0 = self._clock()
         result = self._executor.read(flight.pending)
         now = self._clock()
-        self._counters.times.wait_s += now - t0
+        waited = now - t0
+        self._counters.times.wait_s += waited
         self._counters.failures_in_a_row = 0
         seconds, self._last_done = now - max(flight.launched_at, self._last_done), now
         self._progressed_at = now
         self._counters.times.device_s += seconds
-        if len(self._executor.capture_seconds) == flight.num_captures:  # capturing a graph says nothing of running it
-            self.pacer.observe(flight.step.load, seconds)
+        self._learn(flight, seconds, late=self._executor.depth > 0 and waited < _SEEN_AT_ONCE * seconds)
         return self._account(flight.step, *result)
+
+    def _learn(self, flight: _Flight, seconds: float, *, late: bool) -> None:
+        """`late`: the step was over before the host looked, busy with launching the next; so this one took less, and the next one more
+        than it will seem to."""
+        began_late, self._last_late = self._last_late, late
+        captured = len(self._executor.capture_seconds) != flight.num_captures  # which says nothing of running it
+        if not captured and (late or not began_late):
+            self.pacer.observe(flight.step.load, seconds, at_most=late)
 
     def _account(
         self,

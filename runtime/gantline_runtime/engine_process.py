@@ -50,6 +50,8 @@ __all__ = ["Engine", "EngineServer", "build_report", "main"]
 REPORT_INTERVAL_S = 0.5
 _PROGRESS_INTERVAL_S = 0.1
 _LINGER_MS = 2000
+_REST_S = 1.0
+"""Without work, until the time is used to make things ready: the first request after that waits for one of them."""
 
 log = logging.getLogger("gantline.engine")
 
@@ -64,6 +66,7 @@ class Engine(Protocol):
     def add_request(self, request: EngineRequest) -> None: ...
     def abort(self, request_id: str) -> Any: ...
     def step(self) -> list[TokenOutput]: ...
+    def prepare(self) -> bool: ...
     def has_work(self) -> bool: ...
     def stats(self) -> Any: ...
     def prefix_marks(self) -> list[int]: ...
@@ -85,6 +88,7 @@ class EngineServer:
         self._owners: dict[str, bytes] = {}
         self._stopping = False
         self._last_report = 0.0
+        self._worked_at = time.monotonic()
         self._epoch = secrets.token_hex(8)
         self._num_prefix_changes = 0
         self._logged_kernels: dict[str, int] = {}
@@ -96,16 +100,25 @@ class EngineServer:
         engine = self._load(phases.on_progress)
         try:
             announce_compilations(lambda seconds: self._broadcast(EngineBusy(seconds)))
+            self._worked_at = time.monotonic()
             self._ready = EngineReady(session_len=engine.session_len, eos_token_ids=sorted(engine.eos_token_ids), phases=phases.finish())
             self._broadcast(self._ready)
             self._broadcast(self._all_prefixes(engine))
             while not self._stopping:
-                self._receive(engine, wait=not engine.has_work())
-                if engine.has_work() and not self._stopping:
-                    self._send(engine.step())
-                self._report_if_due(engine)
+                self._turn(engine)
         finally:
             engine.close()
+
+    def _turn(self, engine: Engine) -> None:
+        """Read what has arrived, and take a step; with nothing to do for a while, make something ready, or wait."""
+        self._receive(engine, wait=not engine.has_work() and not self._prepare(engine))
+        if engine.has_work() and not self._stopping:
+            self._send(engine.step())
+            self._worked_at = time.monotonic()
+        self._report_if_due(engine)
+
+    def _prepare(self, engine: Engine) -> bool:
+        return time.monotonic() - self._worked_at >= _REST_S and engine.prepare()
 
     def fail(self, error: BaseException) -> int:
         """Tell all peers why this process ends; returns its exit code."""

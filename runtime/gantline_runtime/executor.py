@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from gantline_kernels import api
+from numpy.typing import NDArray
 
 from gantline_runtime import sizing
-from gantline_runtime.batch import BatchLimits, pack_batch
+from gantline_runtime.batch import BatchLimits, BatchShape, pack_batch, pack_padding
 from gantline_runtime.checkpoint import Checkpoint, ModelShape
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.distributed import WorkerGroup, WorkerPlan, join_group, leave_group, make_rendezvous
@@ -94,6 +96,7 @@ class Executor:
         self._allocate(plan)
         self.memory = self._report(checkpoint, plan)
         self.capture_seconds = self._runner.capture_seconds
+        self.launch_seconds = self._runner.launch_seconds
         self._table = SamplingTable(self.limits.max_slots)
         pinned, words = self.device.type == "cuda", self.limits.max_words
         self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=pinned) for _ in range(_NUM_BUFFERS)]
@@ -153,8 +156,7 @@ class Executor:
 
     def launch(self, step: Step, cache: CacheManager, masks: Callable[[], TokenMask | None] | None = None) -> PendingTokens:
         """Start a step on all ranks. `masks` is called when the forward pass is launched, and sampling waits for it."""
-        buffer = self._buffers[self._next_buffer]
-        self._next_buffer = (self._next_buffer + 1) % _NUM_BUFFERS
+        buffer = self._take_buffer()
         array = buffer.numpy()
         shape = pack_batch(
             array,
@@ -163,17 +165,35 @@ class Executor:
             updates=cache.take_table_updates(),
             block_size=cache.block_size,
             groups=cache.groups,
-            pad=self._runner.pad,
+            pad=lambda shape: self._runner.pad(shape, step.captures),
         )
-        num_words = shape.num_words
-        if self._workers is not None:
-            self._workers.send_step(shape, array[:num_words])
+        self._send(shape, array)
         sampling = self._table.batch(step)
         try:
-            return self._runner.execute(buffer[:num_words], shape, sampling, build_read_batch(step), masks)
+            return self._runner.execute(buffer[: shape.num_words], shape, sampling, build_read_batch(step), masks)
         except RuntimeError:
             self._blame_dead_rank()
             raise
+
+    def prepare(self) -> bool:
+        """Capture a graph that will be of use, by a step without sequences, and wait for it; False if there is none."""
+        shape = self._runner.foresee()
+        if shape is None:
+            return False
+        buffer = self._take_buffer()
+        pack_padding(buffer.numpy(), shape, self.limits.max_slots - 1)
+        self._send(shape, buffer.numpy())
+        self.read(self._runner.execute(buffer[: shape.num_words], shape, None))
+        return True
+
+    def _take_buffer(self) -> torch.Tensor:
+        buffer = self._buffers[self._next_buffer]
+        self._next_buffer = (self._next_buffer + 1) % _NUM_BUFFERS
+        return buffer
+
+    def _send(self, shape: BatchShape, words: NDArray[np.int32]) -> None:
+        if self._workers is not None:
+            self._workers.send_step(shape, words[: shape.num_words])
 
     def read(self, pending: PendingTokens) -> StepResult:
         try:

@@ -7,11 +7,25 @@ requests come and go. What exists when a process begins to serve stays until its
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["settle"]
+__all__ = ["held_back", "settle"]
 
 
 def settle() -> None:
     """Collect what loading has left, and let no later collection look at the rest."""
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """No collection meanwhile: for what makes many objects at once while streams wait."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

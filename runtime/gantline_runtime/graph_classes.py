@@ -71,6 +71,26 @@ class GraphClasses:
             padded=1,
         )
 
+    def widen(self, padded: BatchShape) -> BatchShape:
+        """The class of as many tokens as `padded`, a class, that fits the most batches."""
+        decodes = padded.num_decodes if padded.is_decode else min(self._mixed_decodes[-1], padded.num_tokens)
+        return padded._replace(
+            num_sequences=decodes + padded.num_prompts,
+            num_decodes=decodes,
+            max_context_len=self._contexts[-1],
+            max_own_len=self._contexts[-1] if padded.max_own_len else 0,
+        )
+
+    def rows(self) -> list[int]:
+        """The numbers of tokens that classes have."""
+        return sorted({*self._decodes, *self._tokens})
+
+    def foreseen(self) -> list[BatchShape]:
+        """Wide classes, one of each number of tokens: with few prompts among those that decode, then of decodes alone."""
+        prompts, context = _PROMPTS[0], self._contexts[-1]
+        mixed = [self.widen(BatchShape(tokens, prompts, 0, 0, 0, tokens, context, padded=1)) for tokens in self._tokens]
+        return mixed + [BatchShape(size, size, size, 0, 0, 1, context, padded=1) for size in self._decodes]
+
     def largest(self) -> list[BatchShape]:
         """The classes whose graphs need the most memory."""
         return [shape for shape in (self._largest_decodes(), self._largest_mixed()) if shape is not None]

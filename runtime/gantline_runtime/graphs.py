@@ -1,27 +1,24 @@
 """CUDA graphs of whole forward passes, so that the host launches a step's hundreds of kernels at once.
 
-A class of batches (`graph_classes.py`) is captured when it is met for the second time: the first time it runs without, which compiles and
-warms what it needs. Start-up waits for no capture, and a step waits for one capture at most. All graphs share one pool of memory, taken
-when the cache is; their inputs and outputs are the runner's own fixed tensors. Where even that is not enough, or there are `MAX_GRAPHS`,
-no more are captured, and batches of further classes run without.
+Which of them are captured says the plan (`graph_plan.py`), and in which steps `capture_pacing.py`: start-up waits for no capture, and a
+step waits for one at most. All graphs share one pool of memory, taken when the cache is; their inputs and outputs are the runner's own
+fixed tensors. Where even that is not enough no more are captured, and batches of further classes run without.
 """
 
 from __future__ import annotations
 
-import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 
+from gantline_runtime import garbage
 from gantline_runtime.batch import BatchShape
-from gantline_runtime.graph_classes import GraphClasses
-from gantline_runtime.sizing import MAX_GRAPHS
+from gantline_runtime.graph_plan import GraphPlan
 
 __all__ = ["StepGraphs", "take_product_workspace"]
-
-log = logging.getLogger(__name__)
 
 
 def take_product_workspace(device: torch.device) -> None:
@@ -31,35 +28,42 @@ def take_product_workspace(device: torch.device) -> None:
 
 
 class StepGraphs:
-    def __init__(self, forward: Callable[[BatchShape], None], classes: GraphClasses, *, device: torch.device, pool_bytes: int) -> None:
+    def __init__(
+        self,
+        forward: Callable[[BatchShape], None],
+        plan: GraphPlan,
+        *,
+        device: torch.device,
+        pool_bytes: int,
+        launch_seconds: deque[float],
+    ) -> None:
         """`forward(shape)` runs a padded batch from fixed inputs to fixed outputs, and never waits for the device. `pool_bytes` are what
-        the activations of the largest class take."""
-        self._forward = forward
-        self._classes = classes
-        self._graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
-        self._met: set[BatchShape] = set()
-        self._may_capture = True
+        the activations of the largest class take. `launch_seconds` gets the host's time of each run without a graph."""
+        self.plan = plan
         self.capture_seconds: list[float] = []
+        self._forward = forward
+        self._launch_seconds = launch_seconds
+        self._graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
+        self._warm: set[BatchShape] = set()
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._reserved = self._reserve(device, pool_bytes)
 
-    def pad(self, shape: BatchShape) -> BatchShape:
-        """What a batch is to be padded to; its own shape where it is to run without a graph."""
-        padded = self._classes.pad(shape)
-        return padded if self._may_capture or _key(padded) in self._graphs else shape
-
     def run(self, shape: BatchShape) -> None:
-        """Run a padded batch, by a graph if there is one by now."""
-        key = _key(shape)
-        graph = self._graphs.get(key)
-        if graph is None and key in self._met and self._may_capture:
-            graph = self._capture_if_possible(shape, key)
-        if graph is None:
-            self._met.add(key)
-            self._forward(shape)
-        else:
-            graph.replay()
+        """Run a padded batch, by a graph if there is one by now. What has not run before runs without, and is captured afterwards if it is
+        to be: a capture can neither compile a kernel nor load one."""
+        key = shape.graph
+        if shape.capture and key in self._warm:
+            self._capture_if_possible(shape)
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        started = time.perf_counter()
+        self._forward(shape)
+        self._launch_seconds.append(time.perf_counter() - started)
+        if shape.capture and key not in self._warm:
+            self._capture_if_possible(shape)
+        self._warm.add(key)
 
     def release(self) -> None:
         """Destroy all; none can be run or captured afterwards. Waits for none that is under way: it may wait for a rank that is gone."""
@@ -67,22 +71,19 @@ class StepGraphs:
             graph.reset()
         self._graphs.clear()
 
-    def _capture_if_possible(self, shape: BatchShape, key: BatchShape) -> torch.cuda.CUDAGraph | None:
+    def _capture_if_possible(self, shape: BatchShape) -> None:
         try:
-            graph = self._graphs[key] = self._capture(shape)
+            self._graphs[shape.graph] = self._capture(shape)
         except torch.OutOfMemoryError as error:
-            self._may_capture = False
-            log.warning("no memory for a CUDA graph of %s; from now on none is captured: %s", key, error)
-            return None
-        if len(self._graphs) >= MAX_GRAPHS:
-            self._may_capture = False
-            log.warning("%d CUDA graphs are captured; batches of further classes run without", MAX_GRAPHS)
-        return graph
+            self.plan.give_up(shape.graph, error)
+        else:
+            self.plan.captured(shape.graph)
 
     def _capture(self, shape: BatchShape) -> torch.cuda.CUDAGraph:
         started = time.perf_counter()
         self._stream.wait_stream(torch.cuda.current_stream())
-        graph = self._record(lambda: self._forward(shape))
+        with garbage.held_back():
+            graph = self._record(lambda: self._forward(shape))
         torch.cuda.current_stream().wait_stream(self._stream)
         self.capture_seconds.append(time.perf_counter() - started)
         return graph
@@ -108,7 +109,3 @@ class StepGraphs:
             take_product_workspace(device)
         torch.cuda.synchronize(device)
         return self._record(lambda: torch.empty(max(num_bytes, 1 << 20), dtype=torch.uint8, device=device)[:1].zero_())
-
-
-def _key(shape: BatchShape) -> BatchShape:
-    return shape._replace(num_samples=0, num_updates=0)

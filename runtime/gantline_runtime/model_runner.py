@@ -8,6 +8,8 @@ by themselves.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,8 +20,10 @@ from gantline_kernels.api import SharedPrefixes
 from numpy.typing import NDArray
 
 from gantline_runtime.batch import BatchLimits, BatchShape, segments
+from gantline_runtime.capture_pacing import Captures
 from gantline_runtime.checkpoint import Checkpoint
 from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.graph_plan import GraphPlan
 from gantline_runtime.graphs import StepGraphs, take_product_workspace
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
@@ -33,6 +37,9 @@ from gantline_runtime.sizing import GRAPH_POOL_SLACK
 from gantline_runtime.workspace import largest_steps, unmeasured_bytes
 
 __all__ = ["ModelRunner", "PendingTokens", "StepResult"]
+
+_LAUNCHES = 9
+"""Of which the median is taken: those that compiled a kernel are among them."""
 
 
 class StepResult(NamedTuple):
@@ -125,6 +132,8 @@ class ModelRunner:
         self._graph_pool_bytes = 0
         self.capture_seconds: list[float] = []
         """How long each CUDA graph took to capture."""
+        self.launch_seconds: deque[float] = deque(maxlen=_LAUNCHES)
+        """How long the host launched the last forward passes without a graph."""
 
     def cache_block_bytes(self, block_size: int) -> int:
         """Bytes of one block in all layers of this rank."""
@@ -145,8 +154,13 @@ class ModelRunner:
         self._hidden = torch.zeros((limits.max_sequences, self._shape.hidden_size), dtype=self._dtype, device=self.device)
         self._graphs = None
         if graphs and self._model.capturable:
-            classes = _graph_classes(limits, block_size)
-            self._graphs = StepGraphs(self._forward_padded, classes, device=self.device, pool_bytes=self._graph_pool_bytes)
+            self._graphs = StepGraphs(
+                self._forward_padded,
+                GraphPlan(_graph_classes(limits, block_size)),
+                device=self.device,
+                pool_bytes=self._graph_pool_bytes,
+                launch_seconds=self.launch_seconds,
+            )
             self.capture_seconds = self._graphs.capture_seconds
 
     def release_graphs(self) -> None:
@@ -155,9 +169,13 @@ class ModelRunner:
             self._graphs.release()
             self._graphs = None
 
-    def pad(self, shape: BatchShape) -> BatchShape:
+    def pad(self, shape: BatchShape, captures: Captures) -> BatchShape:
         """What a batch is to be padded to before it is packed; its own shape for nothing."""
-        return self._graphs.pad(shape) if self._graphs is not None else shape
+        return self._graphs.plan.pad(shape, captures) if self._graphs is not None else shape
+
+    def foresee(self) -> BatchShape | None:
+        """A batch without sequences that is worth running while there is nothing else to do: its class is captured. None for nothing."""
+        return self._graphs.plan.foresee() if self._graphs is not None else None
 
     @torch.inference_mode()
     def execute(
@@ -178,7 +196,9 @@ class ModelRunner:
             self._graphs.run(shape)
             hidden = self._hidden
         else:
+            started = time.perf_counter()
             hidden = self._forward(inputs, shape)
+            self.launch_seconds.append(time.perf_counter() - started)
         mask = masks() if masks is not None else None
         if mask is not None:
             sampling = replace(sampling or SamplingBatch(), mask=mask)
@@ -246,6 +266,7 @@ class ModelRunner:
         measured = self._peak_bytes(lambda: self._run_largest(limits, block_size))
         graphs = graphs and self._model.capturable
         if graphs:
+            self._model.load_kernels(_graph_classes(limits, block_size).rows())
             largest = self._peak_bytes(lambda: self._run_largest_classes(limits, block_size))
             self._graph_pool_bytes = int(GRAPH_POOL_SLACK * largest)
         del self._caches, self._tables, self._last_tokens, self._sampler, self._inputs, self._hidden

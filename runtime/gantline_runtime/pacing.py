@@ -4,16 +4,20 @@
 
 `pairs` counts, for each prompt token, the tokens that its attention reads; `decode context` sums the lengths of the sequences that
 decode. The six coefficients are fitted, robustly, to the last steps of each size of prompt, without any and from 32 tokens up in powers of
-two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. What the fit gets
-wrong all the same is followed step by step: a limit is divided by the ratio of what steps with prompts took to what was expected, its mean
-and twice the mean deviation, as retransmission timers are set (RFC 6298). Nothing is assumed about the device; until prompts have been
-seen, chunks are small.
+two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. What the fit gets wrong all the same is
+followed step by step, as the ratio of what steps with prompts took to what was expected. A limit is divided by its mean; or, if that
+leaves more room, by what one of a hundred exceeds, so that this one is late by a twentieth at most: steps that scatter little come close
+to the limit. Nothing is assumed about the device; until prompts have been seen, chunks are small.
+
+Of a step whose end was seen late, because the host was launching the next, it is known only that it took no longer. It is news only where
+more was expected.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,9 +33,9 @@ _MIN_CHUNK = 32
 _GRAIN = 64
 """Longer chunks are cut so that the step's tokens fill a class of CUDA graphs: padding would cost what tokens cost."""
 _FIRST_CHUNK = 512
-"""Until `_MIN_SAMPLES` steps with prompts have been measured."""
+"""Until `_MIN_SAMPLES` steps with prompts have been measured; twice what was seen to take less than half the limit, if that is more."""
 _MIN_SAMPLES = 4
-_LEAST_SHARE = 1.5
+_LEAST_SHARE = 1.25
 """A step may take this many times what its decodes take, whatever the limit."""
 _KEPT = 24
 """Steps of each size of prompt that the fit is made from; four times as many without a prompt."""
@@ -41,9 +45,11 @@ _PROMPT_NEWS = 4
 _TRUSTED, _TURNS = 0.1, 8
 """Error, in times of a typical step of its size, up to which a step counts in full; past it the less the larger (Huber's loss, in so many
 turns). A step that compiled a kernel looks slow, and one whose successor did looks slow and the successor fast."""
-_RATIO_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 8
-"""Weight of the newest step in the mean and in the mean deviation."""
-_MOST_RATIO, _MOST_DEVIATION = 1.5, 0.1
+_RATIO_GAIN, _RECENT = 1 / 8, 8
+"""Weight of the newest step in the mean ratio of what steps took to what was expected; steps that it is made from after a new fit."""
+_ERRORS, _LATE_SHARE, _LATE_BY = 128, 0.01, 1.05
+"""Of the last so many steps' ratios, less the mean of then: room is left so that this share exceeds the limit by that factor at most."""
+_MOST_RATIO, _MOST_ERROR = 1.5, 0.2
 """Of one step, and of all as far as room is left for it: prompts must get on where a machine is disturbed."""
 _SCALE = np.array([1.0, 1.0, 1e3, 1e6, 1e2, 1e5])
 """Typical sizes of the six terms, so that they weigh alike where the steps seen do not tell them apart."""
@@ -82,7 +88,7 @@ class Coefficients(NamedTuple):
 class Pacer:
     """Chooses chunks so that steps with decodes take at most `max_step_s`; 0 for no limit.
 
-    Where decoding alone takes most of that, prompts get half as long as decoding does: they must get on too.
+    Where decoding alone takes most of that, prompts get a quarter of what decoding takes: they must get on too.
     """
 
     def __init__(self, max_step_s: float) -> None:
@@ -93,8 +99,11 @@ class Pacer:
         self._until_fit = 1
         self._num_with_prompts = 0
         self._most_prompt_tokens = 0
+        self._first_chunk = _FIRST_CHUNK
         self._ratio = 1.0
-        self._deviation = 0.0
+        self._recent: deque[tuple[StepLoad, float]] = deque(maxlen=_RECENT)
+        self._errors: deque[float] = deque(maxlen=_ERRORS)
+        self._error = 0.0
 
     @property
     def _knows_prompts(self) -> bool:
@@ -104,16 +113,28 @@ class Pacer:
         """Seconds that a step of `load` takes."""
         c = self._coefficients
         prompt = c.any_prompt + c.prompt_token * load.prompt_tokens + c.pair * load.pairs if load.prompt_tokens else 0.0
-        return c.base + prompt + c.decode * load.decodes + c.decode_context * load.decode_context
+        return self._decoding(load) + prompt
 
-    def observe(self, load: StepLoad, seconds: float) -> None:
-        """Learn from a step that is over."""
+    def limit(self, load: StepLoad) -> float:
+        """Seconds that a step with the decodes of `load` may take, if there is a limit."""
+        return max(self.max_step_s, _LEAST_SHARE * self._decoding(load))
+
+    def _decoding(self, load: StepLoad) -> float:
+        c = self._coefficients
+        return c.base + c.decode * load.decodes + c.decode_context * load.decode_context
+
+    def observe(self, load: StepLoad, seconds: float, *, at_most: bool = False) -> None:
+        """Learn from a step that is over. `at_most`: it was over earlier, nobody knows when."""
         if seconds <= 0.0 or not math.isfinite(seconds):
             return
         expected = self.predict(load)
-        if expected > 0.0 and self._knows_prompts and load.prompt_tokens and load.decodes:
-            self._follow(seconds / expected)
+        if at_most and expected <= seconds:
+            if seconds <= self.max_step_s / 2:
+                self._first_chunk = max(self._first_chunk, 2 * load.prompt_tokens)
+            return
         size = max(load.prompt_tokens, _MIN_CHUNK).bit_length() if load.prompt_tokens else 0
+        if expected > 0.0 and self._knows_prompts and load.prompt_tokens and load.decodes:
+            self._follow(load, seconds)
         self._samples.setdefault(size, deque(maxlen=_KEPT if size else 4 * _KEPT)).append((*load.terms(), seconds))
         self._num_with_prompts += load.prompt_tokens > 0
         self._most_prompt_tokens = max(self._most_prompt_tokens, load.prompt_tokens)
@@ -121,11 +142,17 @@ class Pacer:
         if self._until_fit <= 0:
             self._fit()
 
-    def _follow(self, ratio: float) -> None:
-        """`ratio`: what a step with decodes and prompts took, of what was expected."""
-        off = min(ratio, _MOST_RATIO) - self._ratio
+    def _follow(self, load: StepLoad, seconds: float) -> None:
+        """Note what the fit got wrong of a step with decodes and prompts."""
+        self._recent.append((load, seconds))
+        off = self._ratio_of(load, seconds) - self._ratio
         self._ratio += _RATIO_GAIN * off
-        self._deviation += _DEVIATION_GAIN * (abs(off) - self._deviation)
+        self._errors.append(off)
+        self._error = min(_MOST_ERROR, _largest(self._errors, _LATE_SHARE))
+
+    def _ratio_of(self, load: StepLoad, seconds: float) -> float:
+        """What a step took, of what is expected of it."""
+        return min(seconds / max(self.predict(load), 1e-9), _MOST_RATIO)
 
     def _fit(self) -> None:
         samples = np.array([sample for kept in self._samples.values() for sample in kept])
@@ -137,6 +164,8 @@ class Pacer:
             found = _fit_positive(rows, wanted, trust)
             trust = np.minimum(1.0, _TRUSTED / np.maximum(np.abs(rows @ found - wanted), 1e-9))
         self._coefficients = Coefficients(*(found / _SCALE).tolist())
+        if self._recent:  # another fit gets other things wrong
+            self._ratio = sum(self._ratio_of(*step) for step in self._recent) / len(self._recent)
 
     def chunk(self, load: StepLoad, start: int, wanted: int) -> int:
         """How many of `wanted` tokens, from position `start` of a prompt, to add to a step of `load`. The first prompt of a step gets on in
@@ -152,13 +181,19 @@ class Pacer:
 
     def _room(self, load: StepLoad, start: int) -> int:
         if not self._knows_prompts:
-            return max(0, _FIRST_CHUNK - load.prompt_tokens)
+            return max(0, self._first_chunk - load.prompt_tokens)
         c = self._coefficients
-        decoding = c.base + c.decode * load.decodes + c.decode_context * load.decode_context
-        wrong = max(1.0, self._ratio + 2.0 * min(self._deviation, _MOST_DEVIATION))
-        left = max(self.max_step_s / wrong, _LEAST_SHARE * decoding) - self.predict(load) - (0.0 if load.prompt_tokens else c.any_prompt)
+        wrong = max(1.0, self._ratio, (self._ratio + self._error) / _LATE_BY)
+        more = 0.0 if load.prompt_tokens else c.any_prompt
+        left = max(self.max_step_s / wrong, _LEAST_SHARE * self._decoding(load)) - self.predict(load) - more
         fits = _largest_count(left, c.prompt_token + c.pair * start, c.pair / 2)
         return min(fits, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
+
+
+def _largest(values: Iterable[float], share: float) -> float:
+    """What this share of the values exceeds."""
+    ordered = sorted(values)
+    return ordered[-1 - int(share * len(ordered))]
 
 
 def _surplus(load: StepLoad, count: int) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gantline_runtime.admission import Admission
+from gantline_runtime.capture_pacing import Captures
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.messages import ErrorCode, PromptLogprobs, TokenLogprobs, TokenOutput
 from gantline_runtime.pacing import Pacer, StepLoad
@@ -59,6 +60,7 @@ class Step:
     reads: list[PromptRead] = field(default_factory=list)
     num_tokens: int = 0
     load: StepLoad = field(default_factory=StepLoad)
+    captures: Captures = Captures.NONE
 
 
 class Scheduler:

@@ -74,6 +74,7 @@ class FakeExecutor:
         self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0, 0, 0)
         self.failed = False
         self.capture_seconds: list[float] = []
+        self.launch_seconds: list[float] = []
         self.closed = False
         classes = GraphClasses(max_sequences=config.max_batch_size, max_tokens=config.max_prefill_token_num, session_len=config.session_len)
         self._pad = classes.pad if padded else None
@@ -181,6 +182,9 @@ class FakeExecutor:
         assert sorted(leaders) == np.flatnonzero(lens).tolist()
         self.num_grouped += len(leaders)
         return leaders
+
+    def prepare(self) -> bool:
+        return False
 
     def check(self) -> None:
         pass

@@ -116,6 +116,7 @@ class _EchoExecutor:
         self.limits: Any = SimpleNamespace(max_slots=config.max_batch_size, max_blocks=-(-config.session_len // config.block_size))
         self.memory: Any = _Memory()
         self.capture_seconds: list[float] = []
+        self.launch_seconds: list[float] = []
         self.alphabet = {byte: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) for byte in [_byte_of(char)]}
 
     def launch(self, step: Step, cache: CacheManager, masks: Any = None) -> Any:
@@ -132,6 +133,9 @@ class _EchoExecutor:
 
     def read(self, pending: Any) -> Any:
         return pending
+
+    def prepare(self) -> bool:
+        return False
 
     def check(self) -> None:
         pass

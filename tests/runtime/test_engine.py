@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from gantline_runtime.batch import BatchLimits, BatchShape
+from gantline_runtime.capture_pacing import Captures
 from gantline_runtime.checkpoint import open_checkpoint
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.distributed import RankError
@@ -116,16 +117,22 @@ def test_a_file_that_shrinks_after_it_was_judged_is_named(broken: Path) -> None:
 
 
 class PaddedBatches:
-    """What `StepGraphs` is to a runner, without a GPU: every batch is padded, none is captured."""
+    """What `StepGraphs` and its plan are to a runner, without a GPU: every batch is padded, none is captured."""
 
     def __init__(self, runner: ModelRunner, config: EngineConfig) -> None:
         assert config.session_len is not None
         self._runner = runner
         self._classes = GraphClasses(max_sequences=config.max_batch_size, max_tokens=64, session_len=config.session_len)
         self.shapes: list[BatchShape] = []
+        self.plan = self
+        self._foreseen = self._classes.foreseen()
 
-    def pad(self, shape: BatchShape) -> BatchShape:
+    def pad(self, shape: BatchShape, _: Captures) -> BatchShape:
         return self._classes.pad(shape)
+
+    def foresee(self) -> BatchShape | None:
+        """A class that no step here falls into."""
+        return self._foreseen.pop() if self._foreseen else None
 
     def release(self) -> None:
         pass
@@ -157,6 +164,27 @@ def test_padding_batches_to_the_classes_of_graphs_changes_no_token_and_no_logpro
         for ours, theirs in zip(padded_results[name], outputs, strict=True):
             assert ours.logprobs is not None and theirs.logprobs is not None
             assert ours.logprobs[0].chosen == pytest.approx(theirs.logprobs[0].chosen, abs=1e-4)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_is_made_ready_while_nothing_runs_touches_nothing_that_requests_use(model: Path, tp: int) -> None:
+    """The prompt's blocks stay in the cache meanwhile, and are read afterwards."""
+    engine = LLMEngine(model, config(max_prefill_token_num=96, tp=tp))
+    runner = engine._executor._runner  # type: ignore[attr-defined]
+    runner._graphs = batches = PaddedBatches(runner, engine.config)
+    prompt = [3 + 7 * j % 500 for j in range(80)]
+    engine.add_request(request("before", prompt, count=12))
+    before = tokens_of(drain(engine)["before"])
+    num_steps = len(batches.shapes)
+    while engine.prepare():
+        pass
+    prepared = batches.shapes[num_steps:]
+    assert {shape.is_decode for shape in prepared} == {True, False} and len(prepared) > 2
+    engine.add_request(request("after", prompt, count=12))
+    assert not engine.prepare(), "requests go first"
+    outputs = drain(engine)["after"]
+    assert tokens_of(outputs) == before and outputs[-1].num_cached_tokens > 0
+    engine.close()
 
 
 @pytest.mark.parametrize(("max_batch_size", "session_blocks"), [(1, 32), (8, 32), (8, 2), (1, 1)])

@@ -94,6 +94,32 @@ def test_the_log_says_once_where_tritons_kernels_came_from(
     assert reports[-1].kernels == {"image": 21, "cache": 0, "compiled": 2}
 
 
+def test_an_engine_that_rests_makes_things_ready_until_a_request_comes(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, waits = [True] * 5, []
+    monkeypatch.setattr(peer.engine, "prepare", lambda: bool(left) and left.pop())
+    receive = peer.server._receive
+    monkeypatch.setattr(peer.server, "_receive", lambda engine, *, wait: (waits.append(wait), receive(engine, wait=False)))
+    peer.server._turn(peer.engine)
+    assert len(left) == 5 and waits == [True], "not right after the start"
+    peer.server._worked_at -= 60
+    for _ in range(2):
+        peer.server._turn(peer.engine)
+    assert len(left) == 3 and waits[1:] == [False, False], "messages are looked for in between"
+    peer.dealer.send(msgspec.msgpack.encode(_request("a")))
+    assert peer.router.poll(1000)
+    for _ in range(3):
+        peer.server._turn(peer.engine)
+    assert len(left) == 2, "the request was read after one more, and then it goes first"
+    assert any(isinstance(message, StepOutputs) for message in peer.received())
+    peer.send(AbortRequest("a"))
+    peer.server._turn(peer.engine)
+    assert len(left) == 2, "and it has just worked"
+    peer.server._worked_at -= 60
+    for _ in range(4):
+        peer.server._turn(peer.engine)
+    assert not left and waits[-1], "with nothing left it waits"
+
+
 def test_an_aborted_request_gives_nothing_more_and_its_blocks_are_free_before_the_next_step(peer: Peer) -> None:
     peer.send(_request("a"))
     for _ in range(5):

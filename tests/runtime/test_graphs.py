@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from gantline_runtime import graphs
 from gantline_runtime.batch import BatchShape
+from gantline_runtime.capture_pacing import Captures
 from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.graph_plan import GraphPlan
 from gantline_runtime.graphs import StepGraphs
 
 
@@ -55,9 +58,9 @@ def decodes(count: int) -> BatchShape:
     return BatchShape(count, count, count, count, 0, 1, 100)
 
 
-def make(forward: Callable[[BatchShape], None]) -> StepGraphs:
-    classes = GraphClasses(max_sequences=64, max_tokens=512, session_len=4096)
-    return StepGraphs(forward, classes, device=torch.device("cpu"), pool_bytes=1 << 20)
+def make(forward: Callable[[BatchShape], None], max_graphs: int = 256) -> StepGraphs:
+    plan = GraphPlan(GraphClasses(max_sequences=64, max_tokens=512, session_len=4096), max_graphs=max_graphs)
+    return StepGraphs(forward, plan, device=torch.device("cpu"), pool_bytes=1 << 20, launch_seconds=deque(maxlen=9))
 
 
 class Calls:
@@ -65,6 +68,7 @@ class Calls:
         self.eager: list[BatchShape] = []
         self.recorded: list[BatchShape] = []
         self.out_of_memory = False
+        self.collector_was_on: list[bool] = []
 
     def forward(self, shape: BatchShape) -> None:
         if Graph.recording is None:
@@ -73,10 +77,11 @@ class Calls:
             raise torch.OutOfMemoryError("no memory is left")
         else:
             self.recorded.append(shape)
+            self.collector_was_on.append(gc.isenabled())
 
-    def run(self, step_graphs: StepGraphs, shape: BatchShape) -> bool:
+    def run(self, step_graphs: StepGraphs, shape: BatchShape, captures: Captures = Captures.ANY) -> bool:
         """Whether it was padded, and so could run as a graph."""
-        padded = step_graphs.pad(shape)
+        padded = step_graphs.plan.pad(shape, captures)
         if padded.padded:
             step_graphs.run(padded)
         return bool(padded.padded)
@@ -90,13 +95,41 @@ def test_a_class_is_run_then_captured_then_replayed_whatever_its_batches_hold() 
     assert [shape.num_sequences for shape in calls.eager] == [24]
     assert [shape.num_sequences for shape in calls.recorded] == [24]
     assert [graph.replays for graph in step_graphs._graphs.values()] == [3]  # type: ignore[attr-defined]
-    assert len(step_graphs.capture_seconds) == 1
+    assert len(step_graphs.capture_seconds) == len(step_graphs._launch_seconds) == 1
 
 
-def test_past_the_most_graphs_known_classes_go_on_and_others_run_unpadded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+def test_where_only_wide_classes_may_be_captured_the_step_runs_and_the_graph_is_for_the_next_ones() -> None:
     calls = Calls()
     step_graphs = make(calls.forward)
+    assert calls.run(step_graphs, decodes(17), Captures.WIDE)
+    assert calls.eager == calls.recorded and [shape.max_context_len for shape in calls.recorded] == [4096]
+    assert calls.run(step_graphs, decodes(18), Captures.NONE)
+    assert len(calls.eager) == 1
+    assert [graph.replays for graph in step_graphs._graphs.values()] == [1]  # type: ignore[attr-defined]
+
+
+def test_a_class_that_is_foreseen_is_captured_by_a_step_without_sequences() -> None:
+    calls = Calls()
+    step_graphs = make(calls.forward)
+    while (shape := step_graphs.plan.foresee()) is not None:
+        step_graphs.run(shape)
+    assert len(calls.recorded) == len(calls.eager) == len(step_graphs._graphs)
+    assert calls.run(step_graphs, decodes(17), Captures.NONE)
+    assert len(calls.recorded) == len(calls.eager)
+
+
+def test_no_garbage_is_collected_while_a_graph_is_captured() -> None:
+    calls = Calls()
+    step_graphs = make(calls.forward)
+    assert gc.isenabled()
+    for _ in range(2):
+        calls.run(step_graphs, decodes(17))
+    assert calls.collector_was_on == [False] and gc.isenabled()
+
+
+def test_past_the_most_graphs_known_classes_go_on_and_others_run_unpadded() -> None:
+    calls = Calls()
+    step_graphs = make(calls.forward, max_graphs=2)
     for count in (1, 1, 2, 2):
         assert calls.run(step_graphs, decodes(count))
     assert not calls.run(step_graphs, decodes(40))
@@ -111,7 +144,7 @@ def test_without_memory_for_a_graph_the_step_runs_all_the_same_and_none_is_tried
     calls.run(step_graphs, decodes(1))
     calls.out_of_memory = True
     for _ in range(2):
-        calls.run(step_graphs, decodes(8))
-    assert [shape.num_sequences for shape in calls.eager] == [1, 8, 8]
-    assert not calls.run(step_graphs, decodes(8))
+        calls.run(step_graphs, decodes(16))
+    assert [shape.num_sequences for shape in calls.eager] == [1, 16, 16]
+    assert not calls.run(step_graphs, decodes(16))
     assert calls.run(step_graphs, decodes(1))

@@ -5,7 +5,7 @@ What has no family runs by transformers' own implementation over our cache (`tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -34,13 +34,17 @@ class Model(Protocol):
     kv_heads: int
     """Key/value heads of this rank, in every layer."""
     capturable: bool
-    """Whether decode steps may run as CUDA graphs."""
+    """Whether steps may run as CUDA graphs."""
 
     def load(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> int: ...
 
     def forward(
         self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
     ) -> torch.Tensor: ...
+
+    def load_kernels(self, sizes: Iterable[int]) -> None:
+        """Have the kernels for these numbers of tokens loaded, as far as that is known to depend on them."""
+        ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None: ...
 

@@ -6,7 +6,7 @@ norming are one operation. In the last layer, only rows whose logits are wanted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,8 @@ class _Attention:
         queries, keys = parallel.shard(shape.num_heads * dim), parallel.shard_heads(shape.num_kv_heads, dim)
         self._prefix = prefix
         self._head_dim = dim
+        self.width = queries.size
+        """Columns of what attention gives."""
         self._heads = [shard.size // dim for shard in (queries, keys, keys)]
         names = [(f"{prefix}{name}_proj", shard) for name, shard in (("q", queries), ("k", keys), ("v", keys))]
         self.qkv = ColumnLinear(
@@ -179,6 +181,16 @@ class Decoder:
             x, residual = layer(x, residual, cache, context, rows if index == last else None)
         normed, _ = api.add_rms_norm(x, residual, self.norm, self._config.rms_norm_eps, backend=self._backend)
         return normed
+
+    def load_kernels(self, sizes: Iterable[int]) -> None:
+        """Run a layer's matrix products with so many rows, for nothing: libraries load the kernel for a size when it first runs, and
+        the device's work may have to end for that."""
+        layer, width = self.layers[0], self.norm.shape[0]
+        for size in sizes:
+            x = self.norm.new_zeros((size, width))
+            layer.attention.qkv(x)
+            layer.attention.output(self.norm.new_zeros((size, layer.attention.width)))
+            layer.mlp(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[rows, hidden] -> [rows, vocabulary] on rank 0, None on others."""

@@ -12,7 +12,7 @@ device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,6 +94,9 @@ class TransformersDecoder:
         output = self._inner(input_ids=ids[None], position_ids=positions, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden if rows is None else hidden[rows]
+
+    def load_kernels(self, sizes: Iterable[int]) -> None:
+        """Nothing: its steps have no sizes of their own."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> float32 [rows, vocabulary], with the scales and caps that the model's own code applies after its head.

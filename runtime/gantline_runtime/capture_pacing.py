@@ -1,0 +1,67 @@
+"""When CUDA graphs are captured (`graphs.py`), so that those who decode do not wait for it.
+
+A capture keeps the host busy for some tens of milliseconds, while the device runs out of work. So one is made in a step only
+
+- where nobody decodes, or no limit is set;
+- or where the step and a capture fit the limit together: what both take is known from those before them;
+- or where launching the step kernel by kernel takes longer than the limit too, so that the next step would be as late without one;
+- or where those launches take longer than the device: seldom, for the sake of the steps to come.
+
+Else the step runs without a graph: its launches hide behind the device's work on the step before.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from enum import IntEnum
+
+from gantline_runtime.pacing import Pacer, StepLoad
+
+__all__ = ["CapturePacer", "Captures"]
+
+_RECENT = 8
+"""Captures, of which the median is what the next one is taken to last."""
+_HIDDEN = 0.8
+"""Share of the device's time up to which launches hide behind it: scheduling and results take the host's time too."""
+_SELDOM = 128
+"""Steps between two captures that exceed the limit: fewer than one step in a hundred is late for that."""
+
+
+class Captures(IntEnum):
+    """Which classes of batches may be captured in a step."""
+
+    NONE = 0
+    WIDE = 1
+    """At once, but one that fits as many batches as possible."""
+    ANY = 2
+    """The batch's own, when it is met again."""
+
+
+class CapturePacer:
+    """Decides from times alone; `capture_seconds` and `launch_seconds` (of steps without a graph) grow while it is in use."""
+
+    def __init__(self, pacer: Pacer, capture_seconds: Sequence[float], launch_seconds: Sequence[float]) -> None:
+        self._pacer = pacer
+        self._capture_seconds = capture_seconds
+        self._launch_seconds = launch_seconds
+        self._num_captures = 0
+        self._steps_since = _SELDOM
+
+    def allow(self, load: StepLoad) -> Captures:
+        """What may be captured in the next step, of `load`."""
+        if not self._pacer.max_step_s or not load.decodes:
+            return Captures.ANY
+        self._count_step()
+        device, limit = self._pacer.predict(load), self._pacer.limit(load)
+        if self._capture_seconds and device + statistics.median(self._capture_seconds[-_RECENT:]) <= limit:
+            return Captures.ANY
+        launch = statistics.median(self._launch_seconds) if self._launch_seconds else 0.0
+        if launch > limit or (launch > _HIDDEN * device and self._steps_since >= _SELDOM):
+            return Captures.WIDE
+        return Captures.NONE
+
+    def _count_step(self) -> None:
+        self._steps_since += 1
+        if self._num_captures != len(self._capture_seconds):
+            self._num_captures, self._steps_since = len(self._capture_seconds), 0

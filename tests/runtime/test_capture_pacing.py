@@ -1,0 +1,66 @@
+"""When CUDA graphs are captured: from times alone, milliseconds here."""
+
+from __future__ import annotations
+
+import pytest
+from gantline_runtime.capture_pacing import CapturePacer, Captures
+from gantline_runtime.pacing import Pacer, StepLoad
+
+DECODES = StepLoad(decodes=64, decode_context=64_000)
+
+
+def taught(limit: float, decoding: float) -> Pacer:
+    """Which knows that 64 decodes take `decoding`."""
+    pacer = Pacer(limit / 1000)
+    for _ in range(64):
+        pacer.observe(DECODES, decoding / 1000)
+    return pacer
+
+
+@pytest.mark.parametrize(
+    ("limit", "device", "capture", "launch", "expected"),
+    [
+        (0, 7, 30, 13, Captures.ANY),  # no limit
+        (50, 7, 30, 13, Captures.ANY),  # both fit
+        (50, 35, 30, 13, Captures.NONE),  # both do not, and launches hide behind the device
+        (50, 35, 30, 33, Captures.NONE),  # they do not hide, but they fit, and little is gained by a graph: seldom
+        (14, 7, 30, 13, Captures.NONE),  # the same with a low limit
+        (14, 7, 30, 16, Captures.WIDE),  # without a graph the step is late too
+        (14, 12.5, 30, 8, Captures.NONE),
+    ],
+)
+def test_a_step_captures_where_it_has_time_or_would_be_late_without(
+    limit: float, device: float, capture: float, launch: float, expected: Captures
+) -> None:
+    captures = CapturePacer(taught(limit, device), [capture / 1000] * 3, [launch / 1000] * 3)
+    captures.allow(DECODES)  # the captures so far count as the last
+    assert captures.allow(DECODES) is expected
+
+
+def test_where_nobody_decodes_nobody_waits() -> None:
+    captures = CapturePacer(taught(14, 7), [30e-3], [13e-3])
+    load = StepLoad()
+    load.add_chunk(0, 100)
+    assert captures.allow(load) is Captures.ANY
+
+
+def test_fewer_than_one_step_in_a_hundred_is_late_for_a_capture_that_does_not_fit() -> None:
+    """The first one, of unknown length, included: there is time for it at once."""
+    made: list[float] = []
+    captures = CapturePacer(taught(14, 7), made, [13e-3])
+    at = []
+    for step in range(1000):
+        if captures.allow(DECODES) is Captures.WIDE:
+            at.append(step)
+            made.append(30e-3)
+    assert at[0] == 0 and 5 <= len(at) <= 10
+
+
+def test_one_capture_that_took_long_does_not_change_what_the_next_is_taken_for() -> None:
+    captures = CapturePacer(taught(50, 7), [30e-3, 30e-3, 2.0], [13e-3])
+    assert captures.allow(DECODES) is Captures.ANY
+
+
+def test_where_decoding_alone_exceeds_the_limit_the_steps_allowance_counts() -> None:
+    captures = CapturePacer(taught(50, 200), [30e-3], [190e-3])
+    assert captures.allow(DECODES) is Captures.ANY, "a step of 200 ms may take a quarter more"
