@@ -24,6 +24,8 @@ _RECENT = 8
 """Captures, of which the median is what the next one is taken to last."""
 _HIDDEN = 0.8
 """Share of the device's time up to which launches hide behind it: scheduling and results take the host's time too."""
+_MOST_DELAY_S = 0.1
+"""No step may be later than this for running without a graph and capturing one."""
 _SELDOM = 128
 """Steps between two captures that exceed the limit: fewer than one step in a hundred is late for that."""
 
@@ -32,9 +34,11 @@ class Captures(IntEnum):
     """Which classes of batches may be captured in a step."""
 
     NONE = 0
-    WIDE = 1
-    """At once, but one that fits as many batches as possible."""
-    ANY = 2
+    WIDE_AGAIN = 1
+    """One that fits as many batches as possible, when it is met again: running it first and capturing it then are two steps' work."""
+    WIDE = 2
+    """The same at once."""
+    ANY = 3
     """The batch's own, when it is met again."""
 
 
@@ -54,11 +58,12 @@ class CapturePacer:
             return Captures.ANY
         self._count_step()
         device, limit = self._pacer.predict(load), self._pacer.limit(load)
-        if self._capture_seconds and device + statistics.median(self._capture_seconds[-_RECENT:]) <= limit:
+        capture = statistics.median(self._capture_seconds[-_RECENT:]) if self._capture_seconds else None
+        if capture is not None and device + capture <= limit:
             return Captures.ANY
         launch = statistics.median(self._launch_seconds) if self._launch_seconds else 0.0
         if launch > limit or (launch > _HIDDEN * device and self._steps_since >= _SELDOM):
-            return Captures.WIDE
+            return Captures.WIDE if launch + (capture or 0.0) <= _MOST_DELAY_S else Captures.WIDE_AGAIN
         return Captures.NONE
 
     def _count_step(self) -> None:

@@ -41,15 +41,21 @@ class GraphPlan:
         if not padded.padded or padded.graph in self._captured:
             return padded
         if captures is Captures.ANY and self.may_capture:
-            again = padded.graph in self._met
-            self._met.add(padded.graph)
-            return padded._replace(capture=int(again))
+            return padded._replace(capture=int(self._meet(padded.graph)))
         cover = self._cover(padded.graph)
         if cover is not None:
             return cover._replace(num_samples=shape.num_samples, num_updates=shape.num_updates)
-        if captures is Captures.WIDE and self.may_capture:
-            return self._classes.widen(padded)._replace(capture=1)
+        if captures is not Captures.NONE and self.may_capture:
+            wide = self._classes.widen(padded)
+            again = self._meet(wide.graph)
+            return wide._replace(capture=int(again or captures is Captures.WIDE))
         return shape
+
+    def _meet(self, graph: BatchShape) -> bool:
+        """Whether the class has been met before."""
+        again = graph in self._met
+        self._met.add(graph)
+        return again
 
     def foresee(self) -> BatchShape | None:
         """The next class to capture while nothing else is to be done: a batch of it, without any sequence; None if there is none left."""

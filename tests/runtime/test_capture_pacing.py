@@ -27,6 +27,7 @@ def taught(limit: float, decoding: float) -> Pacer:
         (14, 7, 30, 13, Captures.NONE),  # the same with a low limit
         (14, 7, 30, 16, Captures.WIDE),  # without a graph the step is late too
         (14, 12.5, 30, 8, Captures.NONE),
+        (30, 15, 75, 33, Captures.WIDE_AGAIN),  # a model so large that a step would be later than 100 ms
     ],
 )
 def test_a_step_captures_where_it_has_time_or_would_be_late_without(

@@ -52,6 +52,13 @@ def test_where_little_may_be_captured_it_is_the_class_that_fits_the_most_batches
     assert not plan.pad(decodes(128), Captures.NONE).padded, "a batch of another kind"
 
 
+def test_where_running_and_capturing_are_too_much_for_one_step_they_are_two() -> None:
+    plan = make_plan()
+    first, second = (plan.pad(mixed(10, 100), Captures.WIDE_AGAIN) for _ in range(2))
+    assert (first.padded, first.capture, second.capture) == (1, 0, 1) and first.graph == second.graph
+    assert first.max_context_len == 30_000
+
+
 def test_what_is_foreseen_covers_every_batch_of_up_to_2048_tokens_with_few_prompts() -> None:
     plan, rng = prepared(make_plan()), random.Random(0)
     for _ in range(300):
