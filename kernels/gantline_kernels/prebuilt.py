@@ -24,10 +24,12 @@ from triton import knobs
 from triton.runtime import cache
 from triton.runtime.cache import CacheManager, FileCacheManager
 
-__all__ = ["KEPT", "VARIABLE", "Counts", "KernelCache", "counts", "install", "use_version_as_key", "write_versions"]
+__all__ = ["KEPT", "VARIABLE", "Counts", "KernelCache", "counts", "install", "is_made", "use_version_as_key", "write_versions"]
 
 VARIABLE = "GANTLINE_TRITON_KERNELS"
 _VERSIONS = "versions"
+_MAX_NAME = 150
+"""Characters of a kernel's name that Triton uses in its files' names."""
 KEPT = (".cubin", ".json")
 """What a launch needs of a compiled kernel's files."""
 
@@ -63,6 +65,11 @@ def install() -> None:
     _folder = Path(named) if named and _fits(Path(named)) else None
     if _folder is not None:
         use_version_as_key()
+
+
+def is_made(key: str, name: str) -> bool:
+    """Whether the folder that `install` found has the kernel of this key and name: a launch would read it and compile nothing."""
+    return {Path(file).suffix for file in KernelCache(key).find_made(f"{name[:_MAX_NAME]}.json")} >= set(KEPT)
 
 
 def use_version_as_key() -> None:
@@ -102,7 +109,7 @@ class KernelCache(CacheManager):
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         """Paths of a compiled kernel's files, or None. Triton asks once for each kernel of a process."""
-        made = self._find_made(filename)
+        made = self.find_made(filename)
         if made:
             counts.image += 1
             return made
@@ -123,7 +130,8 @@ class KernelCache(CacheManager):
         path: str = self._writable().put(data, filename, binary)
         return path
 
-    def _find_made(self, filename: str) -> dict[str, str]:
+    def find_made(self, filename: str) -> dict[str, str]:
+        """Of what was made beforehand alone: names and paths of the kernel's files, none where it is not among it."""
         if self._made is None or not (self._made / filename).is_file():
             return {}
         return {file.name: str(file) for file in self._made.iterdir() if file.suffix in KEPT}

@@ -37,7 +37,7 @@ from gantline_runtime.parallel import Parallel
 from gantline_runtime.prebuilt_models import ModelVariant
 from gantline_runtime.sampling import SamplingBatch, TokenMask
 
-__all__ = ["Step", "note_launches", "prebuild", "random_steps", "representative_steps", "run_steps"]
+__all__ = ["Step", "look_up", "note_launches", "prebuild", "random_steps", "representative_steps", "run_steps"]
 
 _BLOCK_SIZE = 64
 _MAX_BATCH = 512
@@ -89,6 +89,20 @@ def note_launches(
             run_steps(gpus, variant, target, steps or representative_steps, backend)
         found |= {launch.key: launch for launch in gpus.launches}
     return list(found.values())
+
+
+def look_up(variants: Iterable[ModelVariant], targets: Sequence[int]) -> dict[str, list[str]]:
+    """The names of the kernels that each variant needs on these architectures and that $GANTLINE_TRITON_KERNELS lacks, by variant.
+
+    Looks as a server does, and compiles nothing. Raises as `note_launches`.
+    """
+    return {
+        f"{variant.name}, tp {variant.tp}, architecture {target}": [
+            launch.name for launch in note_launches(variant, [target]) if not prebuilt.is_made(launch.key, launch.name)
+        ]
+        for variant in variants
+        for target in targets
+    }
 
 
 def run_steps(gpus: AbsentGpus, variant: ModelVariant, target: int, steps: Steps, backend: str = "triton") -> None:

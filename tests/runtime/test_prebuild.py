@@ -106,6 +106,22 @@ def test_a_fresh_process_launches_what_was_made_beforehand_and_compiles_nothing(
     assert "cannot be written" not in errors, "nothing is to be written"
 
 
+def test_what_a_folder_lacks_is_said_and_nothing_is_compiled_for_it(config: Path, kernels: Path, tmp_path: Path) -> None:
+    command = ["-m", "gantline_runtime.cli", "prebuild-kernels", "--config", str(config), "--check", "--targets"]
+    environment = {"GANTLINE_TRITON_KERNELS": str(kernels), "TRITON_CACHE_DIR": "/proc/none/cache", "TMPDIR": "/proc/none"}
+    whole = run_python(*command, "80", **environment)
+    assert (whole.returncode, whole.stdout) == (0, f"{config.parent.name}, tp 1, architecture 80: nothing is lacking\n"), whole.stderr
+    gone = next(path for path in sorted(kernels.iterdir()) if list(path.glob("_decode.json")))
+    gone.rename(tmp_path / "gone")
+    try:
+        less = run_python(*command, "80", "90", **environment)
+    finally:
+        (tmp_path / "gone").rename(gone)
+    first, second = less.stdout.splitlines()
+    assert less.returncode == 1 and first.endswith("architecture 80: lacks 1: _decode"), less.stderr
+    assert int(second.split("lacks ")[1].split(":")[0]) > 15
+
+
 def test_only_what_a_launch_needs_is_kept(kernels: Path) -> None:
     for folder in (path for path in kernels.iterdir() if path.is_dir()):
         assert sorted(file.suffix for file in folder.iterdir()) == [".cubin", ".json"], folder.name
