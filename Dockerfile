@@ -70,6 +70,8 @@ FROM base AS runtime-cpu-dependencies
 COPY --from=torch-for-cpus /opt/gantline/venv venv
 
 FROM runtime-cpu-dependencies AS runtime-cpu
+# For torch, parts of which ask for the user's name when they are imported: a number that no file knows has none.
+ENV USER=gantline
 COPY examples/tiny-model tiny-model
 COPY --from=code /opt/gantline/venv venv
 USER 1000:1000
@@ -113,7 +115,7 @@ COPY kernels/gantline_kernels source/gantline_kernels
 RUN PYTHONPATH=source python -m gantline_runtime.cli prebuild-kernels --targets $KERNEL_TARGETS --models $KERNEL_MODELS --out /out/triton-kernels
 
 FROM runtime-dependencies AS runtime
-ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility GANTLINE_KERNELS_LIBRARY=/opt/gantline/libgantline_kernels.so \
+ENV USER=gantline NVIDIA_DRIVER_CAPABILITIES=compute,utility GANTLINE_KERNELS_LIBRARY=/opt/gantline/libgantline_kernels.so \
     GANTLINE_TRITON_LAUNCHER=/opt/gantline/triton-launcher GANTLINE_TRITON_KERNELS=/opt/gantline/triton-kernels
 COPY --from=kernels /out/libgantline_kernels.so ./
 COPY --from=triton-launcher /out/triton-launcher triton-launcher
