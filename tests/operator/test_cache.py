@@ -199,8 +199,7 @@ def test_what_a_crash_left_on_a_full_volume_is_found_by_a_look_and_goes(cluster:
     with serving(cluster, namespace):
         apply(cluster, shared("crowded", namespace))
         wait(lambda: stray in note(cluster, namespace).get("artefacts", {}), what=lambda: note(cluster, namespace))
-        first = evictions(cluster, namespace)[0]
-        assert first == ["evict", "/mnt/cache"], "a look, which removes nothing"
+        assert ["evict", "/mnt/cache"] in evictions(cluster, namespace), "a look, which removes nothing"
         gone = answer(artefact={"kind": "evict", "evicted": [stray], "found": {}, "halves": {}})
         fates(cluster, [("evict", "crowded", "complete", gone, {}), ("fetch", "crowded", "complete", FETCHED, {})])
         wait(lambda: stray in note(cluster, namespace).get("evicted", {}), what=lambda: note(cluster, namespace), timeout_s=120)
@@ -210,9 +209,8 @@ def test_what_a_crash_left_on_a_full_volume_is_found_by_a_look_and_goes(cluster:
 
 
 def evictions(cluster: ApiCluster, namespace: str) -> list[list[str]]:
-    """Arguments of the evict Jobs, oldest first."""
+    """Arguments of the evict Jobs, in no order: two may be made in one second, and that is all that their age tells."""
     found = [item for item in items(cluster, "jobs", namespace) if item["metadata"]["labels"]["gantline.io/role"] == "evict"]
-    found.sort(key=lambda item: item["metadata"]["creationTimestamp"])
     return [item["spec"]["template"]["spec"]["containers"][0]["args"] for item in found]
 
 
