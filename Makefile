@@ -47,7 +47,7 @@ quickstart: venv ## everything, once: cluster, chart, example, a streamed answer
 	@$(PYTHON) scripts/quickstart.py $(if $(KUBECONFIG_GIVEN),--kubeconfig "$(KUBECONFIG_GIVEN)") $(if $(IMAGE_REPOSITORY),--image-repository "$(IMAGE_REPOSITORY)")
 
 rehearsal: venv ## the quickstart's path on a cluster of its own with images built from the Dockerfile, end to end (root, minutes, 15 GB)
-	@$(PYTHON) scripts/rehearsal.py
+	@$(PYTHON) -m scripts.rehearsal
 
 down: ## remove the quickstart's cluster and everything that belongs to it
 	@if [ -x $(PYTHON) ]; then $(DEVCLUSTER) down; else echo "gantline: nothing to remove: there is no $(VENV)"; fi

@@ -29,6 +29,7 @@ class Streams:
     url: str
     count: int
     tokens: int
+    api_key: str = "none"
     ended: list[Ended] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -46,7 +47,7 @@ class Streams:
         assert not any(thread.is_alive() for thread in self._threads), "a stream does not end"
 
     def _ask_on(self) -> None:
-        client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+        client = OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=300)
         while not self._stop.is_set():
             self.ended.append(self._ask(client))
 
