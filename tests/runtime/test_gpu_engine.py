@@ -231,6 +231,29 @@ def test_the_heaviest_mixed_load_at_a_share_of_nine_tenths_stays_within_memory_a
 
 @pytest.mark.gpu
 @on_a_gpu
+def test_an_engine_that_has_rested_runs_by_the_graphs_of_wider_classes_and_agrees_with_transformers(tmp_path: Path) -> None:
+    """With a limit that no step has time to capture in; among the requests some whose prompts' blocks were in the cache meanwhile."""
+    family, sizes = MODELS[128]
+    folder = write_checkpoint(family, tmp_path / "model", vocab_size=VOCAB, **sizes)
+    engine = make_engine(folder, session_len=1024, max_step_ms=0.1)
+    prompts = prompts_of([1, 63, 64, 65, *(random.Random(i).randint(1, 900) for i in range(36))])
+    run(engine, prompts[:8], 1)
+    captures = engine.stats().num_captures
+    while engine.prepare():
+        pass
+    prepared = engine.stats().num_captures
+    outputs = run(engine, prompts, 64)
+    stats = engine.stats()
+    engine.close()
+    assert prepared - captures > 50 and stats.num_captures - prepared <= 8, "steps of many prompts, and those where nobody decodes, aside"
+    assert stats.longest_capture_s < 0.1
+    assert any(output[0].num_cached_tokens for output in outputs)
+    verdicts = check(folder, {"rested": samples(prompts, outputs, list(range(12)))})
+    assert verdicts["rested"]["passed"], verdicts
+
+
+@pytest.mark.gpu
+@on_a_gpu
 def test_prompts_are_read_on_a_gpu_as_on_a_cpu_and_bad_words_keep_away(tmp_path: Path) -> None:
     """Log-probabilities and pooled states in bf16, with overlap and chunks, against the CPU's float32; then words that the device must
     know of, since their first tokens are still on it."""
