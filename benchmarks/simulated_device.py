@@ -37,9 +37,12 @@ class Machine:
         self.base, self.mixed, self.token, self.pair, self.noise = base, mixed, token, pair, noise
         self.random = random.Random(1)
 
+    decode = 15e-6
+    """For one more row, its context aside."""
+
     def seconds(self, load: StepLoad) -> float:
         prompt = self.mixed * (load.prompt_tokens > 0) + self.token * load.prompt_tokens + self.pair * load.pairs
-        decoding = 15e-6 * load.decodes + 35e-9 * load.decode_context
+        decoding = self.decode * load.decodes + 35e-9 * load.decode_context
         return (self.base + prompt + decoding) * (1 + self.noise * self.random.uniform(-1, 1))
 
 
@@ -98,8 +101,8 @@ class SimulatedExecutor:
         self.now += self.host.step
         exact = _shape_of(step)
         shape = exact if self._plan is None else self._plan.pad(exact, step.captures)
-        padding = shape.num_tokens - exact.num_tokens if step.load.prompt_tokens else 0
-        self._run(shape, self.machine.seconds(step.load) + self.machine.token * padding)
+        padding = (shape.num_tokens - exact.num_tokens) * (self.machine.token if step.load.prompt_tokens else self.machine.decode)
+        self._run(shape, self.machine.seconds(step.load) + padding)
         self.steps.append(step)
         return step, self.busy_until
 

@@ -34,11 +34,14 @@ class Captures(IntEnum):
     """Which classes of batches may be captured in a step."""
 
     NONE = 0
-    WIDE_AGAIN = 1
+    """None: launches hide behind the device, and a graph would gain little."""
+    LATER = 1
+    """None, though launches take time: a graph of a larger class is worth some padding."""
+    WIDE_AGAIN = 2
     """One that fits as many batches as possible, when it is met again: running it first and capturing it then are two steps' work."""
-    WIDE = 2
+    WIDE = 3
     """The same at once."""
-    ANY = 3
+    ANY = 4
     """The batch's own, when it is met again."""
 
 
@@ -62,9 +65,11 @@ class CapturePacer:
         if capture is not None and device + capture <= limit:
             return Captures.ANY
         launch = statistics.median(self._launch_seconds) if self._launch_seconds else 0.0
-        if launch > limit or (launch > _HIDDEN * device and self._steps_since >= _SELDOM):
-            return Captures.WIDE if launch + (capture or 0.0) <= _MOST_DELAY_S else Captures.WIDE_AGAIN
-        return Captures.NONE
+        if launch <= _HIDDEN * device:
+            return Captures.NONE
+        if launch <= limit and self._steps_since < _SELDOM:
+            return Captures.LATER
+        return Captures.WIDE if launch + (capture or 0.0) <= _MOST_DELAY_S else Captures.WIDE_AGAIN
 
     def _count_step(self) -> None:
         self._steps_since += 1

@@ -2,8 +2,9 @@
 
 A batch whose class (`graph_classes.py`) has a graph is padded to it. Where a step may capture, a class that is met for the second time is
 captured: the first time it runs without, which compiles and loads what it needs. Where a step has no time for that (`capture_pacing.py`),
-the batch is padded to a wider class of about as many tokens that has a graph, since only tokens cost much when they are padding; with
-none, it runs as it is. In idle times the widest class of each number of tokens is captured, so that there is one.
+the batch is padded to a wider class that has a graph, of about as many tokens, since only these cost much when they are padding, or of
+more where launches take time; with none, it runs as it is. In idle times the widest class of each number of tokens is captured, so that
+there is one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ __all__ = ["GraphPlan"]
 log = logging.getLogger(__name__)
 
 _FREE_TOKENS, _FREE_SHARE = 8, 1 / 16
-"""Tokens of padding that are taken for the sake of a graph: so many, or this share of the batch's."""
+"""Tokens of padding that are always taken for the sake of a graph: so many, or this share of the batch's."""
+_MOST_DECODES, _MOST_TOKENS = 2.0, 1.3
+"""Times a batch's tokens that its padded one may have where launches take time: decodes cost little beside the weights that are read."""
 
 
 class GraphPlan:
@@ -43,13 +46,14 @@ class GraphPlan:
         if captures is Captures.ANY and self.may_capture:
             return padded._replace(capture=int(self._meet(padded.graph)))
         cover = self._cover(padded.graph)
-        if cover is not None:
-            return cover._replace(num_samples=shape.num_samples, num_updates=shape.num_updates)
-        if captures is not Captures.NONE and self.may_capture:
-            wide = self._classes.widen(padded)
-            again = self._meet(wide.graph)
-            return wide._replace(capture=int(again or captures is Captures.WIDE))
-        return shape
+        if cover is None or _costs(cover, padded):
+            if captures in (Captures.WIDE, Captures.WIDE_AGAIN) and self.may_capture:
+                wide = self._classes.widen(padded)
+                again = self._meet(wide.graph)
+                return wide._replace(capture=int(again or captures is Captures.WIDE))
+            if cover is None or captures is Captures.NONE:
+                return shape
+        return cover._replace(num_samples=shape.num_samples, num_updates=shape.num_updates)
 
     def _meet(self, graph: BatchShape) -> bool:
         """Whether the class has been met before."""
@@ -87,7 +91,7 @@ class GraphPlan:
 
 
 def _covers(wide: BatchShape, graph: BatchShape) -> bool:
-    most_tokens = graph.num_tokens + max(_FREE_TOKENS, _FREE_SHARE * graph.num_tokens)
+    most_tokens = _MOST_DECODES * graph.num_tokens if graph.is_decode else _MOST_TOKENS * graph.num_tokens
     return (
         wide.is_decode == graph.is_decode
         and graph.num_tokens <= wide.num_tokens <= most_tokens
@@ -97,6 +101,11 @@ def _covers(wide: BatchShape, graph: BatchShape) -> bool:
         and bool(wide.max_own_len) == bool(graph.max_own_len)
         and wide.max_own_len >= graph.max_own_len
     )
+
+
+def _costs(cover: BatchShape, graph: BatchShape) -> bool:
+    """Whether `cover` has so many more tokens that they cost time."""
+    return cover.num_tokens > graph.num_tokens + max(_FREE_TOKENS, _FREE_SHARE * graph.num_tokens)
 
 
 def _size(shape: BatchShape) -> tuple[int, int, int, int]:

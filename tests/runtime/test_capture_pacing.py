@@ -23,8 +23,8 @@ def taught(limit: float, decoding: float) -> Pacer:
         (0, 7, 30, 13, Captures.ANY),  # no limit
         (50, 7, 30, 13, Captures.ANY),  # both fit
         (50, 35, 30, 13, Captures.NONE),  # both do not, and launches hide behind the device
-        (50, 35, 30, 33, Captures.NONE),  # they do not hide, but they fit, and little is gained by a graph: seldom
-        (14, 7, 30, 13, Captures.NONE),  # the same with a low limit
+        (50, 35, 30, 33, Captures.LATER),  # they do not hide, but they fit: seldom
+        (14, 7, 30, 13, Captures.LATER),  # the same with a low limit
         (14, 7, 30, 16, Captures.WIDE),  # without a graph the step is late too
         (14, 12.5, 30, 8, Captures.NONE),
         (30, 15, 75, 33, Captures.WIDE_AGAIN),  # a model so large that a step would be later than 100 ms

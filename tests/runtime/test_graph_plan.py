@@ -59,6 +59,20 @@ def test_where_running_and_capturing_are_too_much_for_one_step_they_are_two() ->
     assert first.max_context_len == 30_000
 
 
+def test_where_launches_take_time_a_graph_of_more_tokens_is_worth_the_padding_until_there_is_a_better_one() -> None:
+    plan = make_plan()
+    for batch in (decodes(160), mixed(28, 130)):
+        plan.captured(plan.pad(batch, Captures.WIDE).graph)
+    for batch, covered in ((decodes(90), True), (decodes(40), False), (mixed(10, 118), True), (mixed(10, 80), False)):
+        assert plan.pad(batch, Captures.NONE) == batch, "a graph would gain nothing"
+        padded = plan.pad(batch, Captures.LATER)
+        assert (bool(padded.padded), padded.num_tokens == 160) == (covered, covered) and not padded.capture
+        own = plan.pad(batch, Captures.WIDE)
+        assert own.capture and own.num_tokens < 160
+        plan.captured(own.graph)
+        assert plan.pad(batch, Captures.LATER).graph == plan.pad(batch, Captures.NONE).graph == own.graph
+
+
 def test_what_is_foreseen_covers_every_batch_of_up_to_2048_tokens_with_few_prompts() -> None:
     plan, rng = prepared(make_plan()), random.Random(0)
     for _ in range(300):

@@ -158,6 +158,29 @@ def captured_engine(host: Host, **settings: Any) -> tuple[EngineLoop, SimulatedE
     return simulated_engine(MeasuredAttention(**LARGE_GPU), host, graphs=True, session_len=40_000, **settings)
 
 
+def test_many_short_requests_after_a_start_are_done_nearly_as_soon_as_with_captures_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model, whose captures exceed the limit: most batches are padded to the few graphs that there are."""
+    results = []
+    for planned in (True, False):
+        host = Host(2.5e-3, eager=35e-3, capture=75e-3)
+        engine, executor = simulated_engine(Machine(base=4.5e-3, mixed=0.5e-3), host, graphs=True, max_batch_size=256, session_len=2048)
+        if not planned:
+            monkeypatch.setattr(engine._captures, "allow", lambda _: Captures.ANY)
+        rng = random.Random(5)
+        for i in range(400):
+            engine.add_request(request(f"r{i}", [i] * rng.randint(20, 500), count=rng.randint(1, 300)))
+        last: dict[str, float] = {}
+        gaps: list[float] = []
+        while engine.has_work():
+            for output in engine.step():
+                gaps += [executor.now - last[output.request_id]] if output.request_id in last else []
+                last[output.request_id] = executor.now
+        results.append((executor.now, p99(sorted(gaps)), len(executor.capture_seconds)))
+    (seconds, late, captures), (seconds_before, late_before, captures_before) = results
+    assert seconds <= 1.15 * seconds_before and late <= 0.052 < late_before
+    assert captures < captures_before / 2
+
+
 def test_an_engine_that_has_rested_is_late_in_no_step_for_a_capture() -> None:
     engine, executor = captured_engine(Host(1.5e-3, eager=16e-3, capture=35e-3), max_step_ms=14.0)
     while engine.prepare():
