@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gantline_kernels import api, hopper_batch_linear, hopper_linear, library, reference, torch_backend
+from gantline_kernels import api, hopper_batch_linear, hopper_gated_linear, hopper_linear, library, reference, torch_backend
 from gantline_kernels.triton_kernels.linear import one_row_linear
 
 from benchmarks import ceilings
@@ -31,7 +31,10 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _OPERATIONS = 700e12
 _LARGEST_ERROR = 0.06
 """Of results of size 4 at most, in bfloat16: twice its rounding and the sums' order."""
+_LARGEST_SHARE = 0.01
+"""Error of a gated layer's results, of the largest of them."""
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype | None], torch.Tensor]
+Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Layers = list[list[torch.Tensor]]
 
 ONE_ROW: list[dict[str, Any]] = [
@@ -95,25 +98,63 @@ def measure(run: Linear, rows: int, layers: Layers, head: torch.Tensor) -> dict[
     return {
         "error": round(error_of(run, rows, layers[0]), 4),
         "us": round(_graph_us(partial(chain, layers)) / LAYERS, 2),
-        "layer_us": round(_graph_us(partial(whole_layers, run, rows, layers)) / LAYERS, 2),
+        "layer_us": round(_graph_us(partial(whole_layers, run, _apart(run), rows, layers)) / LAYERS, 2),
         "shapes_us": [round(_graph_us(partial(chain, picked)) / LAYERS, 2) for picked in alone],
         "head_us": round(_graph_us(lambda: run(xs[HEAD[1]], head, None, torch.float32)), 1),
     }
 
 
-def whole_layers(run: Linear, rows: int, layers: Layers) -> torch.Tensor:
+def whole_layers(run: Linear, gate: Gate, rows: int, layers: Layers) -> torch.Tensor:
     """What attention does not take of Llama's layers, with what stands between the products."""
     norm, positions = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16), torch.arange(rows, device="cuda")
     caches = [torch.zeros(rows, KV_HEADS, 16, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     table, slots = torch.ones(rows, HEAD_DIM, device="cuda"), positions * 16
-    h, residual = (torch.ones(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    h, residual = (torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2))  # equal rows would take less power
     for qkv, out, up, down in layers:
         h, residual = api.add_rms_norm(h, residual, norm, 1e-5, backend="cuda")
         heads = run(h, qkv, None, None).unflatten(-1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
         q = api.rope_and_cache_write(*heads, table, positions, *caches, slots, backend="cuda")
         h, residual = api.add_rms_norm(run(q.flatten(1), out, None, None), residual, norm, 1e-5, backend="cuda")
-        h = run(api.silu_and_mul(run(h, up, None, None), backend="cuda"), down, None, None)
+        h = run(gate(h, up), down, None, None)
     return h
+
+
+def _apart(run: Linear) -> Gate:
+    """The activation as a kernel of its own."""
+    return lambda x, w: api.silu_and_mul(run(x, w, None, None), backend="cuda")
+
+
+def _gated(columns: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return hopper_gated_linear.gated_linear(x, weight, None, columns=columns)
+
+
+def gates() -> Iterator[tuple[str, Gate]]:
+    """For whole layers whose other products are `api.linear`'s: the gated half as it is chosen, and every way that there is."""
+    yield "api", lambda x, w: api.gated_linear(x, w, backend="cuda")
+    yield "apart", _apart(lambda x, w, b, d: api.linear(x, w, b, out_dtype=d, backend="cuda"))
+    if library.load() is not None:
+        for columns in (0, *hopper_gated_linear.COLUMNS):
+            yield (
+                f"gated, {columns or 'chosen'}",
+                lambda x, w, columns=columns: hopper_gated_linear.gated_linear(x, w, None, columns=columns),
+            )
+
+
+def compare_gates(counts: list[int], layers: Layers, deadline: float) -> int:
+    """Print microseconds of a whole layer by rows and by how gate and up are made; every way is timed twice, in turns."""
+    wrong = 0
+    for rows in counts:
+        x, (_, _, up, _) = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16), layers[0]
+        expected, line = reference.gated_linear(x, up), {}
+        for name, gate in [*gates()] * 2:
+            error = float((gate(x, up).float() - expected).abs().max() / expected.abs().max())
+            wrong += not error < _LARGEST_SHARE
+            chain = partial(whole_layers, lambda x, w, b, d: api.linear(x, w, b, out_dtype=d, backend="cuda"), gate, rows, layers)
+            line.setdefault(name, []).append(round(_graph_us(chain) / LAYERS, 1))
+        print(json.dumps({"rows": rows, **line}), flush=True)
+        if time.monotonic() > deadline:
+            break
+    return min(1, wrong)
 
 
 def _graph_us(call: Callable[[], object]) -> float:
@@ -127,11 +168,14 @@ def _floor_us(rows: int, outputs: int, inputs: int, read: float) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--gated", action="store_true", help="only whole layers, by how the gated half of the feed-forward layer is made")
     parser.add_argument("--seconds", type=float, default=100.0, help="stop measuring after so long, and print the table")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     torch.manual_seed(0)
     layers = [[torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5 for n, k in SHAPES] for _ in range(LAYERS)]
+    if args.gated:
+        return compare_gates(args.rows, layers, deadline)
     head = torch.randn(*HEAD, device="cuda", dtype=torch.bfloat16) * HEAD[1] ** -0.5
     rates = ceilings.measure()
     print(json.dumps(rates), flush=True)

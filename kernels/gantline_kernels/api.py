@@ -40,6 +40,7 @@ __all__ = [
     "awq_dequantize",
     "awq_linear",
     "find_variance",
+    "gated_linear",
     "linear",
     "mask_tokens",
     "paged_attention",
@@ -220,6 +221,16 @@ def linear(
     _check_rows("linear", x, weight.shape[1])
     _require(out_dtype in (None, x.dtype, torch.float32), f"linear: out_dtype is {out_dtype}, expected {x.dtype} or float32")
     return _implementation(backend).linear(x, weight, bias, out_dtype)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str) -> torch.Tensor:
+    """silu(gate) * up -> [T, I] in the type of x, of gate, then up = x [T, K] @ weight [2 I, K]^T + bias [2 I].
+
+    Whether gate and up are rounded to the type of x in between is the implementation's choice, which may depend on T.
+    """
+    _check_rows("gated_linear", x, weight.shape[1])
+    _require(weight.shape[0] % 2 == 0, f"gated_linear: weight is {list(weight.shape)}, expected [2 I, K]")
+    return _implementation(backend).gated_linear(x, weight, bias)
 
 
 def awq_dequantize(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group_size: int, *, backend: str) -> torch.Tensor:

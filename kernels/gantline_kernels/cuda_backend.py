@@ -8,6 +8,8 @@ import torch
 
 from gantline_kernels import devices, library, prefill_split, triton_backend
 from gantline_kernels.hopper_batch_linear import batch_linear, has_batch_linear
+from gantline_kernels.hopper_gated_linear import gated_linear as hopper_gated_linear
+from gantline_kernels.hopper_gated_linear import has_gated_linear
 from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
 from gantline_kernels.hopper_sampling import fits_hopper_sample, hopper_sample
 from gantline_kernels.scratch import kept
@@ -31,6 +33,7 @@ __all__ = [
     "argmax",
     "awq_dequantize",
     "awq_linear",
+    "gated_linear",
     "linear",
     "mask_tokens",
     "paged_attention",
@@ -133,6 +136,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
     if has_batch_linear(x, weight) and _has_hopper_kernels(x.device):
         return batch_linear(x, weight, bias, out_dtype)
     return triton_backend.linear(x, weight, bias, out_dtype)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if has_gated_linear(x, weight) and _has_hopper_kernels(x.device):
+        return hopper_gated_linear(x, weight, bias)
+    return silu_and_mul(linear(x, weight, bias, None))
 
 
 def sample(

@@ -27,6 +27,7 @@ __all__ = [
     "awq_dequantize",
     "awq_linear",
     "find_variance",
+    "gated_linear",
     "linear",
     "mask_tokens",
     "paged_attention",
@@ -63,6 +64,10 @@ def awq_linear(
     x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group_size: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return linear(x, awq_dequantize(qweight, qzeros, scales, group_size).to(x.dtype).t().contiguous(), bias, None)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return silu_and_mul(linear(x, weight, bias, None))
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

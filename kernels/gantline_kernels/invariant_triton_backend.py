@@ -31,6 +31,7 @@ __all__ = [
     "awq_dequantize",
     "awq_linear",
     "find_variance",
+    "gated_linear",
     "linear",
     "mask_tokens",
     "paged_attention",
@@ -52,6 +53,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     return elementwise.add_rms_norm(x, residual, weight, eps, early=NOT_EARLY)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return silu_and_mul(linear(x, weight, bias, None))
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ __all__ = [
     "argmax",
     "awq_dequantize",
     "awq_linear",
+    "gated_linear",
     "kept_probabilities",
     "linear",
     "mask_tokens",
@@ -38,6 +39,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     total = (x.float() + residual.float()).to(x.dtype)
     return rms_norm(total, weight, eps), total.float()
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return silu_and_mul(linear(x, weight, bias))
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

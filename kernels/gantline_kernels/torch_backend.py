@@ -19,6 +19,7 @@ __all__ = [
     "argmax",
     "awq_dequantize",
     "awq_linear",
+    "gated_linear",
     "linear",
     "mask_tokens",
     "paged_attention",
@@ -47,6 +48,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return silu_and_mul(linear(x, weight, bias, None))
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

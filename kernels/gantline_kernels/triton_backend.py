@@ -21,6 +21,7 @@ __all__ = [
     "argmax",
     "awq_dequantize",
     "awq_linear",
+    "gated_linear",
     "linear",
     "mask_tokens",
     "paged_attention",
@@ -61,6 +62,10 @@ def paged_attention(
             scale, max_context_len, num_decodes, sliding_window, logit_softcap,
         )  # fmt: skip
     return out
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return silu_and_mul(linear(x, weight, bias, None))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:

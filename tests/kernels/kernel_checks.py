@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gantline_kernels import api, library, reference
+from gantline_kernels import api, hopper_gated_linear, library, reference
 from gantline_kernels.hopper_batch_linear import batch_linear
 
 from tests.kernels.cases import largest_error, paged
@@ -350,6 +350,35 @@ def test_linear_with_results_wider_than_inputs(bias: bool) -> None:
     got = api.linear(x, weight, b, out_dtype=torch.float32, backend=BACKEND)
     assert got.dtype == torch.float32
     assert largest_error(got, reference.linear(x, weight, b)) < (1e-4 if ON_GPU else 1e-1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_linear(bias: bool) -> None:
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    x, weight, b = torch.randn(5, 64, device=DEVICE).to(dtype), torch.randn(80, 64, device=DEVICE).to(dtype), torch.randn(80, device=DEVICE)
+    given = b.to(dtype) if bias else None
+    got = api.gated_linear(x, weight, given, backend=BACKEND)
+    expected = reference.gated_linear(x, weight, given)
+    assert got.dtype == dtype
+    assert largest_error(got / 64, expected / 64) < 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(not HAS_HOPPER, reason="of the CUDA kernels for Hopper")
+@pytest.mark.parametrize("rows", [1, 16, 64, 65, 128, 129, 256, 257, 700, 2300])
+@pytest.mark.parametrize(("inputs", "width"), [(64, 64), (72, 98), (512, 1000), (4096, 14336)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gated_kernel_at_every_shape(rows: int, inputs: int, width: int, dtype: torch.dtype) -> None:
+    """Also where `api.gated_linear` leaves it to a linear layer and the activation, and with tiles of every size."""
+    x = torch.randn(rows, inputs + 64, device=DEVICE).to(dtype)[:, :inputs]
+    weight = (torch.randn(2 * width, inputs, device=DEVICE) / inputs**0.5).to(dtype)
+    bias = torch.randn(2 * width, device=DEVICE).to(dtype)
+    for b in (None, bias):
+        expected = reference.gated_linear(x, weight, b)
+        for columns in (0, *hopper_gated_linear.COLUMNS):
+            torch.full((3, rows, width), torch.nan, device=DEVICE, dtype=dtype)  # the result is likely to get this memory
+            got = hopper_gated_linear.gated_linear(x, weight, b, columns=columns)
+            assert torch.equal(got, hopper_gated_linear.gated_linear(x, weight, b, columns=columns))
+            assert largest_error(got, expected) < TOLERANCE[dtype] * float(expected.abs().max())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")

@@ -22,7 +22,7 @@ compile_checks.compile_only(90)
 early.capability = lambda device: (9, 0)
 weight = torch.zeros(256, dtype=torch.bfloat16)
 caches = [torch.zeros(4, 2, 16, 64, dtype=torch.bfloat16) for _ in range(2)]
-for rows in (1, 16, 17):
+for rows in (1, 24, 25, 129):
     x, at = torch.zeros(rows, 256, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64)
     q, k, v = (x.view(rows, 4, 64)[:, :heads] for heads in (4, 2, 2))
     before = len(compile_checks.compiled)
@@ -34,13 +34,13 @@ for rows in (1, 16, 17):
 """
 
 
-def test_kernels_of_up_to_16_rows_start_early_and_all_of_those_wait(tmp_path: Path) -> None:
+def test_kernels_of_up_to_128_rows_start_early_but_the_activation_of_24_and_all_of_those_wait(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", _COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.splitlines() == ["1 1 1 1 1 1", "16 1 1 1 1 1", "17 0 0 0 0 0"]
+    assert run.stdout.splitlines() == ["1 1 1 1 1 1", "24 1 1 1 1 1", "25 1 0 1 1 1", "129 0 0 0 0 0"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
@@ -49,7 +49,8 @@ def test_nothing_starts_early_where_there_is_no_hopper(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("programs", "rows", "mode"), [(1, 1, 1), (2048, 1, 1), (2049, 1, 0), (2, 2, 2), (16, 16, 2), (4096, 16, 0), (17, 17, 0)]
+    ("programs", "rows", "mode"),
+    [(1, 1, 1), (2048, 1, 1), (2049, 1, 0), (2, 2, 2), (16, 16, 2), (4096, 16, 0), (128, 128, 2), (129, 129, 0)],
 )
 def test_beside_linear_layers_of_few_rows_kernels_are_compiled_apart(
     programs: int, rows: int, mode: int, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gantline_kernels import api, reference
 from gantline_kernels.hopper_batch_linear import has_batch_linear
+from gantline_kernels.hopper_gated_linear import choose_columns, wins
 from gantline_kernels.hopper_linear import fits_hopper_linear
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
@@ -67,6 +68,20 @@ def test_the_kernel_for_batches_takes_17_to_32_rows_and_up_to_64_of_a_large_head
     x = torch.empty(20, inputs + 4, dtype=dtype, device="meta")
     assert not has_batch_linear(x[:, :inputs], weight), "rows do not begin at 16 bytes"
     assert not has_batch_linear(x[:, 4:].contiguous().float(), weight.float())
+
+
+def test_the_gated_kernel_is_used_where_its_tiles_fill_the_multiprocessors() -> None:
+    llama = [rows for rows in range(1, 1100) if wins(rows, 14336, 132)]
+    filled = [*range(192, 257), *range(448, 513), *range(704, 769), *range(960, 1025)]
+    assert llama == [*range(25, 129), *filled]
+    assert all(wins(rows, 14336, 132) for rows in range(4096, 8193)), "what is nobody's is little of so many rows"
+    assert not wins(64, 1024, 132), "a narrow layer has too few tiles"
+    assert wins(1024, 1024, 132)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(14336, 112), (12288, 96), (8192, 64), (18944, 80), (7168, 64)])
+def test_the_gated_kernels_tiles_leave_few_multiprocessors_idle(width: int, columns: int) -> None:
+    assert choose_columns(64, width, 132) == columns
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

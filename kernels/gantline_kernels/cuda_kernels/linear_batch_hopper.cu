@@ -20,6 +20,7 @@ constexpr int COMPUTE_WARPS = 8, COMPUTE_THREADS = COMPUTE_WARPS * 32;
 constexpr int THREADS = COMPUTE_THREADS + 32;  // one thread of the last warp feeds
 constexpr int SPLIT = 2;                       // blocks of a cluster
 constexpr int MAX_TILES = 8192;
+constexpr int REGISTERS = 80;  // a thread's: two blocks leave room for small kernels that start early
 constexpr int SHARED_LIMIT = 113 * 1024;  // so that two blocks fit
 
 struct Arguments {
@@ -327,7 +328,7 @@ __device__ void compute(typename V::Shared& shared, const Arguments& args, const
 }
 
 template <typename V>
-__global__ __launch_bounds__(THREADS, 2) void batch(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map, const Arguments args) {
+__global__ __maxnreg__(REGISTERS) void batch(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map, const Arguments args) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<typename V::Shared*>(raw);
   const int cluster = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT;

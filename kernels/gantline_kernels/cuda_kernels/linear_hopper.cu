@@ -149,7 +149,9 @@ __device__ __forceinline__ void store(const Sums<COLUMNS>& sums, const Arguments
 // Leave this block's sums of a tile that blocks `first` to `last` share, and if all have: add them up, in the blocks' order, and store.
 template <typename T, int COLUMNS>
 __device__ __forceinline__ void share(Sums<COLUMNS>& sums, Shared<T, COLUMNS>& shared, const Arguments& args, int tile, int first, int last, bool begins) {
-  constexpr int QUADS = Sums<COLUMNS>::QUADS, BATCH = 6;  // blocks whose sums are under way at once, since everything waits for them: mostly all
+  constexpr int QUADS = Sums<COLUMNS>::QUADS, BATCH = COLUMNS == 8 ? 6 : 3;
+  // BATCH: blocks whose sums are under way at once, since everything waits for them. Registers for more would keep the small kernels that start
+  // early from finding room beside two blocks: a whole layer of 16 rows took 207 us with 6, and takes 166 with 3.
   const auto place = [&](int block, bool begins_there) { return args.sums + (2ll * block + !begins_there) * QUADS * COMPUTE_THREADS + threadIdx.x; };
   float4* mine = place(blockIdx.x, begins);
 #pragma unroll

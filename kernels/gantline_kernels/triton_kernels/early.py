@@ -7,7 +7,7 @@ small kernels then costs little more than its work.
 A multiprocessor divides its memory between shared memory and cache as the kernel asks, and must run empty before it divides it anew: two
 kernels that ask for different shares never overlap. With a single row, all kernels leave the choice to the driver. From 2 rows on, linear
 layers take all the shared memory there is (`cuda_kernels/linear_hopper.cu`), and so those between them ask for it too, though they need
-none. Those of more rows do not start early: it costs more than it brings, beside the vendor's products and beside ours (docs/perf-log.md).
+none; and those layers leave them registers. Up to how many rows that brings more than it costs is measured (docs/perf-log.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["NOT_EARLY", "capability", "early_mode", "launch_options", "launched"
 _HOPPER = (9, 0)
 _MAX_PROGRAMS = 2048
 """With more, starting early costs more than it brings: programs that wait take the place of those that work."""
-_MAX_ROWS = 16
+_MAX_ROWS = 128
 NOT_EARLY, _EARLY, _BESIDE_SHARED = 0, 1, 2
 _beside_shared: set[int] = set()
 """Kernels (CUfunctions) that have asked for all shared memory."""
@@ -34,9 +34,9 @@ def starts_early(device: torch.device, programs: int) -> bool:
     return programs <= _MAX_PROGRAMS and capability(device) >= _HOPPER
 
 
-def early_mode(device: torch.device, programs: int, rows: int) -> int:
+def early_mode(device: torch.device, programs: int, rows: int, *, max_rows: int = _MAX_ROWS) -> int:
     """A kernel's EARLY: 0 not, 1 early, 2 early beside linear layers that take all shared memory (a kernel of its own, so compiled)."""
-    if rows > _MAX_ROWS or not starts_early(device, programs):
+    if rows > max_rows or not starts_early(device, programs):
         return NOT_EARLY
     return _EARLY if rows == 1 else _BESIDE_SHARED
 

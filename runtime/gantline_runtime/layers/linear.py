@@ -18,7 +18,7 @@ from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.layers.weights import BuildContext, Target
 from gantline_runtime.parallel import Parallel, Shard
 
-__all__ = ["ColumnLinear", "Part", "RowLinear"]
+__all__ = ["ColumnLinear", "GatedLinear", "Part", "RowLinear"]
 
 _AWQ_PACK = 8  # 4-bit weights in one int32
 
@@ -27,6 +27,9 @@ class _Weights(Protocol):
     """A matrix [inputs, outputs] of this rank."""
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
+
+    def multiply_gated(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """silu(gate) * up, where the outputs are gate, then up."""
 
     def targets(self, name: str, inputs: Shard, outputs: Shard, at: int) -> Iterator[Target]:
         """The part of the stored matrix `name` that goes to output columns `at` and following."""
@@ -41,6 +44,9 @@ class _PlainWeights:
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return api.linear(x, self.weight, bias, backend=self.backend)
+
+    def multiply_gated(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return api.gated_linear(x, self.weight, bias, backend=self.backend)
 
     def targets(self, name: str, inputs: Shard, outputs: Shard, at: int) -> Iterator[Target]:
         yield Target(f"{name}.weight", (outputs.total, inputs.total), (outputs.slice, inputs.slice), self.weight[at : at + outputs.size])
@@ -63,6 +69,9 @@ class _AwqWeights:
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return api.awq_linear(x, self.qweight, self.qzeros, self.scales, self.group_size, bias, backend=self.backend)
+
+    def multiply_gated(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return api.silu_and_mul(self.multiply(x, bias), backend=self.backend)
 
     def targets(self, name: str, inputs: Shard, outputs: Shard, at: int) -> Iterator[Target]:
         group = self.group_size
@@ -116,6 +125,20 @@ class ColumnLinear:
                     size = part.outputs.size
                     yield Target(f"{part.name}.bias", (part.outputs.total,), (part.outputs.slice,), bias[at : at + size])
                 at += part.outputs.size
+
+
+class GatedLinear(ColumnLinear):
+    """Two stored matrices, gate and up: [rows, inputs] -> silu(gate) * up, [rows, one part's outputs of this rank]."""
+
+    def __init__(self, inputs: int, gate: Part, up: Part, *, bias: bool, build: BuildContext) -> None:
+        super().__init__(inputs, (gate, up), bias=bias, build=build)
+        self._backend = build.backend
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self._groups) > 1:  # only one of the two is quantized
+            return api.silu_and_mul(super().__call__(x), backend=self._backend)
+        ((_, weights, bias),) = self._groups
+        return weights.multiply_gated(x, bias)
 
 
 class RowLinear:

@@ -16,7 +16,7 @@ from gantline_runtime.checkpoint import Checkpoint, ModelShape, quantized_linear
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.layers.attention import AttentionContext, LayerCache, PagedAttention
 from gantline_runtime.layers.embedding import VocabularyMatrix
-from gantline_runtime.layers.linear import ColumnLinear, Part, RowLinear
+from gantline_runtime.layers.linear import ColumnLinear, GatedLinear, Part, RowLinear
 from gantline_runtime.layers.rope import RopeConfig, cos_sin_table, parse_rope
 from gantline_runtime.layers.weights import BuildContext, Target, vector_target
 from gantline_runtime.loader import Progress, load_weights
@@ -97,19 +97,18 @@ class _Mlp:
     def __init__(self, prefix: str, config: DecoderConfig, parallel: Parallel, build: BuildContext) -> None:
         shape = config.shape
         inner = parallel.shard(shape.intermediate_size)
-        parts = [Part(name, inner, config.group_size(name)) for name in (f"{prefix}gate_proj", f"{prefix}up_proj")]
-        self._backend = build.backend
-        self.gate_up = ColumnLinear(shape.hidden_size, parts, bias=shape.mlp_bias, build=build)
+        gate, up = (Part(name, inner, config.group_size(name)) for name in (f"{prefix}gate_proj", f"{prefix}up_proj"))
+        self.gated = GatedLinear(shape.hidden_size, gate, up, bias=shape.mlp_bias, build=build)
         down = f"{prefix}down_proj"
         self.down = RowLinear(
             down, inner, shape.hidden_size, bias=shape.mlp_bias, group_size=config.group_size(down), parallel=parallel, build=build
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(api.silu_and_mul(self.gate_up(x), backend=self._backend))
+        return self.down(self.gated(x))
 
     def targets(self) -> Iterator[Target]:
-        yield from self.gate_up.targets()
+        yield from self.gated.targets()
         yield from self.down.targets()
 
 

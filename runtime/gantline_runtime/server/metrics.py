@@ -189,6 +189,7 @@ _SHARED_TOKENS = "Context tokens that requests behind one prefix did not read ag
 _KERNELS = "Triton kernels loaded: `image`, made beforehand; `cache`, compiled by an earlier process; `compiled`, by this one."
 _STEP_PARTS = "Where the time of steps goes: of the host, and `device`, while the device has a step to run."
 
+
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"gantline_{name}", text, value=value)
 
