@@ -25,7 +25,7 @@ from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.pacing import StepLoad
 from gantline_runtime.scheduler import Step
 
-__all__ = ["VOCAB", "Host", "Machine", "MeasuredAttention", "SimulatedExecutor", "simulated_engine"]
+__all__ = ["VOCAB", "Host", "Machine", "MeasuredAttention", "MeasuredProducts", "SimulatedExecutor", "simulated_engine"]
 
 VOCAB = 997
 
@@ -60,6 +60,30 @@ class MeasuredAttention(Machine):
 
     def layer(self, whole: float, split: float) -> float:
         return min(whole, split)
+
+
+class MeasuredProducts(MeasuredAttention):
+    """Matrix products too about as measured in 32 layers of an 8B model on an H100 (docs/perf-log.md, "Linear layers"): whole tiles of 128
+    rows, so that one token more may cost what 128 do. Contexts of those that decode are read at 3.1 TB/s."""
+
+    beside = 1.4e-3
+    """Decodes beside a chunk, whose contexts are bounded by its own (measured with 128 tokens and 64 decodes), and norms."""
+
+    def __init__(self, noise: float = 0.01) -> None:
+        super().__init__(noise=noise)
+
+    def seconds(self, load: StepLoad) -> float:
+        tokens = load.decodes + load.prompt_tokens
+        step = 0.8e-3 + self.products(tokens) + 42e-9 * load.decode_context
+        if load.prompt_tokens:
+            chunk, prefix = load.prompt_tokens, load.pairs / load.prompt_tokens / 30_000
+            step += self.beside + 32 * max(24e-6 + 40e-6 * prefix, 15e-6 + 25e-6 * math.ceil(chunk / 32) * prefix)
+        return step * (1 + self.noise * self.random.gauss(0, 1))
+
+    @staticmethod
+    def products(tokens: int) -> float:
+        tiles = math.ceil(tokens / 128)
+        return 5.4e-3 if tokens <= 64 else {1: 5.8e-3, 2: 6.5e-3, 3: 9.0e-3, 4: 10.5e-3}.get(tiles, 2.4e-3 * tiles)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@
 
 `pairs` counts, for each prompt token, the tokens that its attention reads; `decode context` sums the lengths of the sequences that
 decode. The six coefficients are fitted, robustly, to the last steps of each size of prompt, without any and from 32 tokens up in powers of
-two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. What the fit gets wrong all the same is
-followed step by step, as the ratio of what steps with prompts took to what was expected. A limit is divided by its mean; or, if that
-leaves more room, by what one of a hundred exceeds, so that this one is late by a twentieth at most: steps that scatter little come close
-to the limit. Nothing is assumed about the device; until prompts have been seen, chunks are small.
+two: neither an hour of decoding nor a thousand equal chunks wash out what larger ones cost. Time does not grow evenly with tokens, though:
+products take whole tiles of rows, so one token more may cost what 128 do. So each number of tokens that batches are padded to
+(`graph_sizes.py`) has a ratio of its own, of what its last steps took to what was fitted. What is wrong all the same is followed step by
+step, as the ratio of what steps with prompts took to what was expected. A limit is divided by its mean; or, if that leaves more room, by
+what one of a hundred exceeds, so that this one is late by a twentieth at most: steps that scatter little come close to the limit. Nothing
+is assumed about the device; until prompts have been seen, chunks are small.
 
 Of a step whose end was seen late, because the host was launching the next, it is known only that it took no longer. It is news only where
 more was expected.
@@ -16,6 +18,7 @@ more was expected.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,6 +52,8 @@ _RATIO_GAIN, _RECENT = 1 / 8, 8
 """Weight of the newest step in the mean ratio of what steps took to what was expected; steps that it is made from after a new fit."""
 _ERRORS, _LATE_SHARE, _LATE_BY = 128, 0.01, 1.05
 """Of the last so many steps' ratios, less the mean of then: room is left so that this share exceeds the limit by that factor at most."""
+_OF_CLASS, _LEAST_OFF, _MOST_OFF = 8, 0.95, 1.25
+"""Last steps of as many tokens, from whose median ratio follows what is wrong with all such steps, and its bounds."""
 _MOST_RATIO, _MOST_ERROR = 1.5, 0.2
 """Of one step, and of all as far as room is left for it: prompts must get on where a machine is disturbed."""
 _SCALE = np.array([1.0, 1.0, 1e3, 1e6, 1e2, 1e5])
@@ -100,6 +105,10 @@ class Pacer:
         self._num_with_prompts = 0
         self._most_prompt_tokens = 0
         self._first_chunk = _FIRST_CHUNK
+        self._of_class: dict[int, deque[tuple[StepLoad, float]]] = {}
+        """Last steps with prompts and decodes, by the tokens of their class of CUDA graphs."""
+        self._off: dict[int, float] = {}
+        """What these took, of what was fitted."""
         self._ratio = 1.0
         self._recent: deque[tuple[StepLoad, float]] = deque(maxlen=_RECENT)
         self._errors: deque[float] = deque(maxlen=_ERRORS)
@@ -111,6 +120,10 @@ class Pacer:
 
     def predict(self, load: StepLoad) -> float:
         """Seconds that a step of `load` takes."""
+        fitted = self._fitted(load)
+        return fitted * self._off.get(_class_of(load), 1.0) if load.prompt_tokens and load.decodes else fitted
+
+    def _fitted(self, load: StepLoad) -> float:
         c = self._coefficients
         prompt = c.any_prompt + c.prompt_token * load.prompt_tokens + c.pair * load.pairs if load.prompt_tokens else 0.0
         return self._decoding(load) + prompt
@@ -149,6 +162,14 @@ class Pacer:
         self._ratio += _RATIO_GAIN * off
         self._errors.append(off)
         self._error = min(_MOST_ERROR, _largest(self._errors, _LATE_SHARE))
+        steps = self._of_class.setdefault(_class_of(load), deque(maxlen=_OF_CLASS))
+        steps.append((load, seconds))
+        self._off[_class_of(load)] = self._median_off(steps)
+
+    def _median_off(self, steps: Iterable[tuple[StepLoad, float]]) -> float:
+        """The median of what steps of a class took, of what was fitted, and of two that were as fitted: a single step is not believed."""
+        ratios = [seconds / max(self._fitted(load), 1e-9) for load, seconds in steps]
+        return min(max(statistics.median([*ratios, 1.0, 1.0]), _LEAST_OFF), _MOST_OFF)
 
     def _ratio_of(self, load: StepLoad, seconds: float) -> float:
         """What a step took, of what is expected of it."""
@@ -164,6 +185,7 @@ class Pacer:
             found = _fit_positive(rows, wanted, trust)
             trust = np.minimum(1.0, _TRUSTED / np.maximum(np.abs(rows @ found - wanted), 1e-9))
         self._coefficients = Coefficients(*(found / _SCALE).tolist())
+        self._off = {tokens: self._median_off(steps) for tokens, steps in self._of_class.items()}
         if self._recent:  # another fit gets other things wrong
             self._ratio = sum(self._ratio_of(*step) for step in self._recent) / len(self._recent)
 
@@ -172,22 +194,44 @@ class Pacer:
         any case; for a further one there may be no room, 0."""
         if not self.max_step_s or not load.decodes:
             return wanted
-        count = self._room(load, start)
-        if count >= wanted:
-            return wanted
-        if count > _GRAIN:
-            return count - _surplus(load, count)
-        return min(wanted, max(count, _MIN_CHUNK)) if not load.prompt_tokens else 0
+        count = self._room(load, start, wanted)
+        return count if count or load.prompt_tokens else min(wanted, _MIN_CHUNK)
 
-    def _room(self, load: StepLoad, start: int) -> int:
+    def _room(self, load: StepLoad, start: int, wanted: int) -> int:
+        """As `chunk`, but 0 where not even the least one has room."""
         if not self._knows_prompts:
-            return max(0, self._first_chunk - load.prompt_tokens)
+            return _cut(load, max(0, self._first_chunk - load.prompt_tokens), wanted)
+        most = min(wanted, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
+        count = _cut(load, min(most, self._fits(load, start, min(self._off.values(), default=1.0))), wanted)
+        while count:  # from the largest class down, since each is wrong in a way of its own
+            fits = self._fits(load, start, self._off.get(_class_of(load, count), 1.0))
+            if fits >= count:
+                break
+            count = _cut(load, max(fits, count - 1) if count > _GRAIN else fits, wanted)
+        return count
+
+    def _fits(self, load: StepLoad, start: int, off: float) -> int:
+        """Tokens that there is time for where steps take `off` times what was fitted."""
         c = self._coefficients
-        wrong = max(1.0, self._ratio, (self._ratio + self._error) / _LATE_BY)
+        wrong = off * max(1.0, self._ratio, (self._ratio + self._error) / _LATE_BY)
         more = 0.0 if load.prompt_tokens else c.any_prompt
-        left = max(self.max_step_s / wrong, _LEAST_SHARE * self._decoding(load)) - self.predict(load) - more
-        fits = _largest_count(left, c.prompt_token + c.pair * start, c.pair / 2)
-        return min(fits, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
+        left = max(self.max_step_s / wrong, _LEAST_SHARE * self._decoding(load)) - self._fitted(load) - more
+        return _largest_count(left, c.prompt_token + c.pair * start, c.pair / 2)
+
+
+def _class_of(load: StepLoad, more: int = 0) -> int:
+    """Tokens of the class of CUDA graphs that a step falls into with so many more."""
+    tokens = load.decodes + load.prompt_tokens + more
+    return -(-tokens // token_step(tokens)) * token_step(tokens)
+
+
+def _cut(load: StepLoad, count: int, wanted: int) -> int:
+    """`wanted` tokens if there is room for them, else as many of `count` as fill a class; none of less than the least chunk."""
+    if count >= wanted:
+        return wanted
+    if count > _GRAIN:
+        return count - _surplus(load, count)
+    return count if count >= _MIN_CHUNK and not load.prompt_tokens else 0
 
 
 def _largest(values: Iterable[float], share: float) -> float:
