@@ -118,7 +118,8 @@ class OperatorProcess:
     def metric(self, name: str) -> float:
         """The sum over all series of a metric; 0 while nobody answers."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            # It alone: all of them take the operator a tenth of a second with 500 services.
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics?name[]={name}", timeout=10) as answer:
                 text = answer.read().decode()
         except OSError:
             return 0.0

@@ -139,7 +139,6 @@ def _restart(cluster: ApiCluster, operator: OperatorProcess, count: int) -> dict
     """A SIGKILL, and the time until the next process has reconciled every service."""
     before, began = versions(cluster), time.monotonic()
     operator.restart()
-    # Each look at its metrics costs it some 10 ms.
     wait(lambda: operator.metric("gantline_reconciles_total") >= count, 300, lambda: "not all were verified", every_s=1.0)
     seconds, spent = time.monotonic() - began, operator.cpu_s()
     return {

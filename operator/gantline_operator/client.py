@@ -21,13 +21,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlencode
 from urllib.request import getproxies
 
 import aiohttp
+import msgspec
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
@@ -45,17 +46,25 @@ __all__ = [
     "Fenced",
     "Forbidden",
     "Gone",
+    "Head",
     "Invalid",
     "KindMissing",
     "NotFound",
     "Object",
+    "Page",
+    "Raw",
     "Resource",
     "Unavailable",
+    "WatchEvent",
     "connect",
+    "parse",
+    "read_head",
     "translated",
 ]
 
 FIELD_MANAGER = "gantline-operator"
+Raw = msgspec.Raw
+"""An object's JSON, as the server wrote it."""
 UNDECLARED = "field not declared in schema"
 """What the message says where an applied object has a field that its definition lacks (strict validation says `unknown field`)."""
 Object = dict[str, Any]
@@ -63,7 +72,7 @@ Object = dict[str, Any]
 SILENCE_S = 75.0
 """After which a watch that says nothing is taken for dead: bookmarks come every minute."""
 _REQUEST_TIMEOUT_S = 30.0
-_PAGE = 500
+_PAGE = 100  # objects of an answer: it is held whole, and so are the pieces that it came in
 _MAX_CONNECTIONS = 32
 
 
@@ -141,6 +150,71 @@ def _object(body: bytes) -> Object:
     if not found:
         raise Unavailable(f"The answer is no JSON object, or was cut off: {body[:100]!r}")
     return found
+
+
+class Owner(msgspec.Struct):
+    """An owner reference."""
+
+    kind: str = ""
+    name: str = ""
+    controller: bool | None = None
+
+
+class Head(msgspec.Struct, rename="camel"):
+    """What tells objects apart, and whose they are. All else of an object is skipped, not parsed."""
+
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    labels: dict[str, str] | None = None
+    owner_references: list[Owner] | None = None
+
+
+class _Headed(msgspec.Struct):
+    metadata: Head
+
+
+class _PageHead(msgspec.Struct, rename={"resource_version": "resourceVersion", "token": "continue"}):
+    resource_version: str = ""
+    token: str = ""
+
+
+class Page(msgspec.Struct):
+    """A part of a list. Its objects are as the server wrote them, without apiVersion and kind: parsed they take ten times the memory."""
+
+    metadata: _PageHead
+    items: list[Raw] | None = None
+
+
+class WatchEvent(msgspec.Struct):
+    """ADDED, MODIFIED, DELETED or BOOKMARK, and the object as the server wrote it."""
+
+    type: str
+    object: Raw
+
+
+_HEADED, _PAGES, _EVENTS = msgspec.json.Decoder(_Headed), msgspec.json.Decoder(Page), msgspec.json.Decoder(WatchEvent)
+
+
+def parse(raw: Raw | bytes) -> Object:
+    """An object that was listed or watched. Raises Unavailable where it is none."""
+    return _object(bytes(raw))
+
+
+def read_head(raw: Raw | bytes) -> Head:
+    """Raises Unavailable where it is no object."""
+    with _understood(raw):
+        return _HEADED.decode(raw).metadata
+
+
+@contextlib.contextmanager
+def _understood(body: Raw | bytes) -> Iterator[None]:
+    """Raises Unavailable for what is not what an API server answers: cut off on the way, or somebody else's page."""
+    try:
+        yield
+    except msgspec.DecodeError as error:
+        raise Unavailable(f"The answer is no JSON of the API, or was cut off ({error}): {bytes(body)[:100]!r}") from error
 
 
 @dataclass(frozen=True)
@@ -244,31 +318,35 @@ class Client:
 
     async def list(self, resource: Resource, namespace: str | None = None, **query: str) -> list[Object]:
         """All objects, by pages. They come without apiVersion and kind, as the server sends them."""
-        return [item async for page in self.pages(resource, namespace, **query) for item in page.get("items") or []]
+        return [parse(item) async for page in self.pages(resource, namespace, **query) for item in page.items or ()]
 
-    async def pages(self, resource: Resource, namespace: str | None = None, **query: str) -> AsyncIterator[Object]:
+    async def pages(self, resource: Resource, namespace: str | None = None, **query: str) -> AsyncIterator[Page]:
         token = ""
         while True:
             parameters = {"limit": str(_PAGE), **query, **({"continue": token} if token else {})}
-            page = await self._json("GET", resource.path(namespace), query=parameters)
+            body = await self._send("GET", resource.path(namespace), query=parameters)
+            with _understood(body):
+                page = _PAGES.decode(body)
             yield page
-            token = page.get("metadata", {}).get("continue", "")
+            token = page.metadata.token
             if not token:
                 return
 
-    async def watch(self, resource: Resource, namespace: str | None, resource_version: str, *, timeout_s: int) -> AsyncIterator[Object]:
-        """Events ({type, object}) after `resource_version`, bookmarks among them, until the server ends the stream after `timeout_s`.
+    async def watch(
+        self, resource: Resource, namespace: str | None, resource_version: str, *, timeout_s: int, **query: str
+    ) -> AsyncIterator[WatchEvent]:
+        """Events after `resource_version`, bookmarks among them, until the server ends the stream after `timeout_s`.
 
         Raises Gone where the version is too old. A stream that falls silent for longer than bookmarks take is Unavailable.
         """
-        query = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": resource_version, "timeoutSeconds": str(timeout_s)}
+        query |= {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": resource_version, "timeoutSeconds": str(timeout_s)}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE_S)
         async with self._response("GET", resource.path(namespace), query=query, limits=limits) as response:
             async for line in _lines(response):
-                event = _object(line)
-                if event.get("type") == "ERROR":
-                    status = event.get("object", {})
-                    raise translated(int(status.get("code", 500)), json.dumps(status).encode())
+                with _understood(line):
+                    event = _EVENTS.decode(line)
+                if event.type == "ERROR":
+                    raise translated(int(parse(event.object).get("code", 500)), bytes(event.object))
                 yield event
 
     async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:

@@ -1,6 +1,6 @@
 """The queue's workers, the resync, and what one reconcile may know of the others: reservations of devices, conditions for /metrics.
 
-kopf's handlers call `enqueue` and nothing else. `run` lists all services before the first worker starts, so that what they had planned
+The watches call `tell` and nothing else. `run` lists all services before the first worker starts, so that what they had planned
 before a restart is reserved again before anybody plans anew.
 """
 
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from gantline_operator import resources
 from gantline_operator.autoscaling.loop import Autoscaler
 from gantline_operator.autoscaling.targets import Targets
 from gantline_operator.cache_ledger import Ledger
-from gantline_operator.client import ApiError, Client, Conflict, KindMissing, NotFound, Object
+from gantline_operator.child_watch import ChildWatch
+from gantline_operator.client import ApiError, Client, Conflict, KindMissing, NotFound, Object, Unavailable, parse
 from gantline_operator.custom_metrics import CustomMetrics, serve_custom_metrics
 from gantline_operator.events import send, transitions
 from gantline_operator.facts import ClusterFacts, Reservation
@@ -33,7 +34,7 @@ from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import SpecError, parse_service
 from gantline_operator.survey import MAX_AGE_S, TOLD_AFTER_S, Survey, WouldWrite
-from gantline_operator.workqueue import Rank, WorkQueue
+from gantline_operator.workqueue import BACKOFF_CAP_S, Rank, WorkQueue
 
 __all__ = ["Controller", "DefinitionAppeared", "Key"]
 
@@ -48,7 +49,9 @@ _CALM_S = 0.25
 """Least time between two reconciles of one service that events ask for."""
 _GRACE_S = 30.0
 """How long a cancelled reconcile may take to end before its worker counts as stuck."""
-_LISTING_RETRY_S = 5.0
+_LISTING_RETRY_S = 2.0
+_UNANSWERED_CAP_S = 5.0
+"""Where nobody answers, the trouble is not the service's: it need not wait longer each time, and nobody is burdened by asking."""
 _INFERENCE_POOLS = next(kind for kind in CHILD_KINDS if kind.kind == "InferencePool")
 
 
@@ -62,6 +65,7 @@ class Controller:
         self.metrics = Metrics()
         self.metrics.observe(lambda: (self.queue.depth, self.queue.oldest_age_s), lambda: self._conditions, lambda: self._caches)
         self.view = ClusterView(client, settings, self._facts_changed)
+        self._children = ChildWatch(client, settings.watch_namespaces, self.tell)
         self.targets = Targets()
         scaled = lambda direction: self.metrics.scalings.labels(direction).inc()
         self.autoscaler = Autoscaler(client, settings, self.targets, enqueue=self.enqueue, scaled=scaled)
@@ -74,6 +78,7 @@ class Controller:
             settings=settings,
             rendering=resources.Settings.of(settings, version),
             facts=self._cluster_facts,
+            fleet=self.view.fleet,
             reserve=self._reserve,
             count=lambda kind, verb: self.metrics.writes.labels(kind, verb).inc(),
             memory=self._remember,
@@ -111,15 +116,17 @@ class Controller:
         else:
             self.queue.add_after(key, _CALM_S - since_s)
 
-    def tell(self, key: Key, body: Mapping[str, Any]) -> None:
+    def tell(self, key: Key, uid: str, version: str) -> None:
         """An event about an object of the service. Watches begin by telling of everything; what was surveyed as it is is no news."""
-        if self._survey.tell(key, body):
+        if self._survey.tell(key, uid, version):
             self.enqueue(*key)
 
     async def run(self) -> None:
         """Until cancelled. `view.run` goes on beside it, maybe for longer."""
         async with asyncio.TaskGroup() as tasks:
             await self._list_until_done()
+            tasks.create_task(self._children.run())
+            await self._children.known()
             tasks.create_task(self._end_first_survey(await self._take_survey()))
             await self._learn_kinds()
             await self.view.known()
@@ -170,7 +177,9 @@ class Controller:
         except ApiError as error:
             self.metrics.errors.labels(type(error).__name__).inc()
             self.metrics.reconciles.labels("retry").inc()
-            delay_s = self.queue.retry(key, at_least_s=error.retry_after_s)
+            unanswered = isinstance(error, Unavailable) and not error.status
+            cap_s = _UNANSWERED_CAP_S if unanswered else BACKOFF_CAP_S
+            delay_s = self.queue.retry(key, at_least_s=error.retry_after_s, cap_s=cap_s)
             level = logging.DEBUG if isinstance(error, (Conflict, NotFound)) else logging.WARNING
             _log.log(level, "%s/%s: trying again in %.1f s: %s", *key, delay_s, error)
         except Exception as error:
@@ -300,7 +309,7 @@ class Controller:
         return survey
 
     async def _end_first_survey(self, survey: Survey) -> None:
-        """The watches have long told what is there. What was deleted after the survey and before they began, none told."""
+        """kopf's watch has long told which services are there. What was deleted after the survey and before it began, it did not."""
         await asyncio.sleep(TOLD_AFTER_S)
         for key in survey.untold():
             self.queue.add(key, Rank.ROUTINE)
@@ -320,7 +329,7 @@ class Controller:
         found: set[Key] = set()
         for namespace in self._settings.watch_namespaces or (None,):
             async for page in self._client.pages(SERVICES, namespace):
-                for parent in page.get("items") or []:
+                for parent in map(parse, page.items or ()):
                     key = (parent["metadata"]["namespace"], parent["metadata"]["name"])
                     found.add(key)
                     self._restore(key, parent)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -108,6 +108,11 @@ class ClusterFacts:
     nodes: tuple[NodeFacts, ...] = ()
     nodes_known: bool = True
     """False where the operator may not read nodes."""
+
+    @cached_property
+    def derived(self) -> dict[Hashable, Any]:
+        """What was made of these facts alone, by what was asked: many services ask the same of one cluster."""
+        return {}
 
     @cached_property
     def digest(self) -> int:

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
-from gantline_operator.client import ApiError, Client, Forbidden, Gone, KindMissing, NotFound, Object, Resource
+from gantline_operator.client import ApiError, Client, Forbidden, Gone, KindMissing, NotFound, Object, Raw, Resource, parse, read_head
 from gantline_operator.dynamic_devices import ANY_CLASS_SINCE, Claim, DeviceClass, DynamicFacts, Slice, read_claim, read_class, read_slice
 from gantline_operator.facts import ClusterFacts, NodeFacts, PodUse, Reservation, cluster_facts, read_node, reduce_pod
 from gantline_operator.fields import SpecError
 from gantline_operator.inventory import Inventory, parse_inventory
 from gantline_operator.settings import OperatorSettings
-from gantline_operator.workqueue import backoff_s
+from gantline_operator.workqueue import RETURN_S, backoff_s
 
 __all__ = ["CONFIG_MAPS", "NODES", "PODS", "ClusterView", "Mirror"]
 
@@ -44,15 +44,21 @@ _INVENTORY_POLL_S = 60.0
 
 
 class Mirror(Generic[T]):
-    """All objects of one kind, reduced. `items` is None until the first list, and while listing is refused."""
+    """All objects of one kind, reduced; of all namespaces or of one, those that a label selector finds or all.
+
+    `reduce` answers what is kept of an object, None for nothing. `changed` is told of those that differ now, by uid: as they were and as
+    they are, also where a new list tells of it. `items` is None until the first list, and while listing is refused.
+    """
 
     def __init__(
         self,
         client: Client,
         resource: Resource,
-        reduce: Callable[[Object], T | None],
-        changed: Callable[[], None],
+        reduce: Callable[[Raw], T | None],
+        changed: Callable[[Mapping[str, T], Mapping[str, T]], None],
         *,
+        namespace: str | None = None,
+        selector: str = "",
         watch_s: int = _WATCH_S,
     ) -> None:
         self.items: dict[str, T] | None = None
@@ -62,6 +68,8 @@ class Mirror(Generic[T]):
         self._resource = resource
         self._reduce = reduce
         self._changed = changed
+        self._namespace = namespace
+        self._query = {"labelSelector": selector} if selector else {}
         self._watch_s = watch_s
 
     async def run(self) -> None:
@@ -76,49 +84,53 @@ class Mirror(Generic[T]):
             except Gone:
                 continue
             except (Forbidden, KindMissing) as error:
-                _log.warning("Not allowed to list %s, so that what they tell of capacity stays unknown: %s", self._resource.plural, error)
+                _log.warning("Not allowed to list %s, so that what they tell stays unknown: %s", self._resource.plural, error)
                 self._replace(None)
                 await asyncio.sleep(_REFUSED_RETRY_S * random.uniform(0.8, 1.2))
             except ApiError as error:
                 failures += 1
                 _log.info("Listing or watching %s failed, trying again: %s", self._resource.plural, error)
-                await asyncio.sleep(max(error.retry_after_s, backoff_s(failures, random.random(), cap_s=30.0)))
+                await asyncio.sleep(max(error.retry_after_s, backoff_s(failures, random.random(), cap_s=RETURN_S)))
 
     async def _list(self) -> str:
         items: dict[str, T] = {}
         version = ""
-        async for page in self._client.pages(self._resource):
-            version = page["metadata"]["resourceVersion"]
-            for item in page.get("items") or []:
-                self._put(items, item)
+        async for page in self._client.pages(self._resource, self._namespace, **self._query):
+            version = page.metadata.resource_version
+            for item in page.items or ():
+                self._put(items, read_head(item).uid, item)
         self._replace(items)
         return version
 
     async def _follow(self, version: str) -> str:
         """Watches until the server ends the stream; the version to go on from."""
-        async for event in self._client.watch(self._resource, None, version, timeout_s=self._watch_s):
-            item = event["object"]
-            version = item["metadata"]["resourceVersion"]
-            if event["type"] == "BOOKMARK":
+        async for event in self._client.watch(self._resource, self._namespace, version, timeout_s=self._watch_s, **self._query):
+            head = read_head(event.object)
+            version = head.resource_version
+            if event.type == "BOOKMARK":
                 continue
             assert self.items is not None, "a list came before the watch"
-            uid = item["metadata"]["uid"]
-            before = self.items.pop(uid, None)
-            if event["type"] != "DELETED":
-                self._put(self.items, item)
-            if self.items.get(uid) != before:
-                self._changed()
+            before = {head.uid: self.items.pop(head.uid)} if head.uid in self.items else {}
+            after: dict[str, T] = {}
+            if event.type != "DELETED":
+                self._put(after, head.uid, event.object)
+            self.items |= after
+            if after != before:
+                self._changed(before, after)
         return version
 
-    def _put(self, items: dict[str, T], item: Object) -> None:
+    def _put(self, items: dict[str, T], uid: str, item: Raw) -> None:
         reduced = self._reduce(item)
         if reduced is not None:
-            items[item["metadata"]["uid"]] = reduced
+            items[uid] = reduced
 
     def _replace(self, items: dict[str, T] | None) -> None:
-        if items != self.items:
-            self.items = items
-            self._changed()
+        before, after = self.items or {}, items or {}
+        differ = [uid for uid in before.keys() | after.keys() if before.get(uid) != after.get(uid)]
+        unknown = (self.items is None) != (items is None)
+        self.items = items
+        if differ or unknown:
+            self._changed(*({uid: found[uid] for uid in differ if uid in found} for found in (before, after)))
         self.known.set()
 
 
@@ -131,15 +143,16 @@ class ClusterView:
         self._changed = changed
         self._inventory = Inventory()
         self._inventory_data: Mapping[str, str] = {}
-        self._nodes: Mirror[Object] = Mirror(client, NODES, _trimmed_node, self._nodes_changed)
-        self._pods: Mirror[PodUse] = Mirror(client, PODS, reduce_pod, self._pods_changed)
+        self._nodes: Mirror[Object] = Mirror(client, NODES, lambda raw: _trimmed_node(parse(raw)), self._nodes_changed)
+        self._pods: Mirror[PodUse] = Mirror(client, PODS, lambda raw: reduce_pod(parse(raw)), self._pods_changed)
         self._node_facts: dict[str, tuple[Object, NodeFacts]] = {}
         self._live: list[NodeFacts] | None = None
         """Of all nodes; None: to be put together, once for each change."""
+        self._fleet: ClusterFacts | None = None
         self._bound: Counter[str] | None = None
-        self._slices: Mirror[Slice] = Mirror(client, SLICES, read_slice, self._dynamic_changed)
-        self._classes: Mirror[DeviceClass] = Mirror(client, DEVICE_CLASSES, read_class, self._dynamic_changed)
-        self._claims: Mirror[Claim] = Mirror(client, CLAIMS, read_claim, self._dynamic_changed)
+        self._slices: Mirror[Slice] = Mirror(client, SLICES, lambda raw: read_slice(parse(raw)), self._dynamic_changed)
+        self._classes: Mirror[DeviceClass] = Mirror(client, DEVICE_CLASSES, lambda raw: read_class(parse(raw)), self._dynamic_changed)
+        self._claims: Mirror[Claim] = Mirror(client, CLAIMS, lambda raw: read_claim(parse(raw)), self._dynamic_changed)
         self._dynamic: DynamicFacts | None = None
         self._any_class = False
 
@@ -162,11 +175,20 @@ class ClusterView:
 
     def facts(self, reservations: Iterable[Reservation], credit: Collection[str]) -> ClusterFacts:
         """The cluster as it is now, less what is planned for other services, as if the pods with the uids in `credit` were gone."""
-        dynamic = self._dynamic_facts()
+        pods = None if self._pods.items is None else [*self._pods.items.values(), *self._dynamic_facts().uses]
+        return cluster_facts(self._live_nodes(), pods, reservations=reservations, inventory=self._inventory, credit=credit)
+
+    def fleet(self) -> ClusterFacts:
+        """The cluster as it is now, whoever holds its devices: what is free is unknown. Made once for each change of the nodes."""
+        if self._fleet is None:
+            self._fleet = cluster_facts(self._live_nodes(), None, inventory=self._inventory)
+        return self._fleet
+
+    def _live_nodes(self) -> list[NodeFacts] | None:
         if self._live is None and self._nodes.items is not None:
+            dynamic = self._dynamic_facts()
             self._live = [dynamic.add_to(self._read(uid, node)) for uid, node in self._nodes.items.items()]
-        pods = None if self._pods.items is None else [*self._pods.items.values(), *dynamic.uses]
-        return cluster_facts(self._live, pods, reservations=reservations, inventory=self._inventory, credit=credit)
+        return self._live
 
     def bound_pods(self) -> Counter[str]:
         """Pods that hold devices of a node, by `namespace/name` of the service they belong to."""
@@ -196,22 +218,22 @@ class ClusterView:
                 break
             except ApiError as error:
                 failures += 1
-                await asyncio.sleep(max(error.retry_after_s, backoff_s(failures, random.random(), cap_s=30.0)))
+                await asyncio.sleep(max(error.retry_after_s, backoff_s(failures, random.random(), cap_s=RETURN_S)))
         for mirror in (self._slices, self._classes, self._claims):
             if served:
                 tasks.create_task(mirror.run())
             else:
                 mirror.known.set()
 
-    def _nodes_changed(self) -> None:
-        self._live = None
+    def _nodes_changed(self, *_: object) -> None:
+        self._live = self._fleet = None
         self._changed()
 
-    def _pods_changed(self) -> None:
+    def _pods_changed(self, *_: object) -> None:
         self._bound = None
         self._changed()
 
-    def _dynamic_changed(self) -> None:
+    def _dynamic_changed(self, *_: object) -> None:
         self._dynamic = None
         self._nodes_changed()
 

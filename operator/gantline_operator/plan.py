@@ -47,6 +47,7 @@ __all__ = [
     "plan_stage",
     "reservation",
     "screen",
+    "stands",
 ]
 
 _CURES: Mapping[Reason, str] = {
@@ -117,6 +118,18 @@ def plan(
         return fresh
     better = isinstance(fresh, Plan) and kept.placement.waiting and not fresh.placement.waiting
     return fresh if better and not started else kept
+
+
+def stands(previous: Plan, spec: InferenceServiceSpec, facts: ModelFacts, fleet: ClusterFacts, images: Mapping[str, str]) -> Plan | None:
+    """The plan that stands, of a service whose pods all have their nodes: whether they still could have them. None: that takes `plan`.
+
+    What is free makes no difference to it, so that all services can be judged by one and the same `fleet`, made once.
+    """
+    if _on_cpu(spec) or previous.inputs != plan_inputs(spec, facts) or not images.get(previous.placement.image):
+        return None
+    variants, _ = _variants(spec, facts)
+    shapes, _ = find_shapes(spec, fleet, images)
+    return _waiting(previous, False) if _still_fits(previous, spec, variants, shapes) is not None else None
 
 
 def screen(spec: InferenceServiceSpec, cluster: ClusterFacts, images: Mapping[str, str]) -> Rejected | list[Shape]:

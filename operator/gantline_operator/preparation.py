@@ -15,7 +15,7 @@ from gantline_operator.cache_keeping import CLAIMS, CacheKeeping
 from gantline_operator.client import NotFound, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.image_volumes import refusal_of_nodes, refusal_of_server, refusal_of_source
-from gantline_operator.plan import Plan, Rejected, cache_size, plan, plan_inputs
+from gantline_operator.plan import Plan, Rejected, cache_size, plan, plan_inputs, stands
 from gantline_operator.plan_status import from_status, rejected_status, to_status
 from gantline_operator.pod_state import Trouble
 from gantline_operator.reconcile_pass import sentence
@@ -81,17 +81,16 @@ class Preparation(CacheKeeping):
         A plan whose pods have their nodes stands until the spec changes or the resync asks again whether it still fits.
         """
         previous = self._previous_plan()
-        started = any(pod.node for pod in self.pods if pod.role == "server")
+        placed = sum(1 for pod in self.server_pods if pod.node and not pod.deleting)
+        started = any(pod.node for pod in self.server_pods)
         generation = self.parent["metadata"].get("generation", 0)
         inputs = plan_inputs(self.spec, model)
         decision: Plan | Rejected
         if previous is not None and started and previous.inputs == inputs and self.memory.planned == (generation, inputs):
             decision = previous
         else:
-            facts = self.cluster.facts(self.key, [pod.uid for pod in self.pods])
             with self.cluster.time_plan():
-                images, learnt = self.cluster.rendering.images, self.cluster.calibration()
-                decision = plan(self.spec, model, facts, images, previous, started=started, calibration=learnt)
+                decision = self._decide(model, previous, started=started, placed=0 < self.spec.replicas <= placed)
         if isinstance(decision, Rejected):
             self._found["plan"] = rejected_status(decision)
             self._found["plan_trouble"] = Trouble(decision.reason, sentence(decision.message), decision.cure)
@@ -102,6 +101,16 @@ class Preparation(CacheKeeping):
         self.cluster.reserve(self.key, self.spec, decision)
         self._found |= {"plan": to_status(decision), "plan_summary": summarize(decision), "quantize": decision.quantize}
         return decision
+
+    def _decide(self, model: ModelFacts, previous: Plan | None, *, started: bool, placed: bool) -> Plan | Rejected:
+        """`placed`: all pods have their nodes."""
+        images, learnt = self.cluster.rendering.images, self.cluster.calibration()
+        if previous is not None and placed:
+            kept = stands(previous, self.spec, model, self.cluster.fleet(), images)
+            if kept is not None:
+                return kept
+        facts = self.cluster.facts(self.key, [pod.uid for pod in self.pods])
+        return plan(self.spec, model, facts, images, previous, started=started, calibration=learnt)
 
     def _previous_plan(self) -> Plan | None:
         """What stands in the status; after a rejection, what still serves."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from gantline_operator import resources
@@ -73,6 +74,8 @@ class Cluster:
     rendering: resources.Settings
     facts: Callable[[str, Collection[str]], ClusterFacts]
     """(service `namespace/name`, uids of its own pods) -> the cluster, less what others have planned."""
+    fleet: Callable[[], ClusterFacts]
+    """The cluster, whoever holds its devices."""
     reserve: Callable[[str, InferenceServiceSpec, Plan | None], None]
     """Records what the service's pods will take; None: nothing."""
     count: Callable[[str, str], None]
@@ -130,15 +133,10 @@ class Pass:
         self.memory = self.cluster.memory(self.key, self.uid)
         self.children = Children(
             self.cluster.client, owner, CHILD_KINDS, self.memory.seen,
-            optional=OPTIONAL_KINDS, paused=self.paused, count=self.cluster.count, confirm_parent=self._confirm_parent,
+            optional=OPTIONAL_KINDS, paused=self.paused, count=self.cluster.count,
+            confirm_parent=partial(_confirm_parent, self.cluster.client, self.namespace, self.name, self.uid),
         )  # fmt: skip
         self.artefacts = {item["kind"]: item for item in self.recorded.get("artefacts") or []}
-
-    async def _confirm_parent(self) -> None:
-        """Raises ApiError where the service is not there any more as this pass found it: the next pass will know."""
-        metadata = (await self.cluster.client.get(SERVICES, self.namespace, self.name))["metadata"]
-        if metadata["uid"] != self.uid or "deletionTimestamp" in metadata:
-            raise Conflict(f"InferenceService {self.key} is being deleted")
 
     @property
     def server_pods(self) -> list[PodState]:
@@ -249,6 +247,14 @@ class Pass:
 
     def _look_again(self, seconds: float) -> None:
         self.again_s = seconds if self.again_s is None else min(self.again_s, seconds)
+
+
+async def _confirm_parent(client: Api, namespace: str, name: str, uid: str) -> None:
+    """Raises ApiError where the service is not there any more as a pass found it: the next pass will know. No method: a pass that its
+    children point back to would hold all that it has read until the garbage collector comes."""
+    metadata = (await client.get(SERVICES, namespace, name))["metadata"]
+    if metadata["uid"] != uid or "deletionTimestamp" in metadata:
+        raise Conflict(f"InferenceService {namespace}/{name} is being deleted")
 
 
 def is_paused(annotations: Mapping[str, str]) -> bool:

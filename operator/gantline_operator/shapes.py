@@ -102,7 +102,18 @@ def _names(names: Sequence[str]) -> str:
 
 
 def find_shapes(spec: InferenceServiceSpec, cluster: ClusterFacts, images: Mapping[str, str]) -> tuple[list[Shape], list[Turned]]:
-    """The shapes that pass every screen, and the devices that don't, each with its first reason."""
+    """The shapes that pass every screen, and the devices that don't, each with its first reason. Found once for each wish."""
+    wish = spec.accelerator
+    selector = tuple(sorted((wish.node_selector or {}).items()))
+    asked = (wish.resource, wish.products, wish.min_memory, wish.allow_shared, selector, spec.pod.tolerations, spec.engine.backend)
+    key = ("shapes", *asked, tuple(sorted(images.items())))
+    if key not in cluster.derived:
+        cluster.derived[key] = _find_shapes(spec, cluster, images)
+    shapes, turned = cluster.derived[key]
+    return [*shapes], [*turned]
+
+
+def _find_shapes(spec: InferenceServiceSpec, cluster: ClusterFacts, images: Mapping[str, str]) -> tuple[list[Shape], list[Turned]]:
     by_device, barred = _devices(spec, cluster)
     passed: dict[tuple[Device, Backend, str], list[Slot]] = {}
     turned: list[Turned] = []

@@ -9,9 +9,9 @@ was listed for it:
           |                 -> the pass would write: WouldWrite, and it is made anew with the API server itself
           +-> None       too old, taken before, or an event told of another version since: a pass as always
 
-So nothing is ever written, and no decision that is acted upon is ever made, from what was listed. What changes after the listing comes as
-an event, as ever. One thing no event tells: what was deleted between the listing and the start of the watch. Watches begin by telling of
-everything that is there, so that `untold` is what vanished.
+So nothing is ever written, and no decision that is acted upon is ever made, from what was listed. Children are watched before they are
+listed here, so that what changes after the listing comes as an event, as ever. The watch of services begins when it likes, by telling of
+all that are there: what was deleted before that no event tells, and is `untold`.
 
 An object that lost our labels is in no listing; it is asked for by name, as always. Kinds that are not watched are listed without a
 label, so that it is known what is *not* there: an autoscaler that nobody wants must be found without its labels too.
@@ -19,18 +19,31 @@ label, so that it is known what is *not* there: an autoscaler that nobody wants 
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gantline_operator import resources
 from gantline_operator.apply import Child
-from gantline_operator.client import FIELD_MANAGER, Api, Client, Conflict, Forbidden, KindMissing, NotFound, Object, Resource
-from gantline_operator.handlers import child_key
+from gantline_operator.child_watch import child_key
+from gantline_operator.client import (
+    FIELD_MANAGER,
+    Api,
+    Client,
+    Conflict,
+    Forbidden,
+    Head,
+    KindMissing,
+    NotFound,
+    Object,
+    Raw,
+    Resource,
+    parse,
+    read_head,
+)
 from gantline_operator.observe import PODS
 from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, SERVICES
 from gantline_operator.unchanged import apply_changes_nothing
@@ -45,9 +58,9 @@ _log = logging.getLogger(__name__)
 MAX_AGE_S = 60.0
 """From the beginning of the listing; what is older is asked for anew."""
 TOLD_AFTER_S = 120.0
-"""By when watches have told of all that is there, also on a busy machine."""
-_PAGE = "100"
-"""Objects of one answer, which are parsed together."""
+"""By when the watch of services has told of all that are there, also on a busy machine."""
+_LISTS_AT_ONCE = 4
+_KINDS = {kind.kind: kind for kind in (*CHILD_KINDS, PODS)}
 
 
 class WouldWrite(Exception):
@@ -58,8 +71,8 @@ class WouldWrite(Exception):
 class _Bundle:
     """What was listed for one service, as JSON: parsed it would take ten times the memory, until its turn comes."""
 
-    parent: str = ""
-    children: dict[Child, str] = field(default_factory=dict)
+    parent: bytes = b""
+    children: dict[Child, bytes] = field(default_factory=dict)
     """With its pods, by kind and name."""
 
 
@@ -74,47 +87,46 @@ class Survey:
         self._taken: set[Key] = set()
         self._listed: dict[str, str] = {}
         """resourceVersion of each object, by uid."""
-        self._watched: dict[str, Key] = {}
-        """Service of each object whose kind is watched, by uid."""
+        self._services: dict[str, Key] = {}
+        """By uid."""
         self._told: defaultdict[Key, dict[str, str]] = defaultdict(dict)
         """The latest resourceVersion that an event told, by uid."""
-        self._answers: dict[str, KindMissing | None] = {}
-        """What listing each kind came to, by kind; those that may not be listed are missing."""
+        self._answers: dict[str, str | None] = {}
+        """What listing each kind came to, by kind: None, or how the cluster lacks it. Those that may not be listed are missing."""
 
     async def collect(self, client: Client, namespaces: Sequence[str]) -> None:
         """Lists everything, in these namespaces or in all. Raises ApiError for what will pass."""
-        async for item in _list(client, SERVICES, namespaces, ""):
-            metadata = item["metadata"]
-            self._file((metadata["namespace"], metadata["name"]), item, watched=True).parent = json.dumps(item)
-        for resource in (*CHILD_KINDS, PODS):
-            optional = resource.kind in OPTIONAL_KINDS
-            try:
-                async for item in _list(client, resource, namespaces, "" if optional else resources.SELECTOR):
-                    if (key := child_key(item)) is not None:
-                        bundle = self._file(key, item, watched=not optional)
-                        bundle.children[(resource.kind, item["metadata"]["name"])] = json.dumps(item)
-            except KindMissing as error:
-                self._answers[resource.kind] = error
-            except Forbidden as error:
-                _log.debug("%s are asked for one by one: %s", resource.plural, error)
-            else:
-                self._answers[resource.kind] = None
+        gate = asyncio.Semaphore(_LISTS_AT_ONCE)
+        async for head, item in _list(client, SERVICES, namespaces, ""):
+            key = (head.namespace, head.name)
+            self._services[head.uid] = key
+            self._file(key, head).parent = bytes(item)
+        await asyncio.gather(*(self._collect_kind(client, kind, namespaces, gate) for kind in (*CHILD_KINDS, PODS)))
         self._complete = True
         _log.debug("surveyed %d services in %.1f s", len(self._bundles), self._clock() - self._began)
 
-    def _file(self, key: Key, item: Object, *, watched: bool) -> _Bundle:
-        metadata = item["metadata"]
-        self._listed[metadata["uid"]] = metadata["resourceVersion"]
-        if watched:
-            self._watched[metadata["uid"]] = key
+    async def _collect_kind(self, client: Client, kind: Resource, namespaces: Sequence[str], gate: asyncio.Semaphore) -> None:
+        selector = "" if kind.kind in OPTIONAL_KINDS else resources.SELECTOR
+        try:
+            async with gate:
+                async for head, item in _list(client, kind, namespaces, selector):
+                    if (key := child_key(head)) is not None:
+                        self._file(key, head).children[(kind.kind, head.name)] = bytes(item)
+        except KindMissing as error:
+            self._answers[kind.kind] = str(error)
+        except Forbidden as error:
+            _log.debug("%s are asked for one by one: %s", kind.plural, error)
+        else:
+            self._answers[kind.kind] = None
+
+    def _file(self, key: Key, head: Head) -> _Bundle:
+        self._listed[head.uid] = head.resource_version
         return self._bundles[key]
 
-    def tell(self, key: Key, body: Mapping[str, Any]) -> bool:
+    def tell(self, key: Key, uid: str, version: str) -> bool:
         """Notes what an event says of an object of the service; whether it is news, that is not what was listed."""
         if self._closed:
             return True
-        metadata = body.get("metadata") or {}
-        uid, version = str(metadata.get("uid", "")), str(metadata.get("resourceVersion", ""))
         self._told[key][uid] = version
         return not self._complete or self._listed.get(uid) != version
 
@@ -125,38 +137,42 @@ class Survey:
         bundle = self._bundles.pop(key, None)
         if not fresh or bundle is None or not bundle.parent:
             return None
-        parent = json.loads(bundle.parent)
+        parent = _whole(SERVICES, bundle.parent)
         if "deletionTimestamp" in parent["metadata"] or not parent.get("status"):
             return None  # there is something to do
         if any(self._listed.get(uid) != version for uid, version in self._told[key].items()):
             return None
-        return Surveyed(client, parent, {child: json.loads(text) for child, text in bundle.children.items()}, self._answers)
+        children = {(kind, name): _whole(_KINDS[kind], item) for (kind, name), item in bundle.children.items()}
+        return Surveyed(client, parent, children, self._answers)
 
     def close(self) -> None:
         """Forgets what was listed: from now on nothing is taken, and every event is news."""
         self._complete, self._closed = False, True
-        for part in (self._bundles, self._taken, self._listed, self._watched, self._told):
+        for part in (self._bundles, self._taken, self._listed, self._services, self._told):
             part.clear()
 
     def untold(self) -> set[Key]:
-        """Services with an object of which no event has told, though it was listed and its kind is watched."""
-        told = {uid for versions in self._told.values() for uid in versions}
-        return {key for uid, key in self._watched.items() if uid not in told}
+        """Services of which no event has told, though they were listed."""
+        return {key for uid, key in self._services.items() if uid not in self._told.get(key, ())}
 
 
-async def _list(client: Client, resource: Resource, namespaces: Sequence[str], selector: str) -> Any:
-    query = {"limit": _PAGE, **({"labelSelector": selector} if selector else {})}
+async def _list(client: Client, resource: Resource, namespaces: Sequence[str], selector: str) -> AsyncIterator[tuple[Head, Raw]]:
+    query = {"labelSelector": selector} if selector else {}
     for namespace in namespaces or (None,):
         async for page in client.pages(resource, namespace, **query):
-            for item in page.get("items") or []:
-                item["apiVersion"], item["kind"] = resource.api_version, resource.kind
-                yield item
+            for item in page.items or ():
+                yield read_head(item), item
+
+
+def _whole(resource: Resource, item: bytes) -> Object:
+    """Lists leave out what all their objects have in common."""
+    return {"apiVersion": resource.api_version, "kind": resource.kind, **parse(item)}
 
 
 class Surveyed:
     """The API server, as it answered for one service when that was surveyed. Writes nothing: what would change anything is WouldWrite."""
 
-    def __init__(self, client: Api, parent: Object, children: Mapping[Child, Object], answers: Mapping[str, KindMissing | None]) -> None:
+    def __init__(self, client: Api, parent: Object, children: Mapping[Child, Object], answers: Mapping[str, str | None]) -> None:
         self.parent = parent
         self._client = client
         self._children = children
@@ -213,7 +229,7 @@ class Surveyed:
         """Whether the kind was surveyed. Raises KindMissing where the cluster lacks it."""
         answer = self._answers.get(resource.kind)
         if answer is not None:
-            raise answer
+            raise KindMissing(answer, status=404)  # another each time: one that is raised again holds all that ever raised it
         return resource.kind in self._answers
 
 

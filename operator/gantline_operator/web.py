@@ -23,7 +23,10 @@ def build_application(registry: CollectorRegistry, load: Load, elsewhere: Elsewh
     """`elsewhere`: who is asked for a load that is not known here."""
 
     async def metrics(request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        """All, or those that `name[]` names, as Prometheus' own servers answer it."""
+        names = request.query.getall("name[]", [])
+        body = generate_latest(registry.restricted_registry(names) if names else registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def service_load(request: web.Request) -> web.Response:
         """503 where the load is not known: an autoscaler that gets no number changes nothing, and 0 would be a number."""

@@ -22,15 +22,17 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-__all__ = ["Rank", "Schedule", "WorkQueue", "backoff_s"]
+__all__ = ["BACKOFF_CAP_S", "RETURN_S", "Rank", "Schedule", "WorkQueue", "backoff_s"]
 
 K = TypeVar("K", bound=Hashable)
 
+RETURN_S = 2.0
+"""Most seconds between two attempts of a watch to reach the API server. There are few watches, and nobody is served while they are away."""
 _BACKOFF_BASE_S = 0.25
-_BACKOFF_CAP_S = 300.0
+BACKOFF_CAP_S = 300.0
 
 
-def backoff_s(failures: int, jitter: float, *, base_s: float = _BACKOFF_BASE_S, cap_s: float = _BACKOFF_CAP_S) -> float:
+def backoff_s(failures: int, jitter: float, *, base_s: float = _BACKOFF_BASE_S, cap_s: float = BACKOFF_CAP_S) -> float:
     """Seconds to wait after the `failures`-th failure in a row (1, 2, ...): doubling, capped, half of it up to the jitter (0 to 1)."""
     full = min(cap_s, base_s * 2 ** min(failures - 1, 32))
     return full * (0.5 + 0.5 * jitter)
@@ -145,10 +147,11 @@ class WorkQueue(Generic[K]):
         self._schedule.add_at(key, self._clock() + max(0.0, delay_s), rank)
         self._wake()
 
-    def retry(self, key: K, *, at_least_s: float = 0.0) -> float:
-        """Comes back after a delay that doubles with each failure in a row, and is no shorter than a server asked for. Returns it."""
+    def retry(self, key: K, *, at_least_s: float = 0.0, cap_s: float = BACKOFF_CAP_S) -> float:
+        """Comes back after a delay that doubles with each failure in a row up to `cap_s`, and is no shorter than a server asked for.
+        Returns it."""
         self._failures[key] = self._failures.get(key, 0) + 1
-        delay_s = max(at_least_s, backoff_s(self._failures[key], self._jitter()))
+        delay_s = max(at_least_s, backoff_s(self._failures[key], self._jitter(), cap_s=cap_s))
         self.add_after(key, delay_s)
         return delay_s
 

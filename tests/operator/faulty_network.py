@@ -28,11 +28,11 @@ _MAX_BODY = 16 << 20
 
 @dataclass
 class Fault:
-    """Of requests that `where` picks, the next `times`: `status` is answered in the server's place; `late`, the request is passed on after
-    `delay_s`; `lost`, it is passed on and the connection cut instead of the answer; `expired`, a watch is told that its version is too old,
-    as an API server says it: within the stream; `truncated`, a good answer breaks off."""
+    """Of requests that `where` picks, the next `times`: `refused`, the connection is cut; `status` is answered in the server's place;
+    `late`, the request is passed on after `delay_s`; `lost`, it is passed on and the connection cut instead of the answer; `expired`, a
+    watch is told that its version is too old, as an API server says it: within the stream; `truncated`, a good answer breaks off."""
 
-    kind: Literal["status", "late", "lost", "expired", "truncated"]
+    kind: Literal["refused", "status", "late", "lost", "expired", "truncated"]
     where: Callable[[web.BaseRequest], bool]
     status: int = 503
     retry_after: str = ""
@@ -148,11 +148,9 @@ class FaultyNetwork:
             if fault.kind == "late":
                 await asyncio.sleep(fault.delay_s)
                 return await self._forward(request)
-            return await self._lose(request)
+            return self._hang_up(request) if fault.kind == "refused" else await self._lose(request)
         except (aiohttp.ClientError, ConnectionError):  # one of the two sides has gone: so goes the other
-            if request.transport is not None:
-                request.transport.abort()
-            return web.Response(status=502)
+            return self._hang_up(request)
         finally:
             del self._open[id(request)]
 
@@ -179,6 +177,9 @@ class FaultyNetwork:
     async def _lose(self, request: web.BaseRequest) -> web.StreamResponse:
         async with self._ask(request) as answer:
             await answer.read()
+        return self._hang_up(request)
+
+    def _hang_up(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.transport is not None:
             request.transport.abort()
         return web.Response(status=502)

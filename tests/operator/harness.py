@@ -119,7 +119,7 @@ class Operator:
         self._watch_writes(client)
         self._ready.set()
         try:
-            await operate(self._settings, client, self._stop, retry_cap_s=1.0, build=self._build)
+            await operate(self._settings, client, self._stop, build=self._build)
         finally:
             await client.close()
 

@@ -11,14 +11,27 @@ from typing import Any
 import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
 from gantline_operator.apply import problem_of
-from gantline_operator.client import ApiError, Conflict, Forbidden, Gone, Invalid, KindMissing, NotFound, Resource, Unavailable, translated
+from gantline_operator.child_watch import child_key
+from gantline_operator.client import (
+    ApiError,
+    Conflict,
+    Forbidden,
+    Gone,
+    Invalid,
+    KindMissing,
+    NotFound,
+    Resource,
+    Unavailable,
+    read_head,
+    translated,
+)
 from gantline_operator.conditions import Reason
 from gantline_operator.events import transitions
-from gantline_operator.handlers import child_key
 from gantline_operator.main import Backoffs, kopf_settings
 from gantline_operator.metrics import Metrics
 from gantline_operator.preparation import judge
 from gantline_operator.stage_runner import read_progress
+from gantline_operator.workqueue import RETURN_S
 from prometheus_client import generate_latest
 
 from tests.operator.harness import SETTINGS, Operator, install_crd, wait
@@ -73,15 +86,24 @@ def test_paths_are_those_of_the_api() -> None:
 
 def test_a_child_is_known_by_its_owner_or_else_by_its_label() -> None:
     owner = {"controller": True, "kind": "InferenceService", "name": "chat"}
-    assert child_key({"metadata": {"namespace": "n", "ownerReferences": [owner]}}) == ("n", "chat")
-    assert child_key({"metadata": {"namespace": "n", "labels": {"gantline.io/service": "chat"}}}) == ("n", "chat")
-    assert child_key({"metadata": {"namespace": "n"}}) is None
+    for metadata, key in (
+        ({"ownerReferences": [{"kind": "Node", "name": "a"}, owner]}, ("n", "chat")),
+        ({"labels": {"gantline.io/service": "chat"}}, ("n", "chat")),
+        ({}, None),
+    ):
+        assert child_key(read_head(json.dumps({"metadata": {"namespace": "n", **metadata}}).encode())) == key
+
+
+def test_what_is_no_object_of_the_api_is_an_answer_that_was_cut_off() -> None:
+    for body in (b'{"metadata": {"name": "a"', b"<html>", b"[]", b'{"metadata": []}'):
+        with pytest.raises(Unavailable):
+            read_head(body)
 
 
 def test_kopf_retries_for_ever_and_never_longer_than_its_cap() -> None:
-    delays = [delay for delay, _ in zip(Backoffs(20.0), range(100), strict=False)]
+    delays = [delay for delay, _ in zip(Backoffs(), range(100), strict=False)]
     assert len(delays) == 100
-    assert max(delays) <= 20
+    assert 1 <= max(delays) <= RETURN_S
     assert kopf_settings().posting.enabled is False
 
 
@@ -158,6 +180,8 @@ def test_metrics_and_health_are_served(api_cluster: ApiCluster, namespace: str, 
     monkeypatch.setattr("gantline_operator.controller.Controller.stuck_worker", lambda self: "".join(stuck))
     with Operator(api_cluster, replace(SETTINGS, watch_namespaces=(namespace,), **ports)):
         wait(lambda: b"gantline_services 0.0" in fetch(ports["metrics_port"], "/metrics"))
+        one = fetch(ports["metrics_port"], "/metrics?name[]=gantline_requeues_total&name[]=gantline_api_requests_total").decode()
+        assert {line.partition("{")[0] for line in one.splitlines() if line[0] != "#"} == {"gantline_api_requests_total"}
         assert wait(lambda: fetch(ports["health_port"], "/healthz"))
     stuck.append("worker 1 has been busy for 999 s")
     with Operator(api_cluster, replace(SETTINGS, watch_namespaces=(namespace,), **ports)):

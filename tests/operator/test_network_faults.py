@@ -22,6 +22,7 @@ from gantline_operator.client import Client
 
 from tests.operator.faulty_network import Fault, FaultyNetwork, is_listing, is_watch, is_write
 from tests.operator.harness import (
+    KINDS,
     SETTINGS,
     TINY,
     Operator,
@@ -32,6 +33,7 @@ from tests.operator.harness import (
     install_crd,
     items,
     patch,
+    server_pods,
     service,
     status,
     wait,
@@ -67,8 +69,8 @@ def _shorten_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     def impatient(self: Client, configuration: Any, **_: Any) -> None:
         original(self, configuration, request_timeout_s=ANSWER_S)
 
-    def settings(**arguments: Any) -> kopf.OperatorSettings:
-        made = settings_of(**arguments)
+    def settings() -> kopf.OperatorSettings:
+        made = settings_of()
         made.watching.inactivity_timeout, made.networking.request_timeout = SILENCE_S, ANSWER_S
         return made
 
@@ -142,6 +144,53 @@ def test_what_happened_while_watches_were_cut_is_seen_after_a_forced_relist(
         # Whoever lists again finds the parents, and looks at each: so also at what only a deletion would have told of.
         assert_at_rest(world, namespace)
         assert names("inferenceservices") == {"third", "tiny"}
+        assert not operator.dead.is_set()
+
+
+def test_after_an_outage_it_is_back_within_seconds_however_long_that_was(world: ApiCluster, network: FaultyNetwork, namespace: str) -> None:
+    """Of the operator alone: it is cut off, the controllers and the scheduler are not. They need half a minute and more to come back from
+    an outage of the API server itself."""
+    with _operator(world, network, namespace) as operator:
+        apply(world, service("tiny", namespace))
+        wait_reason(world, "tiny", namespace, "Ready")
+        with network.fault(Fault("refused", lambda request: True)):
+            patch(world, "tiny", namespace, {"replicas": 2})  # the event is the last that comes through: it is tried in vain
+            network.cut()
+            assert not operator.dead.wait(16.0)
+            network.requests.clear()
+            apply(world, service("other", namespace))
+            time.sleep(4.0)
+            asked = {path.partition("?")[0].rpartition("/")[2] for _, path in network.requests}
+        watched = {"inferenceservices", *(plural for plural in KINDS)}
+        assert asked >= watched, f"these wait for longer: {watched - asked}"
+        back = time.monotonic()
+        wait(lambda: get(world, "deployment", "tiny", namespace)["spec"]["replicas"] == 2, timeout_s=30)
+        wait(lambda: any(pod["spec"].get("nodeName") for pod in server_pods(world, "other", namespace)), timeout_s=30)
+        # 2 s until its watches are back, 5 until what it tried in vain is tried again; the rest is what a service takes.
+        assert time.monotonic() - back < 10.0
+        assert_at_rest(world, namespace)
+
+
+def test_a_child_that_vanished_while_only_its_watch_was_cut_is_made_again(
+    world: ApiCluster, network: FaultyNetwork, namespace: str
+) -> None:
+    """No event tells of it, and nobody lists the services again: the new list of its kind lacks it."""
+
+    def is_of_services(request: web.BaseRequest) -> bool:
+        return request.path == f"/api/v1/namespaces/{namespace}/services"
+
+    with _operator(world, network, namespace) as operator:
+        apply(world, service("tiny", namespace), service("other", namespace))
+        assert_at_rest(world, namespace)
+        with network.fault(Fault("status", is_of_services, 503)):
+            network.cut()
+            world.kubectl("delete", "service/tiny", "-n", namespace)
+        too_old = Fault("expired", lambda request: is_watch(request) and is_of_services(request), times=1)
+        operator.reconciled.clear()
+        with network.fault(too_old):
+            wait(lambda: too_old.met)
+        wait(lambda: [item["metadata"]["name"] for item in items(world, "services", namespace)] == ["other", "tiny"])
+        assert_at_rest(world, namespace)
         assert not operator.dead.is_set()
 
 

@@ -12,7 +12,7 @@ import pytest
 from gantline_operator.conditions import Reason
 from gantline_operator.facts import ClusterFacts, PodUse, cluster_facts, read_node
 from gantline_operator.inventory import parse_inventory
-from gantline_operator.plan import Plan, Rejected, StagePlan, cache_size, plan, plan_inputs, plan_stage, reservation
+from gantline_operator.plan import Plan, Rejected, StagePlan, cache_size, plan, plan_inputs, plan_stage, reservation, stands
 from gantline_operator.plan_status import MAX_ROWS, from_status, rejected_status, to_status
 from gantline_runtime.sizing import GIB, awq_weight_bytes
 from hypothesis import given
@@ -47,6 +47,28 @@ def test_whether_it_waits_follows_the_cluster_and_nothing_else_does() -> None:
     first = accepted("8b", cluster_of("h100"))
     later = _again(first, cluster_of("h100", used={"h100-0": 8}))
     assert later.placement.waiting and replace(later, placement=replace(later.placement, waiting=False)) == first
+
+
+def test_a_plan_whose_pods_have_their_nodes_stands_whatever_is_free_and_needs_no_count_of_it() -> None:
+    first = accepted("8b", cluster_of("h100"))
+    fleet = cluster_facts([read_node(node) for node in node_objects("h100", "a10")], None)
+    assert stands(first, spec_of(), MODELS["8b"], fleet, IMAGES) == first
+    waiting = _again(first, cluster_of("h100", used={"h100-0": 8}))
+    assert waiting.placement.waiting and stands(waiting, spec_of(), MODELS["8b"], fleet, IMAGES) == first
+
+
+def test_whether_a_plan_stands_is_planned_anew_where_anything_but_the_free_devices_has_changed() -> None:
+    first = accepted("8b", cluster_of("h100"))
+    for fleet, spec, images in (
+        (cluster_of("a10"), spec_of(), IMAGES),
+        (cluster_of("h100"), spec_of(engine={"sessionLen": 8192}), IMAGES),
+        (cluster_of("h100"), spec_of(accelerator={"products": ["NVIDIA-A10"]}), IMAGES),
+        (cluster_of("h100"), spec_of(), {**IMAGES, first.placement.image: ""}),
+    ):
+        assert stands(first, spec, MODELS["8b"], fleet, images) is None
+    on_cpu = spec_of(accelerator={"resource": "cpu"})
+    planned = plan(on_cpu, MODELS["8b"], cluster_of("cpu"), IMAGES)
+    assert isinstance(planned, Plan) and stands(planned, on_cpu, MODELS["8b"], cluster_of("cpu"), IMAGES) is None
 
 
 @pytest.mark.parametrize(

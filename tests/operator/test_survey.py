@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import gc
+import json
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from gantline_devcluster.api_only import ApiCluster
-from gantline_operator.client import FIELD_MANAGER, Forbidden, KindMissing, NotFound, Resource
+from gantline_operator.client import FIELD_MANAGER, Forbidden, KindMissing, NotFound, Page, Raw, Resource
 from gantline_operator.observe import PODS
-from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES
-from gantline_operator.resources import labels, owner_reference
+from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES, Cluster, Memory, Pass
+from gantline_operator.resources import Settings, labels, owner_reference
 from gantline_operator.survey import MAX_AGE_S, Survey, Surveyed, WouldWrite
 from gantline_operator.unchanged import apply_changes_nothing
 
 from tests.operator.applying import apply, path_of
+from tests.operator.harness import SETTINGS
 from tests.operator.render_cases import CASES
 
 Object = dict[str, Any]
@@ -123,12 +129,13 @@ class Listing:
         self.queries: list[tuple[str, str | None, str]] = []
         self.asked: list[str] = []
 
-    async def pages(self, resource: Resource, namespace: str | None = None, **query: str) -> AsyncIterator[Object]:
+    async def pages(self, resource: Resource, namespace: str | None = None, **query: str) -> AsyncIterator[Page]:
         self.queries.append((resource.kind, namespace, query.get("labelSelector", "")))
         found = self.found.get(resource.kind, [])
         if isinstance(found, Exception):
             raise found
-        yield {"items": [copy.deepcopy(item) for item in found if namespace in (None, item["metadata"]["namespace"])]}
+        items = [item for item in found if namespace in (None, item["metadata"]["namespace"])]
+        yield msgspec.convert({"metadata": {}, "items": [Raw(json.dumps(item).encode()) for item in items]}, Page)
 
     async def get(self, resource: Resource, namespace: str | None, name: str, *, subresource: str = "") -> Object:
         self.asked.append(f"{resource.kind}/{name}")
@@ -144,6 +151,10 @@ def surveyed(listing: Listing, *namespaces: str) -> tuple[Survey, list[float]]:
     survey = Survey(lambda: now[0])
     asyncio.run(survey.collect(listing, namespaces))  # type: ignore[arg-type]
     return survey, now
+
+
+def tell(survey: Survey, item: Object) -> bool:
+    return survey.tell(CHAT, item["metadata"]["uid"], item["metadata"]["resourceVersion"])
 
 
 def take(survey: Survey, listing: Listing) -> Surveyed | None:
@@ -172,14 +183,14 @@ def test_a_service_that_is_new_or_goes_is_asked_for(part: Object) -> None:
 def test_an_event_is_news_only_if_it_tells_of_another_version_and_then_the_service_is_asked_for() -> None:
     service = child("Service", "chat", "7")
     survey, _ = surveyed(listing := Listing(Service=[service]))
-    assert not survey.tell(CHAT, service)
-    assert not survey.tell(CHAT, listing.found["InferenceService"][0])
+    assert not tell(survey, service)
+    assert not tell(survey, listing.found["InferenceService"][0])
     assert take(survey, listing) is not None
     survey, _ = surveyed(listing)
-    assert survey.tell(CHAT, child("Service", "chat", "8"))
+    assert tell(survey, child("Service", "chat", "8"))
     assert take(survey, listing) is None
     survey, _ = surveyed(listing)
-    assert survey.tell(CHAT, child("Service", "unknown"))
+    assert tell(survey, child("Service", "unknown"))
     assert take(survey, listing) is None
 
 
@@ -187,18 +198,18 @@ def test_what_events_told_while_the_lists_were_made_counts_too() -> None:
     listing = Listing(Service=[child("Service", "chat", "7")])
     for version, usable in (("7", True), ("8", False)):
         survey = Survey(lambda: 0.0)
-        assert survey.tell(CHAT, child("Service", "chat", version)), "it is not known yet whether it is"
+        assert tell(survey, child("Service", "chat", version)), "it is not known yet whether it is"
         asyncio.run(survey.collect(listing, ()))  # type: ignore[arg-type]
         assert (take(survey, listing) is not None) is usable
 
 
-def test_what_no_watch_told_of_has_vanished() -> None:
-    service, autoscaler = child("Service", "chat"), child("HorizontalPodAutoscaler", "chat")
-    survey, _ = surveyed(listing := Listing(Service=[service], HorizontalPodAutoscaler=[autoscaler]))
-    survey.tell(CHAT, listing.found["InferenceService"][0])
+def test_a_service_that_no_watch_told_of_has_vanished() -> None:
+    survey, _ = surveyed(listing := Listing(Service=[child("Service", "chat")]))
     assert survey.untold() == {CHAT}
-    survey.tell(CHAT, service)
-    assert survey.untold() == set(), "autoscalers are not watched"
+    tell(survey, child("Service", "chat"))
+    assert survey.untold() == {CHAT}, "children are watched before they are listed"
+    tell(survey, listing.found["InferenceService"][0])
+    assert survey.untold() == set()
 
 
 def test_kinds_are_listed_by_our_label_in_each_namespace_that_is_served_and_autoscalers_without() -> None:
@@ -241,6 +252,42 @@ def test_reads_are_answered_from_it_and_what_it_cannot_know_is_asked_for() -> No
         assert listing.asked == ["Service/gone", "Ingress", "Service"]
 
     asyncio.run(ask())
+
+
+def test_what_was_listed_is_let_go_as_soon_as_it_was_used() -> None:
+    """Also where a look met a kind that the cluster lacks: an error that is raised again holds all that ever raised it."""
+
+    def look() -> weakref.ref[Surveyed]:
+        api = take(survey, listing)
+        assert api is not None
+        asyncio.run(ask(api))
+        return weakref.ref(api)
+
+    async def ask(api: Surveyed) -> None:
+        with contextlib.suppress(KindMissing):
+            await api.get(KINDS["ScaledObject"], "ns", "chat")
+
+    survey, _ = surveyed(listing := Listing(ScaledObject=KindMissing("no such kind")))
+    gc.disable()
+    try:
+        assert look()() is None
+    finally:
+        gc.enable()
+
+
+def test_a_pass_is_let_go_as_soon_as_it_is_over() -> None:
+    def some(*_: Any) -> Any:
+        return None
+
+    parent = {"metadata": {"name": "chat", "namespace": "ns", "uid": "u-chat"}}
+    rendering = Settings.of(SETTINGS, "1")
+    cluster = Cluster(Listing(), SETTINGS, rendering, some, some, some, some, lambda service, uid: Memory(uid))  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        gone = weakref.ref(Pass(cluster, parent))
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_written_but_what_would_change_nothing() -> None:
