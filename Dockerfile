@@ -106,13 +106,15 @@ RUN venv/bin/python triton_launcher.py --output /out/triton-launcher
 
 # Triton's kernels for the models that are served most, compiled without a GPU; others are compiled where they are met. Fewer architectures
 # or models make a quicker build: --build-arg KERNEL_TARGETS="90" --build-arg KERNEL_MODELS="llama-3.1-8b" (empty: all of the list).
+# Our code decides which kernels there are, so this step follows each change of it; the builder's cache keeps it from compiling all anew.
 FROM runtime-dependencies AS triton-kernels
 ARG KERNEL_TARGETS="80 86 89 90"
 ARG KERNEL_MODELS=
 COPY runtime/gantline_runtime source/gantline_runtime
 COPY kernels/gantline_kernels source/gantline_kernels
 # hadolint ignore=DL3059,SC2086
-RUN PYTHONPATH=source python -m gantline_runtime.cli prebuild-kernels --targets $KERNEL_TARGETS --models $KERNEL_MODELS --out /out/triton-kernels
+RUN --mount=type=cache,target=/var/cache/triton-kernels PYTHONPATH=source python -m gantline_runtime.cli prebuild-kernels \
+    --targets $KERNEL_TARGETS --models $KERNEL_MODELS --reuse /var/cache/triton-kernels --out /out/triton-kernels
 
 FROM runtime-dependencies AS runtime
 ENV USER=gantline NVIDIA_DRIVER_CAPABILITIES=compute,utility GANTLINE_KERNELS_LIBRARY=/opt/gantline/libgantline_kernels.so \

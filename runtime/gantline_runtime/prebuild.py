@@ -275,9 +275,13 @@ def prebuild(
     output: Path,
     *,
     jobs: int,
+    reuse: Path | None = None,
     on_done: Callable[[ModelVariant, int, int, int], None] = lambda variant, target, done, total: None,
 ) -> None:
     """Fill the folder `output`, as `gantline_kernels.prebuilt` reads it, by so many processes. Kernels that are in it are kept.
+
+    `reuse` names a folder that outlives `output`: what an earlier run left there is copied instead of compiled, and what is compiled is
+    left there too. Names are hashes of all that decides about a kernel, so nothing in it is ever wrong, only no longer asked for.
 
     `on_done` hears which variant is done on which architecture, and how many of how many are. Raises what `note_launches` raises, and what
     Triton's compiler does.
@@ -285,7 +289,7 @@ def prebuild(
     output.mkdir(parents=True, exist_ok=True)
     prebuilt.write_versions(output)
     _remove_claims(output)  # of a run that was ended
-    work = [(variant, target, output) for variant in variants for target in targets]
+    work = [(variant, target, output, reuse) for variant in variants for target in targets]
     with tempfile.TemporaryDirectory() as scratch:
         context = multiprocessing.get_context("spawn")
         with context.Pool(jobs, _begin_worker, (scratch,)) as pool:
@@ -307,23 +311,39 @@ def _begin_worker(scratch: str) -> None:
     knobs.compilation.disable_line_info = True  # of use to a profiler alone
 
 
-def _prebuild_one(work: tuple[ModelVariant, int, Path]) -> tuple[ModelVariant, int]:
-    variant, target, output = work
+def _prebuild_one(work: tuple[ModelVariant, int, Path, Path | None]) -> tuple[ModelVariant, int]:
+    variant, target, output, reuse = work
     for launch in note_launches(variant, [target]):
         try:
             (output / f".{launch.key}").mkdir()  # whoever makes it compiles; other workers may need the same kernel
         except FileExistsError:
             continue
         if not (output / launch.key).is_dir():
-            _compile(launch, output)
+            _provide(launch, output, reuse)
     return variant, target
 
 
-def _compile(launch: NotedLaunch, output: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=output, prefix=".") as scratch:
-        partial = Path(scratch, launch.key)
+def _provide(launch: NotedLaunch, output: Path, reuse: Path | None) -> None:
+    kept = reuse / launch.key if reuse is not None else None
+    if kept is not None and kept.is_dir():
+        _put(kept.iterdir(), output / launch.key)
+        return
+    _put((Path(path) for path in launch.compile().metadata_group.values()), output / launch.key)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _put((output / launch.key).iterdir(), kept)
+        except OSError:
+            if not kept.is_dir():  # else another build has put it there meanwhile
+                raise
+
+
+def _put(files: Iterable[Path], folder: Path) -> None:
+    """Copy what a launch needs of a kernel; the folder appears whole."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
+        partial = Path(scratch, folder.name)
         partial.mkdir()
-        for name, path in launch.compile().metadata_group.items():
-            if Path(path).suffix in prebuilt.KEPT:
-                shutil.copyfile(path, partial / name)
-        partial.rename(output / launch.key)
+        for file in files:
+            if file.suffix in prebuilt.KEPT:
+                shutil.copyfile(file, partial / file.name)
+        partial.rename(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_what_a_folder_lacks_is_said_and_nothing_is_compiled_for_it(config: Path
     first, second = less.stdout.splitlines()
     assert less.returncode == 1 and first.endswith("architecture 80: lacks 1: _decode"), less.stderr
     assert int(second.split("lacks ")[1].split(":")[0]) > 15
+
+
+def test_what_an_earlier_run_kept_is_copied_and_the_rest_is_compiled_and_kept(config: Path, kernels: Path, tmp_path: Path) -> None:
+    kept, made = tmp_path / "kept", tmp_path / "made"
+    shutil.copytree(kernels, kept)
+    marked, gone, *_ = sorted(file.relative_to(kept) for file in kept.glob("*/*.cubin"))
+    (kept / marked).write_bytes(b"copied")
+    shutil.rmtree((kept / gone).parent)
+    command = ["-m", "gantline_runtime.cli", "prebuild-kernels", "--config", str(config), "--targets", "80"]
+    done = run_python(*command, "--reuse", str(kept), "--out", str(made))
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = {file.relative_to(kernels) for file in kernels.rglob("*") if file.is_file()}
+    assert {file.relative_to(made) for file in made.rglob("*") if file.is_file()} == files
+    assert (made / marked).read_bytes() == b"copied"
+    assert (made / gone).read_bytes() == (kept / gone).read_bytes() == (kernels / gone).read_bytes()
 
 
 def test_only_what_a_launch_needs_is_kept(kernels: Path) -> None:

@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--check", action="store_true", help="compile nothing; say what $GANTLINE_TRITON_KERNELS lacks, exit code 1 if anything"
     )
+    kept = "folder of a cache: kernels that an earlier run left there are not compiled again"
+    parser.add_argument("--reuse", type=Path, metavar="DIR", help=kept)
     parser.add_argument(
         "--targets", type=int, nargs="+", default=_TARGETS, metavar="N", help="GPU architectures, 90 for 9.0 (default: 80 86 89 90)"
     )
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return _report(look_up(variants, args.targets))
     began = time.monotonic()
-    prebuild(variants, args.targets, args.out, jobs=args.jobs or available_cpus(), on_done=_say)
+    prebuild(variants, args.targets, args.out, jobs=args.jobs or available_cpus(), reuse=args.reuse, on_done=_say)
     kernels = list(args.out.glob("*/*.cubin"))
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{len(kernels)} kernels in {args.out}, {size / 1e6:.1f} MB, after {time.monotonic() - began:.0f} s")
