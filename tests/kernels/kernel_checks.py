@@ -15,6 +15,7 @@ import torch
 from gantline_kernels import api, hopper_gated_linear, library, reference
 from gantline_kernels.hopper_batch_linear import batch_linear
 
+from tests.kernels import interpreter
 from tests.kernels.cases import largest_error, paged
 
 BACKEND = os.environ["GANTLINE_KERNEL_BACKEND"]
@@ -32,21 +33,8 @@ Groups = Sequence[tuple[list[int], int]]
 """Members and blocks of each."""
 
 
-def _let_the_interpreter_count() -> None:
-    """Triton 3.6's interpreter holds scalars as arrays of one element, which numpy 2.4 no longer takes for integers."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_count(tensor: object, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_and_count
-
-
 if not ON_GPU:
-    _let_the_interpreter_count()
+    interpreter.prepare()
 
 
 def _check_attention(case_arguments: dict[str, object], lengths: list[tuple[int, int]], groups: Groups = (), spare_groups: int = 0) -> None:

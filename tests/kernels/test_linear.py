@@ -16,6 +16,7 @@ from gantline_kernels.hopper_linear import fits_hopper_linear
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
 from tests.kernels.cases import largest_error
+from tests.kernels.compiled import compile_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,9 +45,9 @@ def test_the_one_row_kernel_equals_its_reference_under_the_interpreter() -> None
     _run("-m", "pytest", *options, "tests/kernels/linear_checks.py", TRITON_INTERPRET="1", GANTLINE_KERNEL_BACKEND="triton")
 
 
-def test_the_one_row_kernel_compiles_and_waits_for_earlier_kernels_only_if_it_starts_early(tmp_path: Path) -> None:
-    assert set(_run("-c", _COMPILE, "80", TRITON_CACHE_DIR=str(tmp_path)).splitlines()) == {"False 0"}
-    assert set(_run("-c", _COMPILE, "90", TRITON_CACHE_DIR=str(tmp_path)).splitlines()) == {"False 0", "True 2"}
+def test_the_one_row_kernel_compiles_and_waits_for_earlier_kernels_only_if_it_starts_early() -> None:
+    assert set(_run("-c", _COMPILE, "80", **compile_environment()).splitlines()) == {"False 0"}
+    assert set(_run("-c", _COMPILE, "90", **compile_environment()).splitlines()) == {"False 0", "True 2"}
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (1, 8), (1000, 200), (18944, 3584), (262144, 2304)])

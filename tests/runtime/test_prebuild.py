@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ from gantline_runtime.errors import ConfigurationError
 from gantline_runtime.prebuilt_models import ModelVariant, read_variants, select_variants
 from gantline_runtime.server.lifecycle import State
 from gantline_runtime.server.metrics import Metrics
+
+from tests.kernels.compiled import compiled_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -85,10 +88,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def kernels(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command makes of the small model, for compute capability 8.0."""
+    """What the command makes of the small model, for compute capability 8.0. What these very modules made before is not compiled again."""
+    modules = b"".join(Path(module.__file__).read_bytes() for module in (prebuild, prebuilt))
+    kept = compiled_folder(f"prebuilt-{hashlib.sha256(modules).hexdigest()[:8]}")
     folder = tmp_path_factory.mktemp("kernels")
-    command = ["-m", "gantline_runtime.cli", "prebuild-kernels", "--config", str(config), "--targets", "80", "--out", str(folder)]
-    done = run_python(*command)
+    command = ["-m", "gantline_runtime.cli", "prebuild-kernels", "--config", str(config), "--targets", "80", "--reuse", str(kept)]
+    done = run_python(*command, "--out", str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"kernels in {folder}" in done.stdout
     return folder
