@@ -84,7 +84,7 @@ def test_more_than_may_wait_are_refused_at_once(waiting: GatewayProcess, ask: As
     body = {**CHAT, "model": "full", "stream": True}
     with contextlib.ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(httpx.stream("POST", f"{waiting.url}/v1/chat/completions", json=body))
+            stack.enter_context(httpx.stream("POST", f"{waiting.url}/v1/chat/completions", json=body, timeout=60))
         waiting.wait_demand("default/full", held=3)
         refused = ask("full").result()
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
@@ -105,7 +105,7 @@ def test_a_suspended_service_is_refused_at_once(ask: Ask) -> None:
 
 def test_a_client_that_stops_waiting_is_held_no_longer(waiting: GatewayProcess) -> None:
     body = {**CHAT, "model": "never", "stream": True}
-    with httpx.stream("POST", f"{waiting.url}/v1/chat/completions", json=body) as stream:
+    with httpx.stream("POST", f"{waiting.url}/v1/chat/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith(": waiting")
         waiting.wait_demand("default/never", held=1)

@@ -129,9 +129,8 @@ def test_models_are_listed_also_at_zero_and_by_full_name_where_the_short_one_is_
 
 
 def test_a_client_that_leaves_frees_its_blocks(shared: GatewayProcess, slow: ServerProcess) -> None:
-    with httpx.stream(
-        "POST", f"{shared.url}/v1/chat/completions", json={**CHAT, "model": "slow", "stream": True, "max_tokens": 4000}
-    ) as stream:
+    body = {**CHAT, "model": "slow", "stream": True, "max_tokens": 4000}
+    with httpx.stream("POST", f"{shared.url}/v1/chat/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()  # which would close the stream, were it not kept
         assert "error" not in next(lines)
         assert shared.demand("default/slow")["running"] == 1

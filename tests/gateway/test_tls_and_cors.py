@@ -74,7 +74,7 @@ def test_no_client_gets_less_than_tls_1_2(tmp_path: Path, offered: Path, version
     context = ssl.create_default_context(cafile=str(secret.path / "tls.crt"))
     context.set_ciphers("DEFAULT:@SECLEVEL=0")  # or the client would refuse old versions by itself
     context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
-    with gateway(offered, *secret.flags) as process, httpx.Client(verify=context) as client:
+    with gateway(offered, *secret.flags) as process, httpx.Client(verify=context, timeout=60) as client:
         if is_taken:
             assert client.get(process.url + "/v1/models").status_code == 200
         else:

@@ -190,7 +190,7 @@ def test_metrics_and_health_are_served(api_cluster: ApiCluster, namespace: str, 
 
 def fetch(port: int, path: str) -> bytes:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
             return bytes(answer.read())
     except urllib.error.HTTPError as error:
         return str(error.code).encode()

@@ -183,7 +183,7 @@ def _empty(url: str) -> list[str]:
 
 def _ask(url: str, query: str) -> list[float]:
     query = re.sub(r'\w+=~"\$\w+",? ?', "", query).replace("$__rate_interval", "20s")
-    answer = httpx.get(f"{url}/api/v1/query", params={"query": query}).json()
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": query}, timeout=60).json()
     assert answer["status"] == "success", (query, answer)
     return [float(item["value"][1]) for item in answer["data"]["result"]]
 

@@ -196,7 +196,7 @@ def test_an_operator_that_waits_passes_on_what_only_the_leader_knows(
 
     def load(address: str) -> str:
         try:
-            with urllib.request.urlopen(f"http://{address}:{metrics}/load/{namespace}/chat", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://{address}:{metrics}/load/{namespace}/chat", timeout=60) as answer:
                 return str(json.load(answer)["load"])
         except OSError as error:
             return str(error)
@@ -205,8 +205,8 @@ def test_an_operator_that_waits_passes_on_what_only_the_leader_knows(
         wait(lambda: load(known) == "2.5")
         with Operator(api_cluster, replace(settings, address="127.0.0.2", listen_address="127.0.0.2", custom_metrics_port=custom)):
             wait(lambda: load("127.0.0.2") == "2.5", what=lambda: load("127.0.0.2"))
-            with socket.create_server((known, custom)) as leader, socket.create_connection(("127.0.0.2", custom), timeout=10) as asking:
-                leader.settimeout(10)
+            with socket.create_server((known, custom)) as leader, socket.create_connection(("127.0.0.2", custom), timeout=60) as asking:
+                leader.settimeout(60)
                 asking.sendall(b"hello")
                 answering, _ = leader.accept()
                 with answering:

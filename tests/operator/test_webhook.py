@@ -267,7 +267,7 @@ async def test_a_judge_that_fails_or_a_body_that_is_none_is_no_refusal(tmp_path:
     def ask(body: bytes) -> tuple[int, bytes]:
         url = f"https://127.0.0.1:{port}/validate"
         try:
-            with urllib.request.urlopen(url, data=body, timeout=10, context=ssl.create_default_context(cadata=pair.authority)) as answer:
+            with urllib.request.urlopen(url, data=body, timeout=60, context=ssl.create_default_context(cadata=pair.authority)) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()

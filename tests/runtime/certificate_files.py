@@ -25,6 +25,6 @@ def make_certificate(folder: Path, name: str, *, cert: str = "cert.pem", key: st
 
 def shown_subject(url: str, trusted: Path) -> str:
     """The common name of whoever answers at `url`. Raises httpx.HTTPError where `trusted` has not signed its certificate."""
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(trusted))) as client:
+    with httpx.Client(verify=ssl.create_default_context(cafile=str(trusted)), timeout=60) as client:
         certificate = client.get(url).extensions["network_stream"].get_extra_info("ssl_object").getpeercert()
     return str(dict(pair for entry in certificate["subject"] for pair in entry)["commonName"])

@@ -324,7 +324,7 @@ def real_registry(folder: Path) -> Iterator[str]:
 
 
 def push(registry: str, images: Images) -> None:
-    with httpx.Client(base_url=f"http://{registry}/v2/{REPOSITORY}/") as client:
+    with httpx.Client(base_url=f"http://{registry}/v2/{REPOSITORY}/", timeout=60) as client:
         for digest, data in images.blobs.items():
             upload = client.post("blobs/uploads/").raise_for_status().headers["Location"]
             client.put(httpx.URL(upload).copy_add_param("digest", digest), content=data).raise_for_status()
