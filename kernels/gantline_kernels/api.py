@@ -185,7 +185,7 @@ def paged_attention(
     ones correspondingly less. The first `num_decodes` sequences have one query each. Padding: the last of these, and the last of all, may
     have no query, and then have a context of 0. `max_query_len` and `max_context_len` are upper bounds. sliding_window W > 0: a query sees
     itself and the W - 1 tokens before. logit_softcap c > 0: scores become c * tanh(score / c).
-    Entries of block_tables past a sequence's length are not read. Rows of q that no sequence covers (padding) give undefined results.
+    Entries of block_tables past a sequence's length mean nothing. Rows of q that no sequence covers (padding) give undefined results.
     `shared` says which of the first `num_decodes` contexts begin alike, so that what they share is read once; results differ by rounding
     only. Within a sliding window it is not used, since little of a prefix is seen there.
     """

@@ -8,6 +8,7 @@ import torch
 
 from gantline_kernels import devices, library, prefill_split, triton_backend
 from gantline_kernels.hopper_batch_linear import batch_linear, has_batch_linear
+from gantline_kernels.hopper_decode import fits_hopper_decode, hopper_decode
 from gantline_kernels.hopper_gated_linear import gated_linear as hopper_gated_linear
 from gantline_kernels.hopper_gated_linear import has_gated_linear
 from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
@@ -70,10 +71,12 @@ def paged_attention(
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     if num_decodes:
-        decode_attention(
-            q[:num_decodes], key_cache, value_cache, block_tables, context_lens, out[:num_decodes],
-            scale, max_context_len, sliding_window, logit_softcap, shared,
-        )  # fmt: skip
+        decodes = (q[:num_decodes], key_cache, value_cache, block_tables, context_lens, out[:num_decodes])
+        limits = (scale, max_context_len, sliding_window, logit_softcap)
+        if shared is None and fits_hopper_decode(decodes[0], key_cache) and _has_hopper_kernels(q.device):
+            hopper_decode(*decodes, *limits)
+        else:
+            decode_attention(*decodes, *limits, shared)
     if num_decodes < len(context_lens):
         inputs = (q, key_cache, value_cache, block_tables, query_starts, context_lens, out)
         if _has_hopper_prefill(q, key_cache.shape[2], logit_softcap):

@@ -21,6 +21,10 @@ _SIGNATURES = {
         _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
         _LONG, _INT, _INT, _INT, _INT, _INT, _LONG, _INT, _INT, _INT, _INT, _FLOAT, _INT, _POINTER,
     ],
+    "gantline_decode_hopper": [
+        _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG,
+        _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _POINTER,
+    ],
     "gantline_linear_hopper": [
         _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT,
         _INT, _INT, _POINTER, _POINTER, _INT, _POINTER,

@@ -211,6 +211,65 @@ def test_attention_of_large_batches(dtype: torch.dtype, dim: int, window: int) -
     _check_attention({"heads": 8, "kv_heads": 2, "dim": dim, "dtype": dtype, "block_size": 64, "window": window}, decodes + chunks)
 
 
+_FEW_DECODES: list[tuple[list[tuple[int, int]], dict[str, object]]] = [
+    ([(1, 17_000)], {"window": 3000, "block_size": 64}),
+    ([(1, 1)], {"block_size": 32}),
+    ([(1, 2049), (1, 17), (1, 128), (0, 0)], {"softcap": 20.0, "block_size": 32}),
+    ([(1, n) for n in (300, 9000, 5, 16, 640, 129, 4097)], {"window": 100, "softcap": 3.0, "block_size": 16}),
+]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (3, 3), (7, 1), (16, 1), (20, 4)])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_decodes_of_few_sequences(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
+    for lengths, options in _FEW_DECODES:
+        for chosen in ({"block_size": 64}, options):
+            _check_attention({**shape, **chosen, "num_decodes": len(lengths), "padding": 3}, lengths)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are CUDA's")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_graph_of_few_decodes_follows_the_true_lengths_and_leaves_counters_at_zero(dim: int) -> None:
+    from gantline_kernels import hopper_decode, scratch
+
+    shape: dict[str, Any] = {"heads": 32, "kv_heads": 8, "dim": dim, "dtype": torch.bfloat16, "block_size": 64, "device": DEVICE}
+    lengths = [[16_000, 0, 40, 900], [1, 1, 1, 1], [0, 0, 0, 0], [70, 9000, 12_000, 0], [5000] * 4]
+    cases = [paged([(1, n) if n else (0, 0) for n in chosen], num_decodes=4, **shape) for chosen in lengths if any(chosen)]
+    blocks, width = (max(size) for size in zip(*((len(case.key_cache), case.block_tables.shape[1]) for case in cases), strict=True))
+    caches = torch.zeros(2, blocks, 8, 64, dim, dtype=torch.bfloat16, device=DEVICE)
+    starts, lens = torch.arange(5, device=DEVICE, dtype=torch.int32), torch.zeros(4, device=DEVICE, dtype=torch.int32)
+    tables, q = torch.zeros(4, width, device=DEVICE, dtype=torch.int32), torch.zeros(4, 32, dim, device=DEVICE, dtype=torch.bfloat16)
+    options = {**cases[0].options, "max_query_len": 1, "max_context_len": 16_000}
+
+    def attend() -> torch.Tensor:
+        return api.paged_attention(q, *caches, tables, starts, lens, dim**-0.5, **options, backend=BACKEND)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for case in cases * 3:
+        lens.zero_()
+        graph.replay()  # a batch of padding alone
+        lens.copy_(case.context_lens)
+        for place, tensor in ((caches[0], case.key_cache), (caches[1], case.value_cache), (tables, case.block_tables)):
+            place[tuple(slice(0, size) for size in tensor.shape)] = tensor
+        rows = torch.nonzero(lens).flatten()
+        q[rows] = case.q
+        graph.replay()
+        first = out.clone()
+        graph.replay()
+        assert torch.equal(first[rows], out[rows])
+        assert largest_error(out[rows], case.expected()) < TOLERANCE[torch.bfloat16]
+    memory = [x for owned in scratch._memory.values() for x in (owned if isinstance(owned, tuple) else (owned,))]
+    assert not any(bool(x.any()) for x in memory if x.dtype == torch.int32)
+    if HAS_HOPPER:
+        assert any(make is hopper_decode._new_counters for make, *_ in scratch._memory)
+
+
 _SHARING: list[tuple[list[int], Groups]] = [
     ([17, 18], [([0, 1], 1)]),
     ([33, 5, 48, 64, 1], [([0, 2, 3], 2)]),

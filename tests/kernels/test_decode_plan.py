@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from gantline_kernels.hopper_decode import HopperDecodePlan, plan_hopper_decode
 from gantline_kernels.triton_kernels.decode import DecodePlan, plan_decode, plan_parts
 
 SMS = 132
@@ -38,3 +39,18 @@ def test_few_parts_of_a_shared_prefix_are_taken_in_and_many_are_joined(batch: in
 def test_a_short_prefix_is_not_cut_finer_than_a_part_is_worth() -> None:
     assert plan_decode(8, 32, 8, 2048, 2048, SMS).shared_parts == 16
     assert plan_decode(8, 32, 8, 300, 300, SMS).shared_parts == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "longest", "expected"),
+    [
+        (1, 32768, HopperDecodePlan(16, 128, 8)),
+        (1, 1024, HopperDecodePlan(8, 128, 8)),
+        (1, 1, HopperDecodePlan(1, 128, 8)),
+        (4, 8192, HopperDecodePlan(4, 128, 8)),
+        (16, 512, HopperDecodePlan(1, 128, 8)),
+        (16, 32768, HopperDecodePlan(8, 4096, 8)),
+    ],
+)
+def test_few_sequences_are_cut_into_parts_that_fill_a_hopper_once(batch: int, longest: int, expected: HopperDecodePlan) -> None:
+    assert plan_hopper_decode(batch, 8, 128, longest, SMS) == expected

@@ -236,3 +236,16 @@ def test_any_json_is_facts_or_a_checkpoint_error(value: object, key: str) -> Non
             assert error.cure
         else:
             assert sizing.cache_bytes_per_token(facts, 1, 2) > 0
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8, 32])
+def test_parts_of_few_contexts_have_their_memory(kv_heads: int) -> None:
+    """What `hopper_decode` cuts is within what is counted for any kernel's parts."""
+    from gantline_kernels.hopper_decode import plan_hopper_decode
+
+    facts = make_facts(num_kv_heads=kv_heads)
+    for batch in range(1, 132 // kv_heads + 1):
+        for context in (2048, 8192, 32768, 131072):
+            plan = plan_hopper_decode(batch, kv_heads, facts.head_dim, context, 132)
+            taken = batch * facts.num_heads * plan.parts * (facts.head_dim + 2) * 4 if plan.parts > 1 else 0
+            assert taken <= sizing._attention_part_bytes(facts, 1, batch, context), (batch, context)
