@@ -18,7 +18,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from gantline_kernels import api, hopper_batch_linear, hopper_gated_linear, hopper_linear, library, reference, torch_backend
+from gantline_kernels import (
+    api,
+    devices,
+    hopper_batch_linear,
+    hopper_gated_linear,
+    hopper_linear,
+    hopper_split_linear,
+    library,
+    reference,
+    torch_backend,
+)
 from gantline_kernels.triton_kernels.linear import one_row_linear
 
 from benchmarks import ceilings
@@ -58,6 +68,12 @@ def hopper(options: dict[str, Any]) -> Linear:
     return lambda x, w, b, d: hopper_linear.hopper_linear(x, w, b, d, **options)
 
 
+def _split(parts: int, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, d: torch.dtype | None) -> torch.Tensor:
+    """Where it was made for; cuBLAS elsewhere."""
+    fits = d is None and hopper_split_linear.choose_parts(len(x), *w.shape, devices.num_sms(0)) is not None
+    return hopper_split_linear.split_linear(x, w, b, parts=parts) if fits else torch_backend.linear(x, w, b, d)
+
+
 def variants(rows: int) -> Iterator[tuple[str, Linear]]:
     yield "cuBLAS", torch_backend.linear
     for backend in ("triton", "cuda"):
@@ -65,6 +81,9 @@ def variants(rows: int) -> Iterator[tuple[str, Linear]]:
     if library.load() is not None and rows <= hopper_linear.MAX_ROWS:
         for options in HOPPER:
             yield f"cuda {options or ''}".strip(), hopper(options)
+    if library.load() is not None and rows <= hopper_split_linear.MAX_ROWS:
+        for parts in hopper_split_linear.PARTS:
+            yield f"cuda, split into {parts}", partial(_split, parts)
     if library.load() is not None and rows <= hopper_batch_linear.MAX_ROWS:
         yield "cuda, batch", hopper_batch_linear.batch_linear
     if rows == 1:

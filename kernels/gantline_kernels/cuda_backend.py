@@ -13,6 +13,7 @@ from gantline_kernels.hopper_gated_linear import gated_linear as hopper_gated_li
 from gantline_kernels.hopper_gated_linear import has_gated_linear
 from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
 from gantline_kernels.hopper_sampling import fits_hopper_sample, hopper_sample
+from gantline_kernels.hopper_split_linear import has_split_linear, split_linear
 from gantline_kernels.scratch import kept
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_backend import (
@@ -138,6 +139,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         return hopper_linear(x, weight, bias, out_dtype)
     if has_batch_linear(x, weight) and _has_hopper_kernels(x.device):
         return batch_linear(x, weight, bias, out_dtype)
+    if out_dtype in (None, x.dtype) and has_split_linear(x, weight) and _has_hopper_kernels(x.device):
+        return split_linear(x, weight, bias)
     return triton_backend.linear(x, weight, bias, out_dtype)
 
 

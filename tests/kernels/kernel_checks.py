@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gantline_kernels import api, hopper_gated_linear, library, reference
+from gantline_kernels import api, hopper_gated_linear, hopper_split_linear, library, reference
 from gantline_kernels.hopper_batch_linear import batch_linear
 
 from tests.kernels import interpreter
@@ -457,8 +457,27 @@ def test_the_kernel_for_batches_at_every_shape(rows: int, inputs: int, outputs: 
         assert largest_error(got, reference.linear(x, weight, b)) < (1e-4 if out_dtype else 2 * TOLERANCE[dtype])
 
 
+@pytest.mark.skipif(not HAS_HOPPER, reason="of the CUDA kernels for Hopper")
+@pytest.mark.parametrize("rows", [1, 33, 64, 65, 128, 129, 200, 256])
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 2), (1544, 1002), (4096, 2048), (14336, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_split_kernel_at_every_shape(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """Also where `api.linear` leaves it to others."""
+    x = torch.randn(rows, inputs + 64, device=DEVICE).to(dtype)[:, :inputs]
+    weight, bias = (torch.randn(outputs, inputs, device=DEVICE) / inputs**0.5).to(dtype), torch.randn(outputs, device=DEVICE).to(dtype)
+    for b in (None, bias):
+        for parts in hopper_split_linear.PARTS:
+            if parts * -(-outputs // 128) * (1 if rows <= 128 else 2) > 128:
+                continue
+            torch.full((rows, outputs), torch.nan, device=DEVICE, dtype=dtype)  # the result is likely to get this memory
+            got = hopper_split_linear.split_linear(x, weight, b, parts=parts)
+            for _ in range(3):
+                assert torch.equal(got, hopper_split_linear.split_linear(x, weight, b, parts=parts))
+            assert largest_error(got, reference.linear(x, weight, b)) < 2 * TOLERANCE[dtype]
+
+
 @pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
-@pytest.mark.parametrize("rows", [2, 9, 16, 17, 32])
+@pytest.mark.parametrize("rows", [2, 9, 16, 17, 32, 48, 100, 256])
 def test_linear_in_a_chain_repeats_itself_in_and_out_of_a_graph(rows: int) -> None:
     """Kernels that start before the one ahead of them ends must wait for what it writes."""
     shapes = [(6144, 1024), (520, 6144), (28672, 520), (1024, 28672)]

@@ -13,6 +13,7 @@ from gantline_kernels import api, reference
 from gantline_kernels.hopper_batch_linear import has_batch_linear
 from gantline_kernels.hopper_gated_linear import choose_columns, wins
 from gantline_kernels.hopper_linear import fits_hopper_linear
+from gantline_kernels.hopper_split_linear import choose_parts
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
 from tests.kernels.cases import largest_error
@@ -83,6 +84,24 @@ def test_the_gated_kernel_is_used_where_its_tiles_fill_the_multiprocessors() -> 
 @pytest.mark.parametrize(("width", "columns"), [(14336, 112), (12288, 96), (8192, 64), (18944, 80), (7168, 64)])
 def test_the_gated_kernels_tiles_leave_few_multiprocessors_idle(width: int, columns: int) -> None:
     assert choose_columns(64, width, 132) == columns
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "parts"),
+    [
+        (64, 4096, 14336, 4),
+        (128, 4096, 14336, 4),
+        (256, 4096, 14336, 2),
+        (64, 6144, 4096, None),
+        (64, 8192, 28672, 2),
+        (256, 8192, 28672, None),
+        (64, 2048, 8192, None),
+    ],
+)
+def test_blocks_that_share_a_tile_run_at_once_on_nearly_all_multiprocessors(
+    rows: int, outputs: int, inputs: int, parts: int | None
+) -> None:
+    assert choose_parts(rows, outputs, inputs, 132) == parts
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
