@@ -74,6 +74,7 @@ SILENCE_S = 75.0
 _REQUEST_TIMEOUT_S = 30.0
 _PAGE = 100  # objects of an answer: it is held whole, and so are the pieces that it came in
 _MAX_CONNECTIONS = 32
+"""For requests that end. Each watch has a connection of its own besides: as many as kinds times namespaces, which would leave none."""
 
 
 class ApiError(Exception):
@@ -255,21 +256,21 @@ class Api(Protocol):
 
 
 class Client:
-    """One connection pool to one API server. Every call raises an ApiError for anything but success."""
+    """One API server: a pool of connections, and one for each watch. Every call raises an ApiError for anything but success."""
 
     def __init__(self, configuration: Configuration, *, request_timeout_s: float = _REQUEST_TIMEOUT_S) -> None:
-        configuration.connection_pool_maxsize = _MAX_CONNECTIONS
         # Where no proxy is set there is no use in asking the environment, and ~/.netrc in a thread, at every request.
         configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
         self._configuration = configuration
-        self._rest = RESTClientObject(configuration)
+        self._requests, self._watches = (_connections(configuration, most) for most in (_MAX_CONNECTIONS, 0))
         self._timeout_s = request_timeout_s
         self._write_left_s: Callable[[], float] = lambda: float("inf")
         self.count: Callable[[str, int], None] = lambda method, status: None
         """Told of each request: its method, and HTTP's status or 0."""
 
     async def close(self) -> None:
-        await self._rest.close()
+        await self._requests.close()
+        await self._watches.close()
 
     def sibling(self, *, request_timeout_s: float) -> Client:
         """Another client with the same credentials: connections of its own, and no fence."""
@@ -341,7 +342,7 @@ class Client:
         """
         query |= {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": resource_version, "timeoutSeconds": str(timeout_s)}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE_S)
-        async with self._response("GET", resource.path(namespace), query=query, limits=limits) as response:
+        async with self._response("GET", resource.path(namespace), query=query, limits=limits, over=self._watches) as response:
             async for line in _lines(response):
                 with _understood(line):
                     event = _EVENTS.decode(line)
@@ -390,7 +391,7 @@ class Client:
         if timeout_s <= 0:
             raise Fenced(f"{method} {path} was not sent: this operator no longer leads")
         limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
-        async with self._response(method, path, limits=limits, **arguments) as response:
+        async with self._response(method, path, limits=limits, over=self._requests, **arguments) as response:
             return await response.read()
 
     @contextlib.asynccontextmanager
@@ -400,6 +401,7 @@ class Client:
         path: str,
         *,
         limits: aiohttp.ClientTimeout,
+        over: RESTClientObject,
         query: Mapping[str, str] | None = None,
         body: Object | str | None = None,
         content_type: str = "application/json",
@@ -407,7 +409,7 @@ class Client:
         url = self._configuration.host + path + (f"?{urlencode(query)}" if query else "")
         headers = {"Content-Type": content_type, "Accept": "application/json", "User-Agent": FIELD_MANAGER, **await self._authorization()}
         try:
-            answer = await self._rest.request(method, url, headers=headers, body=body, _request_timeout=limits)
+            answer = await over.request(method, url, headers=headers, body=body, _request_timeout=limits)
             async with answer.response as response:
                 self.count(method, response.status)
                 if response.status >= 400:
@@ -423,6 +425,12 @@ class Client:
         if not token:
             return {}
         return {"Authorization": token if " " in token else f"Bearer {token}"}
+
+
+def _connections(configuration: Configuration, most: int) -> RESTClientObject:
+    """At most so many at once; 0: any number."""
+    configuration.connection_pool_maxsize = most
+    return RESTClientObject(configuration)
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

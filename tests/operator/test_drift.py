@@ -98,6 +98,14 @@ def test_a_child_that_is_edited_deleted_orphaned_or_stripped_of_its_labels_comes
         assert get(cluster, "deployment", "tiny", namespace)["spec"]["template"] == template
 
 
+def test_watches_of_many_namespaces_leave_connections_for_requests(cluster: ApiCluster, namespace: str) -> None:
+    """A namespaced install for nine namespaces watches some eighty things at once."""
+    others = tuple(f"{namespace}-{i}" for i in range(8))
+    with Operator(cluster, replace(SETTINGS, watch_namespaces=(namespace, *others))):
+        apply(cluster, service("kept", namespace))
+        wait_reason(cluster, "kept", namespace, "Ready")
+
+
 def test_a_service_that_is_made_anew_adopts_what_it_left_behind_and_restarts_nothing(
     cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

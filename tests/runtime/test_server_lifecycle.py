@@ -83,10 +83,16 @@ def test_a_server_that_never_was_ready_takes_nothing_while_it_drains() -> None:
 def test_while_loading_the_port_answers_and_tells_how_far_it_is(tmp_path: Path) -> None:
     server = ServerProcess(write_model(tmp_path / "m", load_seconds=1.5), *FAST).wait_listening()
     try:
-        wait_until(lambda: server.get("/health").json().get("phase") == "weights", what="the weights load")
-        health = server.get("/health")
-        assert health.status_code == 200
-        assert health.json()["state"] == "loading" and 0 <= health.json()["progress"] <= 1 and health.json()["seconds"] > 0
+        health: dict[str, Any] = {}
+
+        def loads() -> bool:
+            answer = server.get("/health")
+            assert answer.status_code == 200
+            health.update(answer.json())
+            return health.get("phase") == "weights" and health["seconds"] > 0
+
+        wait_until(loads, what="the weights load")
+        assert health["state"] == "loading" and 0 <= health["progress"] <= 1
         ready = server.get("/ready")
         assert ready.status_code == 503 and ready.json()["error"]["code"] == "not_ready" and ready.json()["state"] == "loading"
         for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):

@@ -204,7 +204,7 @@ def test_schemas_that_are_too_deep_or_too_large_are_refused(server: ServerProces
 
 
 def test_a_grammar_that_takes_for_ever_to_compile_holds_up_nobody_and_its_client_may_leave(server: ServerProcess) -> None:
-    body = json.dumps({"messages": QUESTION, "structured_outputs": {"choice": [f"{i}" + "ab" * 400 for i in range(1024)]}})
+    body = json.dumps({"messages": QUESTION, "structured_outputs": {"choice": [f"{i}" + "ab" * 1600 for i in range(1024)]}})
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
         client.sendall((head + body).encode())
