@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from gantline_kernels import devices, library
@@ -28,6 +30,7 @@ def has_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return aligned and weight.is_contiguous() and wins(rows, outputs // 2, devices.num_sms(x.device.index))
 
 
+@cache
 def wins(rows: int, width: int, num_sms: int) -> bool:
     """Whether it is faster than a linear layer and the activation apart (docs/perf-log.md): where the tiles fill the multiprocessors, up to
     one tile's rows, and where few of the last two tiles' rows are nobody's."""
@@ -40,6 +43,7 @@ def wins(rows: int, width: int, num_sms: int) -> bool:
     return idle <= _ROWS // 2 or idle * 16 <= rows
 
 
+@cache
 def choose_columns(rows: int, width: int, num_sms: int) -> int:
     """The number of outputs of a tile with which the last round of tiles leaves the fewest multiprocessors idle."""
     row_tiles, blocks = _row_tiles(rows), num_sms // 2 * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from gantline_kernels import devices, library
@@ -31,6 +33,7 @@ def has_split_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return aligned and weight.is_contiguous() and choose_parts(rows, outputs, inputs, devices.num_sms(x.device.index)) is not None
 
 
+@cache
 def choose_parts(rows: int, outputs: int, inputs: int, num_sms: int) -> int | None:
     """The number of blocks that share a tile, with which nearly all multiprocessors have one; None: there is none."""
     tiles, chunks = -(-outputs // _OUTPUTS) * _high(rows), -(-inputs // _DEPTH)

@@ -117,8 +117,9 @@ class Controller:
             self.queue.add_after(key, _CALM_S - since_s)
 
     def tell(self, key: Key, uid: str, version: str) -> None:
-        """An event about an object of the service. Watches begin by telling of everything; what was surveyed as it is is no news."""
-        if self._survey.tell(key, uid, version):
+        """An event about an object of the service. Watches begin by telling of everything; what was surveyed as it is is no news, unless
+        the service came after the list from which all were queued."""
+        if self._survey.tell(key, uid, version) or key not in self._conditions:
             self.enqueue(*key)
 
     async def run(self) -> None:

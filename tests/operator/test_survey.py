@@ -9,12 +9,14 @@ import gc
 import json
 import weakref
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 from gantline_devcluster.api_only import ApiCluster
-from gantline_operator.client import FIELD_MANAGER, Forbidden, KindMissing, NotFound, Page, Raw, Resource
+from gantline_operator.client import FIELD_MANAGER, Forbidden, KindMissing, NotFound, Page, Raw, Resource, connect
+from gantline_operator.controller import Controller
 from gantline_operator.observe import PODS
 from gantline_operator.reconcile_pass import CHILD_KINDS, SERVICES, Cluster, Memory, Pass
 from gantline_operator.resources import Settings, labels, owner_reference
@@ -22,7 +24,8 @@ from gantline_operator.survey import MAX_AGE_S, Survey, Surveyed, WouldWrite
 from gantline_operator.unchanged import apply_changes_nothing
 
 from tests.operator.applying import apply, path_of
-from tests.operator.harness import SETTINGS
+from tests.operator.harness import SETTINGS, install_crd, service
+from tests.operator.harness import apply as kubectl_apply
 from tests.operator.render_cases import CASES
 
 Object = dict[str, Any]
@@ -210,6 +213,24 @@ def test_a_service_that_no_watch_told_of_has_vanished() -> None:
     assert survey.untold() == {CHAT}, "children are watched before they are listed"
     tell(survey, listing.found["InferenceService"][0])
     assert survey.untold() == set()
+
+
+async def test_a_service_that_comes_between_the_first_list_and_the_survey_is_queued_by_its_watch(
+    api_cluster: ApiCluster, namespace: str
+) -> None:
+    """It is in the survey as the watch tells of it, but was not in the list from which all are queued."""
+    await asyncio.to_thread(install_crd, api_cluster)
+    client = await connect(str(api_cluster.kubeconfig))
+    try:
+        controller = Controller(client, replace(SETTINGS, watch_namespaces=(namespace,)), "1")
+        await controller._enqueue_all(spread_s=0.0)
+        await asyncio.to_thread(kubectl_apply, api_cluster, service("late", namespace))
+        await controller._take_survey()
+        metadata = (await client.get(SERVICES, namespace, "late"))["metadata"]
+        controller.tell((namespace, "late"), metadata["uid"], metadata["resourceVersion"])
+        assert await asyncio.wait_for(controller.queue.get(), 5) == (namespace, "late")
+    finally:
+        await client.close()
 
 
 def test_kinds_are_listed_by_our_label_in_each_namespace_that_is_served_and_autoscalers_without() -> None:
