@@ -93,8 +93,8 @@ def test_hpa_has_one_to_many_and_gantline_the_step_to_zero_and_back(
             replica.running = 0
         made.wait_replicas(0)
         assert last_scale(api_cluster, namespace) == (1, 0, "Idle")
-        happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
-        assert happened == ["ScaledToZero", "WokeUp", "ScaledToZero"]
+        happened = lambda: [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
+        wait(lambda: happened() == ["ScaledToZero", "WokeUp", "ScaledToZero"], what=happened)  # an event follows what it tells of
         assert sum(path.endswith("/scale") for _, path in operator.writes) == 3, "the rest was the autoscaler's"
 
 
