@@ -23,6 +23,8 @@ import torch
 from gantline_kernels import prebuilt
 from gantline_kernels.absent_gpu import CHIPS, AbsentGpus, Chip, NotedLaunch, absent_gpus
 from gantline_kernels.triton_kernels.decode import decode_variant
+from gantline_kernels.triton_kernels.early import MAX_ROWS
+from gantline_kernels.triton_kernels.elementwise import MAX_EARLY_ACTIVATIONS
 from triton import knobs
 from triton.runtime.cache import FileCacheManager
 
@@ -161,7 +163,7 @@ def representative_steps(checkpoint: Checkpoint, tp: int, chips: Sequence[Chip])
 
 def _rows_variant(rows: int) -> tuple[Any, ...]:
     """Which number of rows this is to everything but attention: one, as many as start early, a multiple of 16."""
-    return rows == 1, rows <= 24, rows <= 128, rows % 16 == 0
+    return rows == 1, rows <= MAX_EARLY_ACTIVATIONS, rows <= MAX_ROWS, rows % 16 == 0
 
 
 def _attention_variant(checkpoint: Checkpoint, tp: int, chip: Chip, shape: BatchShape) -> tuple[Any, ...]:

@@ -59,6 +59,13 @@ __device__ __forceinline__ void named_arrive(int id, int threads) { asm volatile
 // Makes ordinary writes to shared memory visible to the copy engine and the matrix units.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// A number in global memory that other blocks write; what they wrote before it is seen after.
+__device__ __forceinline__ int load_acquire(const int* place) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
+  return value;
+}
+
 // ---- the copy engine ----
 
 __device__ __forceinline__ void copy_box(void* target, const CUtensorMap* map, int column, int row, uint64_t* barrier) {

@@ -58,12 +58,6 @@ struct Variant {
 
 __device__ __forceinline__ void add(float* sums, float4 value) { sums[0] += value.x, sums[1] += value.y, sums[2] += value.z, sums[3] += value.w; }
 
-__device__ __forceinline__ int load_acquire(const int* place) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
-  return value;
-}
-
 // 8 x 8 numbers of 16 bits, two of a row in each lane.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   uint32_t transposed;

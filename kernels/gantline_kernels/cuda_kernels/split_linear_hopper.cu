@@ -24,17 +24,6 @@ struct Arguments {
   int tiles;   // of outputs
 };
 
-__device__ __forceinline__ int load_acquire(const int* place) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(place) : "memory");
-  return value;
-}
-
-template <int THREADS>
-__device__ __forceinline__ void meet() {
-  named_sync<1, THREADS>();
-}
-
 // This thread's sums of outputs that part `part` is to add up: `SUMS / PARTS` of them, from its own and what the other parts have left.
 template <typename V, int PARTS>
 __device__ __forceinline__ void exchange(const float (&sums)[V::SUMS], float (&mine)[V::SUMS / PARTS], const Arguments& args, int part, int place) {
@@ -55,14 +44,14 @@ __device__ __forceinline__ void exchange(const float (&sums)[V::SUMS], float (&m
   }
   int* counter = args.counters + place * 2;
   __threadfence();
-  meet<THREADS>();
+  named_sync<1, THREADS>();
   if (threadIdx.x == 0) {
     atomicAdd(counter, 1);
     while (load_acquire(counter) < PARTS) {
     }
     __threadfence();
   }
-  meet<THREADS>();
+  named_sync<1, THREADS>();
   float4 theirs[PARTS][QUADS];
 #pragma unroll
   for (int from = 0; from < PARTS; ++from) {
@@ -79,7 +68,7 @@ __device__ __forceinline__ void exchange(const float (&sums)[V::SUMS], float (&m
     }
     mine[i * 4] = sum.x, mine[i * 4 + 1] = sum.y, mine[i * 4 + 2] = sum.z, mine[i * 4 + 3] = sum.w;
   }
-  meet<THREADS>();
+  named_sync<1, THREADS>();
   if (threadIdx.x == 0 && atomicAdd(counter + 1, 1) == PARTS - 1) counter[0] = 0, counter[1] = 0;
 }
 

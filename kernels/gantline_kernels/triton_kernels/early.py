@@ -19,12 +19,12 @@ import torch
 
 from gantline_kernels import library
 
-__all__ = ["NOT_EARLY", "capability", "early_mode", "launch_options", "launched", "starts_early"]
+__all__ = ["MAX_ROWS", "NOT_EARLY", "capability", "early_mode", "launch_options", "launched", "starts_early"]
 
 _HOPPER = (9, 0)
 _MAX_PROGRAMS = 2048
 """With more, starting early costs more than it brings: programs that wait take the place of those that work."""
-_MAX_ROWS = 128
+MAX_ROWS = 128
 NOT_EARLY, _EARLY, _BESIDE_SHARED = 0, 1, 2
 _beside_shared: set[int] = set()
 """Kernels (CUfunctions) that have asked for all shared memory."""
@@ -34,7 +34,7 @@ def starts_early(device: torch.device, programs: int) -> bool:
     return programs <= _MAX_PROGRAMS and capability(device) >= _HOPPER
 
 
-def early_mode(device: torch.device, programs: int, rows: int, *, max_rows: int = _MAX_ROWS) -> int:
+def early_mode(device: torch.device, programs: int, rows: int, *, max_rows: int = MAX_ROWS) -> int:
     """A kernel's EARLY: 0 not, 1 early, 2 early beside linear layers that take all shared memory (a kernel of its own, so compiled)."""
     if rows > max_rows or not starts_early(device, programs):
         return NOT_EARLY

@@ -14,9 +14,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gantline_kernels.triton_kernels.early import early_mode, launch_options, launched
 from gantline_kernels.triton_kernels.integers import cdiv, next_power_of_2
 
-__all__ = ["add_rms_norm", "rms_norm", "silu_and_mul"]
+__all__ = ["MAX_EARLY_ACTIVATIONS", "add_rms_norm", "rms_norm", "silu_and_mul"]
 
-_MAX_EARLY_ROWS = 24
+MAX_EARLY_ACTIVATIONS = 24
 """Of the activation, whose programs are many: with more of them the linear layers on both sides no longer find room beside each other."""
 
 
@@ -97,7 +97,7 @@ def silu_and_mul(x: torch.Tensor, *, early: int | None = None) -> torch.Tensor:
     if rows:
         block = min(2048, next_power_of_2(size))
         grid = (rows, cdiv(size, block))
-        early = early_mode(x.device, grid[0] * grid[1], rows, max_rows=_MAX_EARLY_ROWS) if early is None else early
+        early = early_mode(x.device, grid[0] * grid[1], rows, max_rows=MAX_EARLY_ACTIVATIONS) if early is None else early
         kernel = _silu_and_mul[grid](
             x, out, x.stride(0), size, EARLY=early, BLOCK=block, num_warps=max(1, min(4, block // 512)), **launch_options(early)
         )
