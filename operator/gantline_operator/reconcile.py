@@ -33,7 +33,7 @@ from gantline_operator.plan import Plan
 from gantline_operator.plan_status import from_status, to_status
 from gantline_operator.pod_state import Trouble
 from gantline_operator.preparation import Preparation
-from gantline_operator.reconcile_pass import CHILD_KINDS, OPTIONAL_KINDS, sentence
+from gantline_operator.reconcile_pass import CHILD_KINDS, sentence
 from gantline_operator.replacement import choose_replacement
 from gantline_operator.resources import ModelLocation
 from gantline_operator.rollback import RolloutRecord, advance
@@ -232,7 +232,7 @@ class Reconcile(Preparation):
         wanted = resources.autoscalers(self.owner, self.cluster.rendering, self._found["scaling"])
         generation = self.parent["metadata"].get("generation", 0)
         if self.memory.handed_over != generation and not self.paused:
-            for kind in sorted(OPTIONAL_KINDS - {item["kind"] for item in wanted}):
+            for kind in sorted(resources.AUTOSCALER_KINDS - {item["kind"] for item in wanted}):
                 await self._remove_autoscaler(kind)
             self.memory.handed_over = generation
         if not wanted or not (self._found.get("revision") or self.recorded.get("revision")):

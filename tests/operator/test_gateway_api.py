@@ -15,7 +15,9 @@ from gantline_devcluster.errors import DevclusterError
 
 from tests.operator.applying import apply as apply_object
 from tests.operator.definition import wait_until_established
-from tests.operator.harness import TINY, apply, fates, inspected, install_crd, items, service, serving, wait, wait_reason
+from tests.operator.harness import (
+    TINY, apply, fates, inspected, install_crd, items, patch, service, serving, settled, status, wait, wait_reason,
+)  # fmt: skip
 from tests.operator.helm import render
 
 Object = dict[str, Any]
@@ -82,6 +84,15 @@ def test_both_kinds_are_as_their_definitions_want_them_and_pools_go_with_the_set
         apply(cluster, service("pooled", namespace))
         wait_reason(cluster, "pooled", namespace, "Ready")
         (pool,) = pools()
+        patch(cluster, "pooled", namespace, {"engine": {"maxBatchSize": 3}})
+        wait_reason(cluster, "pooled", namespace, "Ready")
+        wait(lambda: status(cluster, "pooled", namespace)["observedGeneration"] == 2)
+        wait(lambda: settled(cluster, namespace, 1.0))
+        assert [item["metadata"]["uid"] for item in pools()] == [pool["metadata"]["uid"]], "another generation has the same pool"
+    with serving(cluster, namespace) as operator:
+        wait(lambda: "pooled" in operator.reconciled)
+        wait(lambda: settled(cluster, namespace, 1.0))
+        assert [item["metadata"]["uid"] for item in pools()] == [pool["metadata"]["uid"]], "and so has another operator"
     spec = pool["spec"]
     template = items(cluster, "deployments", namespace)[0]["spec"]["template"]
     assert spec["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()

@@ -13,7 +13,7 @@ network      NetworkPolicies, where the installation asks for them
 cache        the claim for artefacts
 """
 
-from gantline_operator.resources.autoscalers import LOAD_METRIC, autoscalers, load_path
+from gantline_operator.resources.autoscalers import AUTOSCALER_KINDS, LOAD_METRIC, autoscalers, load_path
 from gantline_operator.resources.cache import cache_claim
 from gantline_operator.resources.context import (
     MissingImage,
@@ -68,6 +68,7 @@ from gantline_operator.resources.serving import (
 __all__ = [
     "ALGORITHM_VERSIONS",
     "ATTEMPT",
+    "AUTOSCALER_KINDS",
     "LOAD_METRIC",
     "MANAGED_KINDS",
     "PAUSED",

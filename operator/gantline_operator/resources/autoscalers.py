@@ -10,7 +10,10 @@ from gantline_operator.autoscaling.policy import Policy
 from gantline_operator.resources.context import Parent, Settings
 from gantline_operator.resources.naming import API_VERSION, KIND, Object, labels, metadata
 
-__all__ = ["LOAD_METRIC", "autoscalers", "load_path"]
+__all__ = ["AUTOSCALER_KINDS", "LOAD_METRIC", "autoscalers", "load_path"]
+
+AUTOSCALER_KINDS = frozenset({"HorizontalPodAutoscaler", "ScaledObject"})
+"""Of which a service has one at most: that of the controller which its spec names."""
 
 LOAD_METRIC = "gantline_load"
 """Of a pod, at custom.metrics.k8s.io."""
