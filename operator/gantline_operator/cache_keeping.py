@@ -28,7 +28,7 @@ from gantline_operator.apply import Problem, problem_of
 from gantline_operator.cache_ledger import LEDGER, LIMIT, MAX_ENTRIES, Entry, Eviction, Ledger, parse, render, user_of
 from gantline_operator.client import ApiError, Conflict, NotFound, Object
 from gantline_operator.conditions import Reason
-from gantline_operator.eviction import Room, artefacts_of_pods, artefacts_of_template, plan_eviction
+from gantline_operator.eviction import Room, artefacts_of_pods, artefacts_of_template, plan_eviction, template_of
 from gantline_operator.observe import PODS
 from gantline_operator.plan import Plan
 from gantline_operator.pod_state import Trouble, parse_time
@@ -375,7 +375,7 @@ class CacheKeeping(StageRunner):
 
     async def _hold_served(self, revision: Object | None) -> bool:
         """Whether what a revision's pods serve is there, and stays while they run; what nothing is known of is taken to be there."""
-        names = artefacts_of_template(_template(revision), self.owner.cache_claim)
+        names = artefacts_of_template(template_of(revision), self.owner.cache_claim)
         if not names or (self._claim is None and not await self._look_at_claim()):
             return True
         if any(self._ledger.is_going(name) or self._ledger.has(name) is False for name in names):
@@ -394,7 +394,7 @@ class CacheKeeping(StageRunner):
         record = {**(self.recorded.get("rollout") or {}), **self._found.get("rollout_record", {})}
         marks = {self._found.get("revision", ""), self.recorded.get("revision", ""), record.get("good", "")}
         revisions = [self.children.live.get(("ControllerRevision", f"{self.name}-{mark}")) for mark in marks if mark]
-        served = {name for item in revisions for name in artefacts_of_template(_template(item), self.owner.cache_claim)}
+        served = {name for item in revisions for name in artefacts_of_template(template_of(item), self.owner.cache_claim)}
         uses = set() if self._idle else self._uses | served
         await self._note(self._ledger.keep_only(self._user, uses, self._now()))
         self.cluster.cache_seen((self.namespace, self.owner.cache_claim), self._ledger, self._limit()[0])
@@ -428,8 +428,3 @@ def _read_sizes(found: object) -> dict[str, int]:
 
 def _service(user: str) -> str:
     return user.rpartition(".")[0]
-
-
-def _template(revision: Object | None) -> Mapping[str, Any]:
-    """A revision's pod template. What an earlier release stored may lack it."""
-    return ((revision or {}).get("data") or {}).get("template") or {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from gantline_operator.cache_ledger import Entry, Ledger
 
-__all__ = ["Room", "artefacts_of_pods", "artefacts_of_template", "plan_eviction"]
+__all__ = ["Room", "artefacts_of_pods", "artefacts_of_template", "claims_of_template", "plan_eviction", "template_of"]
 
 _MOUNT = "/mnt/cache/"
 _MAX_AT_ONCE = 64
@@ -71,9 +71,18 @@ def artefacts_of_pods(pods: Collection[Mapping[str, Any]]) -> set[str]:
 
 def artefacts_of_template(template: Mapping[str, Any], claim: str) -> set[str]:
     """Names in the cache `claim` that pods of this template serve."""
-    spec = template.get("spec") or {}
-    claims = {(volume.get("persistentVolumeClaim") or {}).get("claimName") for volume in spec.get("volumes") or []}
-    return _artefacts_of_spec(spec) if claim in claims else set()
+    return _artefacts_of_spec(template.get("spec") or {}) if claim in claims_of_template(template) else set()
+
+
+def claims_of_template(template: Mapping[str, Any]) -> set[str]:
+    """Claims that pods of this template mount."""
+    volumes = (template.get("spec") or {}).get("volumes") or []
+    return {volume["persistentVolumeClaim"]["claimName"] for volume in volumes if volume.get("persistentVolumeClaim")}
+
+
+def template_of(revision: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A revision's pod template. What an earlier release stored may lack it."""
+    return ((revision or {}).get("data") or {}).get("template") or {}
 
 
 def _artefacts_of_spec(spec: Mapping[str, Any]) -> set[str]:

@@ -163,6 +163,8 @@ def _unscheduled(condition: Object) -> Trouble:
     message = _text(condition.get("message"), "No node takes the pod yet.")
     if "persistentvolumeclaim" in message.lower() and "not found" in message:
         return Trouble(Reason.WAITING_FOR_VOLUME, message, "Create the claim.")
+    if "persistentvolumeclaim" in message.lower() and "being deleted" in message:
+        return Trouble(Reason.WAITING_FOR_VOLUME, message, "It goes once no pod mounts it: then one that Gantline made is made anew.")
     if "unbound immediate PersistentVolumeClaims" in message:
         return Trouble(Reason.WAITING_FOR_VOLUME, message, "Check the claim's StorageClass.")
     return Trouble(Reason.WAITING_FOR_CAPACITY, message)

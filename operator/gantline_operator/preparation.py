@@ -21,7 +21,7 @@ from gantline_operator.pod_state import Trouble
 from gantline_operator.reconcile_pass import sentence
 from gantline_operator.resources import ModelLocation
 from gantline_operator.stage_plan import disk_bytes
-from gantline_operator.stages import Record, Running, StageName
+from gantline_operator.stages import Record, Running, StageName, read_job
 
 __all__ = ["Preparation", "judge", "summarize"]
 
@@ -185,6 +185,8 @@ class Preparation(CacheKeeping):
             if found is None:
                 self._found["stage"] = (stage, None)
                 return False
+            if "deletionTimestamp" in found["metadata"]:
+                await self._let_claim_go(found)
         else:
             found = await self._find_claim(claim)
         if found is not None:
@@ -194,6 +196,12 @@ class Preparation(CacheKeeping):
         self._found["stage"] = (stage, Running("", 0, trouble))
         self._look_again(_MISSING_POLL_S)
         return False
+
+    async def _let_claim_go(self, claim: Object) -> None:
+        """Somebody deletes it. Pods that serve keep it until they go; ended ones of ours must not, since no pod can use it any more."""
+        for job in self._jobs_of_claim(claim["metadata"]["name"]):
+            if read_job(job).state != "Active":
+                await self.children.delete(("Job", job["metadata"]["name"]))
 
     async def _fetch(self, model: ModelFacts, planned: Plan) -> ModelLocation | None:
         revision = model.revision or None

@@ -27,6 +27,7 @@ from gantline_operator import resources
 from gantline_operator.calibration import key_of
 from gantline_operator.client import Forbidden, KindMissing, Object
 from gantline_operator.conditions import Reason
+from gantline_operator.eviction import claims_of_template, template_of
 from gantline_operator.measuring import Start
 from gantline_operator.observe import PODS
 from gantline_operator.plan import Plan
@@ -179,10 +180,11 @@ class Reconcile(Preparation):
         self._found |= {"revision": mark, "rollout_record": {"strategy": strategy.name, "why": strategy.why}}
         applied = await self.children.apply(objects)
         self._found["current"] = applied
-        generation = self.parent["metadata"].get("generation", 0)
-        if applied and not self.children.problems and self.memory.pruned != (generation, mark):
-            await self.children.prune(self._kept(objects, mark))
-            self.memory.pruned = (generation, mark)
+        good = RolloutRecord.from_status(self.recorded.get("rollout")).good
+        pruned = self.parent["metadata"].get("generation", 0), mark, good
+        if applied and not self.children.problems and self.memory.pruned != pruned:
+            await self.children.prune(self._kept(objects, mark, good))
+            self.memory.pruned = pruned
 
     def _strategy(self, stored: Object | None, planned: Plan, location: ModelLocation) -> Strategy:
         """Chosen from the facts of the moment in which a revision begins, with the service's own pods where they are; then it stands."""
@@ -278,17 +280,23 @@ class Reconcile(Preparation):
             "data": dict(data),
         }
 
-    def _kept(self, objects: list[Object], mark: str) -> set[tuple[str, str]]:
-        """What pruning leaves: the desired objects, a cache that is in use, Jobs (which have a time to live), the latest revisions."""
+    def _kept(self, objects: list[Object], mark: str, good: str) -> set[tuple[str, str]]:
+        """What pruning leaves: the desired objects, a cache that is in use, Jobs (which have a time to live, but keep no cache that goes),
+        the latest revisions; and the last good one, however many have failed since, with the cache that its pods mount: it may have to
+        serve again."""
         objects = [*objects, *resources.autoscalers(self.owner, self.cluster.rendering, self._found["scaling"])]
         kept = {(item["kind"], item["metadata"]["name"]) for item in objects}
-        kept |= {("Job", job["metadata"]["name"]) for job in self.children.of_kind("Job")}
         if resources.source_location(self.spec.model.uri) is None or self._found.get("quantize"):
             kept.add(("PersistentVolumeClaim", resources.cache_claim_name(self.name)))
+        kept |= {("PersistentVolumeClaim", claim) for claim in claims_of_template(template_of(self._revision(good)))}
+        cache = resources.cache_claim_name(self.name)
+        holding = {job["metadata"]["name"] for job in self._jobs_of_claim(cache)} if ("PersistentVolumeClaim", cache) not in kept else set()
+        kept |= {("Job", name) for kind, name in self.children.live if kind == "Job" and name not in holding}
         revisions = sorted(self.children.of_kind("ControllerRevision"), key=_age, reverse=True)
         current = ("ControllerRevision", f"{self.name}-{mark}")
         others = [("ControllerRevision", item["metadata"]["name"]) for item in revisions]
-        return kept | {current, *[item for item in others if item != current][: _KEPT_REVISIONS - 1]}
+        latest = [item for item in others if item != current][: _KEPT_REVISIONS - 1]
+        return kept | {current, ("ControllerRevision", f"{self.name}-{good}"), *latest}
 
 
 def _age(item: Object) -> tuple[int, str, str]:

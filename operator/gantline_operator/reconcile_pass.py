@@ -48,8 +48,8 @@ class Memory:
     uid: str
     seen: dict[Child, Version] = field(default_factory=dict)
     """Its children, as last seen."""
-    pruned: tuple[int, str] = (0, "")
-    """Generation and revision that were pruned last."""
+    pruned: tuple[int, str, str] = (0, "", "")
+    """Generation and revision that were pruned last, and the good one that was left beside them."""
     planned: tuple[int, str] = (0, "")
     """Generation and inputs of the plan whose pods have their nodes."""
     replacements: Replacements = Replacements()
@@ -61,7 +61,7 @@ class Memory:
 
     def forget_checks(self) -> None:
         """The next reconcile looks at everything again."""
-        self.pruned = self.planned = (0, "")
+        self.pruned, self.planned = (0, "", ""), (0, "")
         self.handed_over = 0
 
 

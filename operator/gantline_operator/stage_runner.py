@@ -15,6 +15,7 @@ from gantline_runtime.termination import TerminationMessage
 
 from gantline_operator import resources
 from gantline_operator.client import ApiError, Object
+from gantline_operator.eviction import claims_of_template
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.observe import PODS
 from gantline_operator.plan import Plan, Rejected, StagePlan, plan_stage
@@ -60,6 +61,10 @@ class StageRunner(Pass):
 
     def _jobs(self, name: StageName, digest: str) -> list[Object]:
         return [job for job in self.children.of_kind("Job") if _marks(job) == (name, digest)]
+
+    def _jobs_of_claim(self, claim: str) -> list[Object]:
+        """Those whose pods mount it: a claim is not gone before the last of its pods is, be it one that has ended."""
+        return [job for job in self.children.of_kind("Job") if claim in claims_of_template(job["spec"]["template"])]
 
     async def _start(self, step: Create, build: Callable[[int], Object]) -> Step | None:
         try:

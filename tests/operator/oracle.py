@@ -2,7 +2,7 @@
 
 What is desired is built anew, by the operator's own pure builders, from spec and status alone; whether it is what is there, the API server
 says: a server-side apply of it, as a dry run, must come to what is stored. Nothing else that is ours may be there, but for what is kept on
-purpose: finished Jobs with a time to live, and the two revisions before.
+purpose: finished Jobs with a time to live, the two revisions before, and the last good one with its cache.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
 from gantline_operator import resources
 from gantline_operator.apply import controller_uid
+from gantline_operator.eviction import claims_of_template, template_of
 from gantline_operator.main import version
 from gantline_operator.plan_status import from_status
 from gantline_operator.reconcile_pass import SERVICES
@@ -138,6 +139,9 @@ def _kept(parent: Object, live: dict[Name, Object]) -> Iterator[Name]:
     yield from (name for name, item in own if name[0] == "Job" and (read_job(item).state != "Active"))
     revisions = sorted((item["revision"], name) for name, item in own if name[0] == "ControllerRevision")
     yield from (name for _, name in revisions[-_KEPT_REVISIONS:])
+    good = ("ControllerRevision", f"{_name(parent)}-{((parent.get('status') or {}).get('rollout') or {}).get('good')}")
+    yield good
+    yield from (("PersistentVolumeClaim", claim) for claim in claims_of_template(template_of(live.get(good))))
 
 
 def _difference(cluster: ApiCluster, desired: Object, live: Object | None) -> Iterator[str]:

@@ -16,7 +16,19 @@ from gantline_devcluster.errors import DevclusterError
 from tests.operator.applying import apply as apply_object
 from tests.operator.definition import wait_until_established
 from tests.operator.harness import (
-    TINY, apply, fates, inspected, install_crd, items, patch, service, serving, settled, status, wait, wait_reason,
+    TINY,
+    apply,
+    fates,
+    inspected,
+    install_crd,
+    items,
+    patch,
+    service,
+    serving,
+    settled,
+    status,
+    wait,
+    wait_reason,
 )  # fmt: skip
 from tests.operator.helm import render
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from tests.operator.harness import (
     gpu_nodes,
     inspected,
     install_crd,
+    items,
     patch,
     path_of,
     remove_gpu_nodes,
@@ -34,6 +36,7 @@ from tests.operator.harness import (
     serving,
     settled,
     status,
+    volume,
     wait,
     wait_reason,
 )
@@ -153,6 +156,61 @@ def test_a_revision_that_cannot_start_is_rolled_back_and_not_tried_again_until_t
         wait_reason(world, "chat", namespace, "Ready")
         found = status(world, "chat", namespace)
         assert found["rollout"]["good"] == found["revision"] != good and "failed" not in found["rollout"]
+
+
+def test_however_many_revisions_fail_one_after_the_other_the_last_good_one_serves_again(world: ApiCluster, namespace: str) -> None:
+    with serving(world, namespace):
+        apply(world, service("chat", namespace))
+        wait_reason(world, "chat", namespace, "Ready")
+        good = status(world, "chat", namespace)["revision"]
+        _break_next(world, "chat")
+        failed = set[str]()
+        for size in (3, 4, 5, 6):
+            patch(world, "chat", namespace, {"engine": {"maxBatchSize": size}})
+            wait(lambda: status(world, "chat", namespace)["rollout"].get("failed") not in (None, *failed))
+            found = wait(lambda: _ready_of(world, "chat", namespace, good), what=lambda: status(world, "chat", namespace))
+            failed.add(found["rollout"]["failed"])
+        assert_at_rest(world, namespace)
+        fates(world, [("server", "chat", "ready", "", {})])
+
+
+def test_a_cache_stays_until_what_needs_it_no_more_has_proved_good(world: ApiCluster, namespace: str) -> None:
+    """A volume ties its pods to one node, so the old ones are gone by the time that the new revision fails."""
+    fetched = answer(artefact={"kind": "fetch", "bytes": TINY["weightBytes"]})
+    fates(world, [*inspected(moves={**TINY, "revision": "abc"}), ("fetch", "moves", "complete", fetched, {})])
+    volume(world, namespace, "moves-cache")
+    claims = lambda: [item["metadata"] for item in items(world, "persistentvolumeclaims", namespace)]
+    with serving(world, namespace):
+        apply(world, service("moves", namespace, model={"uri": "hf://org/name"}))
+        wait_reason(world, "moves", namespace, "Ready")
+        good, (claim,) = status(world, "moves", namespace)["revision"], claims()
+        _break_next(world, "moves")
+        patch(world, "moves", namespace, {"model": {"uri": "file:///models/tiny"}})
+        wait_reason(world, "moves", namespace, "RolledBack", "Degraded")
+        wait(lambda: _ready_of(world, "moves", namespace, good), what=lambda: status(world, "moves", namespace))
+        (kept,) = claims()
+        assert kept["uid"] == claim["uid"] and "deletionTimestamp" not in kept
+        fates(world, [("server", "moves", "ready", "", {})])
+        patch(world, "moves", namespace, {"engine": {"maxBatchSize": 4}})
+        wait_reason(world, "moves", namespace, "Ready")
+        wait(lambda: not claims(), what=claims)
+
+
+def test_a_cache_that_somebody_deletes_is_gone_with_the_last_pod_that_serves_and_made_anew(world: ApiCluster, namespace: str) -> None:
+    """Pods of Jobs that have ended hold a claim as others do, and they stay for a day."""
+    fetched = answer(artefact={"kind": "fetch", "bytes": TINY["weightBytes"]})
+    fates(world, [*inspected(loses={**TINY, "revision": "abc"}), ("fetch", "loses", "complete", fetched, {})])
+    volume(world, namespace, "loses-cache")
+    claims = lambda: [item["metadata"] for item in items(world, "persistentvolumeclaims", namespace)]
+    with serving(world, namespace):
+        apply(world, service("loses", namespace, model={"uri": "hf://org/name"}))
+        wait_reason(world, "loses", namespace, "Ready")
+        (claim,) = claims()
+        world.kubectl("delete", "pvc", "loses-cache", "-n", namespace, "--wait=false")
+        time.sleep(1)
+        assert [item["uid"] for item in claims()] == [claim["uid"]] and server_pods(world, "loses", namespace)
+        patch(world, "loses", namespace, {"replicas": 0})
+        wait(lambda: [item["uid"] for item in claims()] not in ([claim["uid"]], []), what=claims)
 
 
 def _ready_of(cluster: ApiCluster, name: str, namespace: str, revision: str) -> Any:
