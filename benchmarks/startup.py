@@ -1,7 +1,9 @@
 """Seconds from the exec of `gantline serve` to the first streamed byte: `python -m benchmarks.startup --model DIR [--repeats 3]`.
 
 The checkpoint's files are read once beforehand, so they lie in the page cache; kernel caches are as the caller left them (--cold empties
-Triton's). `kernels` says where the last run's Triton kernels came from, as `gantline_triton_kernels_total` does.
+Triton's). `phases` has what the server itself measured of each run (docs/server.md, "Metrics"), and what a client sees: `ask`, from the
+first answer of /ready to the first byte. `kernels` says where the last run's Triton kernels came from, as `gantline_triton_kernels_total`
+does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.http_load import served_name
@@ -23,23 +26,28 @@ _REPORT_S = 1.5
 """The engine tells its counts twice a second."""
 
 
-def first_byte_s(model: Path, extra: list[str], environment: dict[str, str]) -> tuple[float, dict[str, int]]:
-    """Start the server, ask as soon as it is ready, and stop it -> (seconds, Triton kernels by where they came from).
+@dataclass(frozen=True)
+class Start:
+    """Seconds to the first byte, and of each phase; Triton kernels by where they came from."""
 
-    Raises RuntimeError if it ends or answers nothing in time.
-    """
+    seconds: float
+    phases: dict[str, float]
+    kernels: dict[str, int]
+
+
+def measure_start(model: Path, extra: list[str], environment: dict[str, str]) -> Start:
+    """Start the server, ask as soon as it is ready, and stop it. Raises RuntimeError if it ends or answers nothing in time."""
     started = time.monotonic()
     with running_server(model, extra, environment) as port:
+        ready = time.monotonic()
         _first_event(port)
-        seconds = time.monotonic() - started
+        answered = time.monotonic()
         time.sleep(_REPORT_S)
-        return seconds, _loaded_kernels(port)
-
-
-def _loaded_kernels(port: int) -> dict[str, int]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        found = re.findall(r'^gantline_triton_kernels_total{source="(\w+)"} (\d+)', answer.read().decode(), re.M)
-    return {source: int(count) for source, count in found}
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+    phases = {phase: float(seconds) for phase, seconds in re.findall(r'^gantline_startup_seconds{phase="([\w-]+)"} (\S+)', metrics, re.M)}
+    kernels = {source: int(count) for source, count in re.findall(r'^gantline_triton_kernels_total{source="(\w+)"} (\d+)', metrics, re.M)}
+    return Start(answered - started, {**phases, "ask": answered - ready}, kernels)
 
 
 def _first_event(port: int) -> None:
@@ -59,14 +67,15 @@ def main() -> None:
     options, extra = parser.parse_known_args()
     for file in options.model.glob("*.safetensors"):
         file.read_bytes()
-    seconds, kernels = [], {}
+    starts = list[Start]()
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as empty:
             environment = {**os.environ, **({"TRITON_CACHE_DIR": empty} if options.cold else {})}
-            taken, kernels = first_byte_s(options.model, extra, environment)
-            seconds.append(taken)
-    runs = [round(s, 2) for s in seconds]
-    print(json.dumps({"start_s": round(statistics.median(seconds), 2), "runs": runs, "cold": options.cold, "kernels": kernels}))
+            starts.append(measure_start(options.model, extra, environment))
+    runs = [round(start.seconds, 2) for start in starts]
+    phases = {phase: [round(start.phases.get(phase, 0.0), 2) for start in starts] for phase in starts[-1].phases}
+    kernels = starts[-1].kernels
+    print(json.dumps({"start_s": statistics.median(runs), "runs": runs, "cold": options.cold, "phases": phases, "kernels": kernels}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import msgspec
 import zmq
 
 from gantline_runtime import garbage, logs, termination
-from gantline_runtime.child_process import become_child
+from gantline_runtime.child_process import became_process_at, become_child
 from gantline_runtime.compilation import announce_compilations, loaded_kernels
 from gantline_runtime.config import EngineConfig, from_mapping
 from gantline_runtime.engine_messages import (
@@ -77,8 +77,12 @@ class Engine(Protocol):
 class EngineServer:
     """Moves messages between a ROUTER socket and an engine. Each request belongs to the peer that sent it."""
 
-    def __init__(self, socket: zmq.Socket[bytes], load: Callable[[Callable[[Any], None]], Engine]) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], load: Callable[[Callable[[Any], None]], Engine], starts: tuple[float, float] | None = None
+    ) -> None:
+        """`starts`: when the server and this process were started, by `time.monotonic` (default: now)."""
         self._socket = socket
+        self._starts = (time.monotonic(),) * 2 if starts is None else starts
         self._load = load
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ApiMessage)
@@ -96,7 +100,7 @@ class EngineServer:
     def run(self) -> None:
         """Load the engine, tell how that goes, and serve until told to end. Raises whatever the engine raises."""
         self._await_peer()
-        phases = _Phases(self._broadcast)
+        phases = _Phases(self._broadcast, self._starts)
         engine = self._load(phases.on_progress)
         try:
             announce_compilations(lambda seconds: self._broadcast(EngineBusy(seconds)))
@@ -222,15 +226,19 @@ class EngineServer:
 
 
 class _Phases:
-    """Passes an engine's progress on, at most every tenth of a second, and measures how long each phase took."""
+    """Passes an engine's progress on, at most every tenth of a second, and measures how long each phase took.
 
-    def __init__(self, send: Callable[[EngineMessage], None]) -> None:
+    `launch` lasts from the server's start to this process's, `import` from there to the first word of the engine.
+    """
+
+    def __init__(self, send: Callable[[EngineMessage], None], starts: tuple[float, float]) -> None:
         self._send = send
-        self._began = time.monotonic()
-        self._phase = "import"
+        self._phase, self._began = "launch", starts[0]
         self._sent_at = 0.0
-        send(EngineProgress(phase=self._phase))
         self.seconds: dict[str, float] = {}
+        self._close(starts[1])
+        self._phase = "import"
+        send(EngineProgress(phase=self._phase))
 
     def on_progress(self, progress: Any) -> None:
         """`progress` has `phase`, `done` and `total`."""
@@ -332,7 +340,7 @@ def main(arguments: Sequence[str]) -> int:
     socket.set_hwm(0)  # a ROUTER drops what exceeds its mark; the number of running requests bounds the queue instead
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.bind(settings.endpoint)
-    server = EngineServer(socket, _load(settings))
+    server = EngineServer(socket, _load(settings), (became_process_at(settings.parent_pid), became_process_at()))
     code = 0
     try:
         server.run()

@@ -64,6 +64,8 @@ class Executor:
     def __init__(
         self, model_dir: Path, checkpoint: Checkpoint, config: EngineConfig, on_progress: Callable[[Progress], None] | None
     ) -> None:
+        report = on_progress or (lambda _: None)
+        report(Progress("device", 0, 0))
         config = _resolve(config, checkpoint)
         _check_parallel(config, checkpoint)
         self.device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
@@ -75,12 +77,12 @@ class Executor:
             _try_invariance(checkpoint.shape, plan.dtype, self.device, plan.backend)
         self._workers = WorkerGroup(plan) if config.tp > 1 else None
         try:
-            self._load(checkpoint, config, plan, on_progress)
+            self._load(checkpoint, config, plan, report)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, checkpoint: Checkpoint, config: EngineConfig, plan: WorkerPlan, on_progress: Callable[[Progress], None] | None) -> None:
+    def _load(self, checkpoint: Checkpoint, config: EngineConfig, plan: WorkerPlan, on_progress: Callable[[Progress], None]) -> None:
         if self._workers is not None:
             self._workers.gather()
         self._parallel = join_group(plan, 0)
@@ -89,6 +91,7 @@ class Executor:
         """Of this process's tensors on the GPU, what was there before this engine: an embedding program's own, or another engine's."""
         self._runner = ModelRunner(checkpoint, session_len=plan.session_len, build=build, parallel=self._parallel, on_progress=on_progress)
         self.block_bytes = self._runner.cache_block_bytes(config.block_size)
+        on_progress(Progress("cache", 0, 0))
         free = self._measure_free(config, plan)
         self.num_blocks, self.config = _size_cache(config, checkpoint, free, self.block_bytes)
         assert self.config.session_len is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,11 +182,13 @@ def test_shutdown_ends_the_loop(peer: Peer) -> None:
 
 def test_progress_is_passed_on_sparingly_and_every_phase_is_timed() -> None:
     sent: list[EngineMessage] = []
-    phases = _Phases(sent.append)
+    now = time.monotonic()
+    phases = _Phases(sent.append, (now - 3, now - 2))
     for i in range(1000):
         phases.on_progress(_Progress("weights", i, 1000))
     phases.on_progress(_Progress("cache", 0, 0))
-    assert list(phases.finish()) == ["import", "weights", "cache"] and all(seconds >= 0 for seconds in phases.seconds.values())
+    assert list(phases.finish()) == ["launch", "import", "weights", "cache"] and all(seconds >= 0 for seconds in phases.seconds.values())
+    assert phases.seconds["launch"] == pytest.approx(1) and 2 <= phases.seconds["import"] < 2.5
     shown = [message.phase for message in sent if isinstance(message, EngineProgress)]
     assert shown[0] == "import" and shown[-1] == "cache" and len(shown) < 20
 

@@ -42,9 +42,10 @@ _NEXT = {
 class Lifecycle:
     """Holds the state; `clock` is monotonic, in seconds."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, began_at: float | None = None) -> None:
+        """`began_at`: when the start began, by `clock` (default: now)."""
         self._clock = clock
-        self.began_at = clock()
+        self.began_at = clock() if began_at is None else began_at
         self.state = State.LOADING
         self.phase = "start"
         self.done = 0

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gantline_runtime import garbage, logs
+from gantline_runtime.child_process import became_process_at
 from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_client import EngineClient, EngineUnavailable
 from gantline_runtime.engine_launch import EngineProcess
@@ -67,7 +68,7 @@ class Runner:
         objects: call it on the loop."""
         self._model_dir, self._engine_config, self._config, self._launched = model_dir, engine_config, config, launched
         self._announcer = announcer or Announcer()
-        self.lifecycle = Lifecycle()
+        self.lifecycle = Lifecycle(began_at=became_process_at())
         self._metrics = Metrics(version)
         self._service = Service(engine_config, config, self.lifecycle, self._metrics)
         self._engine = EngineClient(
@@ -95,6 +96,7 @@ class Runner:
         with self._signals():
             try:
                 async with self._front.serving():
+                    self._metrics.startup("listen", time.monotonic() - self.lifecycle.began_at)
                     self._announcer.listening(self.url)
                     return await self._live()
             finally:
