@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from gantline_runtime import garbage
 from gantline_runtime.capture_pacing import Captures
@@ -28,6 +29,7 @@ from gantline_runtime.engine import EngineLoop, LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams
 
 from benchmarks.simulated_device import VOCAB, Host, MeasuredProducts, simulated_engine
+from benchmarks.step_trace import StepTrace
 
 _QUIET_STEPS = 60
 """Undisturbed steps before the prompts arrive; their median is the undisturbed step."""
@@ -47,9 +49,11 @@ class Pass:
     between_max: float
     first_tokens: list[float]
     steps: int
-    slowest: list[tuple[float, int, int, float, float]]
-    """The longest times between tokens, one a step. With each: the CUDA graphs that were captured in that step, its number since the
-    prompts arrived, and what the host took to launch it and waited for the one before."""
+    slowest: list[dict[str, Any]]
+    """The steps with the longest times between tokens: how long, the step's number since the prompts arrived, and where its time went
+    (`step_trace.py`); of the next step what the host took to launch it."""
+    parts: dict[str, list[float]]
+    """Of all steps: the median, 90 %, 99 % and the largest of each part."""
 
 
 class _Crowd:
@@ -111,29 +115,33 @@ def run_pass(crowd: _Crowd, limit_ms: float | None, *, decoding: int, context: i
     pacer.max_step_s = 2 * undisturbed if limit_ms is None else limit_ms / 1000
     for i, prompt in enumerate(arriving):
         crowd.add(f"prompt-{i}", prompt, 64)
-    gaps, slowest, first, began, steps = [], [], {}, crowd.clock(), 0
+    gaps, of_steps, first, began, steps = [], [], {}, crowd.clock(), 0
+    trace = StepTrace(crowd.engine, crowd.clock)
     while len(first) < prompts and crowd.clock() - began < _MOST_SECONDS:
-        before = crowd.engine.stats()
+        num_done = len(trace.done)
         names, now = crowd.step()
         steps += 1
-        if "decode-0" in names:
-            after = crowd.engine.stats()
-            launch = after.step_times.launch_s - before.step_times.launch_s
-            wait = after.step_times.wait_s - before.step_times.wait_s
-            of_step = [round(1000 * seconds, 1) for seconds in (now - last["decode-0"], launch, wait)]
-            slowest.append((of_step[0], after.num_captures - before.num_captures, steps, *of_step[1:]))
+        if "decode-0" in names and len(trace.done) > num_done:
+            of_steps.append((now - last["decode-0"], steps, len(trace.done) - 1))
         for name in names:
             if name.startswith("prompt"):
                 first.setdefault(name, now - began)
             else:
                 gaps.append(now - last[name])
                 last[name] = now
+    trace.close()
     limit = 1000 * pacer.max_step_s
     crowd.leave()
     gaps.sort()
     ms = [round(1000 * x, 2) for x in (undisturbed, gaps[len(gaps) // 2], gaps[int(0.99 * len(gaps))], gaps[-1])]
-    slowest = sorted(slowest, reverse=True)[:_SLOWEST]
-    return Pass(round(limit, 2), *ms, sorted(round(1000 * x) for x in first.values()), steps, slowest)
+    slowest = [_described(trace, *step) for step in sorted(of_steps, reverse=True)[:_SLOWEST]]
+    return Pass(round(limit, 2), *ms, sorted(round(1000 * x) for x in first.values()), steps, slowest, trace.summary())
+
+
+def _described(trace: StepTrace, gap: float, number: int, at: int) -> dict[str, Any]:
+    following = trace.done[at + 1].host if at + 1 < len(trace.done) else {}
+    next_launch = round(following.get("schedule", 0.0) + following.get("launch", 0.0), 2)
+    return {"ms": round(1000 * gap, 1), "step": number, **trace.done[at].as_dict(), "next_launch": next_launch}
 
 
 def main() -> None:
@@ -161,6 +169,7 @@ def main() -> None:
     config = EngineConfig(backend=options.backend, session_len=session_len, max_batch_size=128, enable_prefix_caching=False)
     engine = LLMEngine(options.model, config)
     garbage.settle()  # as the engine's own process does
+    print(json.dumps({"load_seconds": round(engine.stats().load_seconds, 2)}), flush=True)
     _run_passes(_Crowd(engine, facts["vocab_size"]), options, rested=options.rested)
     engine.close()
 
@@ -191,7 +200,11 @@ def _run_passes(crowd: _Crowd, options: argparse.Namespace, *, rested: bool) -> 
         found = run_pass(crowd, None if limit == "twice" else float(limit), length=options.length, **sizes)
         stats = crowd.engine.stats()
         captures = {"captures": stats.num_captures, "longest_capture_ms": round(1000 * stats.longest_capture_s, 1)}
-        print(json.dumps({"asked": limit, **asdict(found), **captures}), flush=True)
+        slowest, parts = (figures := asdict(found)).pop("slowest"), figures.pop("parts")
+        print(json.dumps({"asked": limit, **figures, **captures}), flush=True)
+        print("   ", json.dumps(parts), flush=True)
+        for step in slowest:
+            print("   ", json.dumps(step), flush=True)
 
 
 if __name__ == "__main__":

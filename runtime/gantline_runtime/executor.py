@@ -179,14 +179,18 @@ class Executor:
             raise
 
     def prepare(self) -> bool:
-        """Capture a graph that will be of use, by a step without sequences, and wait for it; False if there is none."""
+        """Capture a graph that will be of use, by a step without sequences, and wait for it; False if there is none.
+
+        A second such step replays it: a graph's first launch takes its nodes to the device, which steps beside others need not wait for.
+        """
         shape = self._runner.foresee()
         if shape is None:
             return False
         buffer = self._take_buffer()
         pack_padding(buffer.numpy(), shape, self.limits.max_slots - 1)
-        self._send(shape, buffer.numpy())
-        self.read(self._runner.execute(buffer[: shape.num_words], shape, None))
+        for step in (shape, shape._replace(capture=0)):
+            self._send(step, buffer.numpy())
+            self.read(self._runner.execute(buffer[: shape.num_words], step, None))
         return True
 
     def _take_buffer(self) -> torch.Tensor:

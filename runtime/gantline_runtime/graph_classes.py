@@ -81,10 +81,6 @@ class GraphClasses:
             max_own_len=self._contexts[-1] if padded.max_own_len else 0,
         )
 
-    def rows(self) -> list[int]:
-        """The numbers of tokens that classes have."""
-        return sorted({*self._decodes, *self._tokens})
-
     def foreseen(self) -> list[BatchShape]:
         """Wide classes, one of each number of tokens: with few prompts among those that decode, then of decodes alone."""
         prompts, context = _PROMPTS[0], self._contexts[-1]

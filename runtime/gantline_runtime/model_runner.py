@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gantline_kernels.api import SharedPrefixes
+from gantline_kernels.devices import num_sms
 from numpy.typing import NDArray
 
 from gantline_runtime.batch import BatchLimits, BatchShape, segments
@@ -33,6 +34,7 @@ from gantline_runtime.models import build_model
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prompt_reads import ReadBatch, ReadTensors, read_rows, split_reads
 from gantline_runtime.sampling import SampledTokens, Sampler, SamplingBatch, TokenMask
+from gantline_runtime.serving_batches import SAMPLINGS, attention_variant, loading_batches, prompt_batch, sample_sizes
 from gantline_runtime.sizing import GRAPH_POOL_SLACK
 from gantline_runtime.workspace import largest_steps, unmeasured_bytes
 
@@ -40,6 +42,9 @@ __all__ = ["ModelRunner", "PendingTokens", "StepResult"]
 
 _LAUNCHES = 9
 """Of which the median is taken: those that compiled a kernel are among them."""
+_LOADED_SAMPLINGS = ("greedy", "masked", "drawn", "limited")
+_ALL_SAMPLED = (1, 2, 24)
+"""Rows with which each way of sampling is loaded: one, few, many to the kernels of logits."""
 
 
 class StepResult(NamedTuple):
@@ -60,22 +65,27 @@ class PendingTokens:
         sampling: SamplingBatch | None,
         num_samples: int,
         reads: tuple[ReadBatch, ReadTensors] | None = None,
+        *,
+        max_samples: int = 0,
     ) -> None:
-        """`sampled` None: the step samples nothing, but is waited for all the same."""
+        """`sampled` None: the step samples nothing, but is waited for all the same. `max_samples` of any step: with as much memory for
+        each, none is taken when there is one sample more than ever, for which the device would be waited for."""
         self._sampling = sampling
         self._num_samples = num_samples
         self._reads = None if reads is None else (reads[0], ReadTensors(**{n: self._copy_out(t) for n, t in vars(reads[1]).items()}))
-        self._host = None if sampled is None else SampledTokens(**{n: self._copy_out(t) for n, t in vars(sampled).items()})
+        self._host = None if sampled is None else SampledTokens(**{n: self._copy_out(t, max_samples) for n, t in vars(sampled).items()})
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record()
 
     @staticmethod
-    def _copy_out(tensor: torch.Tensor | None) -> Any:
+    def _copy_out(tensor: torch.Tensor | None, most_rows: int = 0) -> Any:
         if tensor is None or not tensor.is_cuda:
             return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        rows, *width = tensor.shape
+        host = torch.empty((max(rows, most_rows), *width), dtype=tensor.dtype, pin_memory=True)
+        return host[:rows].copy_(tensor, non_blocking=True)
 
     @property
     def ready(self) -> bool:
@@ -162,6 +172,7 @@ class ModelRunner:
                 launch_seconds=self.launch_seconds,
             )
             self.capture_seconds = self._graphs.capture_seconds
+            self._take_activations(limits, block_size)
 
     def release_graphs(self) -> None:
         """Give up the CUDA graphs, and with them their hold on the ranks' communicator; no step may run afterwards."""
@@ -208,7 +219,7 @@ class ModelRunner:
         if shape.num_reads or reads:
             read = read_rows(hidden[shape.num_samples :], shape.num_scored, reads, self._model.logits, backend=self._backend)
         both = (reads, read) if reads is not None and read is not None else None
-        return PendingTokens(self.device, sampled, sampling, shape.num_samples, both)
+        return PendingTokens(self.device, sampled, sampling, shape.num_samples, both, max_samples=len(self._last_tokens))
 
     def _upload(self, words: torch.Tensor, shape: BatchShape) -> torch.Tensor:
         """The batch on the device (at the same place each time), changes of block tables applied."""
@@ -223,6 +234,11 @@ class ModelRunner:
 
     def _forward(self, inputs: torch.Tensor, shape: BatchShape) -> torch.Tensor:
         """Final hidden states of the rows that may be sampled, then of those that are read."""
+        return self._model.forward(*self._model_inputs(inputs, shape))
+
+    def _model_inputs(
+        self, inputs: torch.Tensor, shape: BatchShape
+    ) -> tuple[torch.Tensor, list[LayerCache], AttentionContext, torch.Tensor | None]:
         at = segments(shape)
         rows, ids = inputs[at.rows], inputs[at.ids].long()
         if shape.num_decodes:
@@ -240,7 +256,7 @@ class ModelRunner:
             num_decodes=shape.num_decodes,
             shared=_shared_prefixes(inputs, shape),
         )
-        return self._model.forward(ids, self._caches, context, None if shape.is_decode else inputs[kept])
+        return ids, self._caches, context, None if shape.is_decode else inputs[kept]
 
     def _sample(self, hidden: torch.Tensor, slots: torch.Tensor, sampling: SamplingBatch | None) -> SampledTokens | None:
         logits = self._model.logits(hidden)
@@ -262,16 +278,41 @@ class ModelRunner:
             return 0
         self.allocate(1, block_size, limits, graphs=False)
         take_product_workspace(self.device)
-        self._model.logits(self._hidden[:64])
-        measured = self._peak_bytes(lambda: self._run_largest(limits, block_size))
         graphs = graphs and self._model.capturable
         if graphs:
-            self._model.load_kernels(_graph_classes(limits, block_size).rows())
+            self.load_kernels(limits, block_size)
+        else:
+            self._model.logits(self._hidden[:64])
+        measured = self._peak_bytes(lambda: self._run_largest(limits, block_size))
+        if graphs:
             largest = self._peak_bytes(lambda: self._run_largest_classes(limits, block_size))
             self._graph_pool_bytes = int(GRAPH_POOL_SLACK * largest)
         del self._caches, self._tables, self._last_tokens, self._sampler, self._inputs, self._hidden
         layers = self._shape.num_layers if graphs else 0
         return measured + self._graph_pool_bytes + unmeasured_bytes(limits, self._shape.vocab_size, graph_layers=layers)
+
+    @torch.inference_mode()
+    def load_kernels(self, limits: BatchLimits, block_size: int) -> None:
+        """Launch every kernel that steps will launch, as far as can be foreseen, with batches of padding: a kernel is loaded when it first
+        runs, and the device's work must end for that. Penalties and log-probabilities are left to those who ask for them first."""
+        self._inputs.zero_()
+        self._tables.view(-1).index_copy_(0, self._inputs[:2].view(torch.int64), self._inputs[:1])
+        sizes = (self._shape, self.parallel.size, self._dtype.itemsize, block_size, num_sms(self.device.index))
+        classes = _graph_classes(limits, block_size)
+        for shape in loading_batches(classes, limits, block_size, lambda shape: attention_variant(*sizes, shape)):
+            self._model.load_kernels(*self._model_inputs(self._inputs, shape))
+        for rows in sample_sizes(limits):
+            for kind in _LOADED_SAMPLINGS if rows in _ALL_SAMPLED else _LOADED_SAMPLINGS[:1]:
+                slots = torch.arange(rows, device=self.device)
+                self._sample(self._hidden[:rows], slots, SAMPLINGS[kind](rows, self._shape.vocab_size))
+
+    @torch.inference_mode()
+    def _take_activations(self, limits: BatchLimits, block_size: int) -> None:
+        """Have torch's allocator hold what steps without a graph take: taken from the device by those steps, it would delay them."""
+        self._inputs.zero_()
+        largest = prompt_batch(1, limits.max_tokens, limits.max_blocks * block_size)
+        self._model.load_kernels(*self._model_inputs(self._inputs, largest))
+        self._model.logits(self._hidden[: min(limits.max_slots - 1, limits.max_tokens)])
 
     def _run_largest(self, limits: BatchLimits, block_size: int) -> None:
         for shape, words in largest_steps(limits, limits.max_blocks * block_size):

@@ -2,8 +2,8 @@
 
 The engine's own `ModelRunner` runs steps of a model of two layers on GPUs that are not there (`gantline_kernels.absent_gpu`). Their kernels
 follow from types and sizes alone, so few steps stand for all: of the many batches that can come, one for each choice that attention makes
-about them (`decode_variant`), on each kind of GPU of an architecture. What that cannot foresee is compiled at run time as ever, and counted
-(`gantline_triton_kernels_total`); tests compare with the kernels of batches drawn at random.
+about them (`serving_batches.py`), on each kind of GPU of an architecture. What that cannot foresee is compiled at run time as ever, and
+counted (`gantline_triton_kernels_total`); tests compare with the kernels of batches drawn at random.
 
 Steps run on the `triton` backend: what the `cuda` backend leaves to Triton are some of the same kernels.
 """
@@ -14,7 +14,7 @@ import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from gantline_kernels import prebuilt
 from gantline_kernels.absent_gpu import CHIPS, AbsentGpus, Chip, NotedLaunch, absent_gpus
-from gantline_kernels.triton_kernels.decode import decode_variant
 from gantline_kernels.triton_kernels.early import MAX_ROWS
 from gantline_kernels.triton_kernels.elementwise import MAX_EARLY_ACTIVATIONS
 from triton import knobs
@@ -37,7 +36,7 @@ from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.model_runner import ModelRunner
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prebuilt_models import ModelVariant
-from gantline_runtime.sampling import SamplingBatch, TokenMask
+from gantline_runtime.serving_batches import SAMPLINGS, all_decodes, attention_variant, decode_batch, prompt_batch
 
 __all__ = ["Step", "look_up", "note_launches", "prebuild", "random_steps", "representative_steps", "run_steps"]
 
@@ -149,12 +148,12 @@ def representative_steps(checkpoint: Checkpoint, tp: int, chips: Sequence[Chip])
     for prompts, tokens in _PROMPTS:
         yield Step(_prompts(prompts, min(tokens, longest)), first)
     for size in (1, 2, 17):
-        for sampled in _SAMPLINGS:
-            yield Step(_decodes(size, longest, 0), first, sampled)
+        for sampled in SAMPLINGS:
+            yield Step(decode_batch(size, longest), first, sampled)
     yield Step(_mixed(16, min(64, longest), longest), first)
     seen: set[tuple[Any, ...]] = set()
     for chip in chips:
-        for shape in _all_decodes(longest):
+        for shape in all_decodes(decode_sizes(_MAX_BATCH), longest, _BLOCK_SIZE):
             kinds = {_rows_variant(shape.num_decodes), _attention_variant(checkpoint, tp, chip, shape)}
             if not kinds <= seen:
                 seen |= kinds
@@ -167,29 +166,8 @@ def _rows_variant(rows: int) -> tuple[Any, ...]:
 
 
 def _attention_variant(checkpoint: Checkpoint, tp: int, chip: Chip, shape: BatchShape) -> tuple[Any, ...]:
-    model = checkpoint.shape
-    kv_heads, element = max(1, model.num_kv_heads // tp), getattr(torch, checkpoint.facts.dtype).itemsize
-    sizes = (shape.num_decodes, model.num_heads // tp, kv_heads, model.head_dim, element, _BLOCK_SIZE)
-    windows = {0, model.sliding_window or 0}
-    return tuple(
-        decode_variant(
-            *sizes, min(shape.max_context_len, window or _LONGEST), None if window else shape.max_own_len or None, chip.multiprocessors
-        )
-        for window in sorted(windows)
-    )
-
-
-def _all_decodes(longest: int) -> Iterator[BatchShape]:
-    """Every size of a class with bounds on contexts that double, without a shared prefix and with ones of all lengths."""
-    contexts = [_BLOCK_SIZE]
-    while contexts[-1] < longest:
-        contexts.append(min(2 * contexts[-1], longest))
-    for size in decode_sizes(_MAX_BATCH):
-        for context in contexts:
-            yield _decodes(size, context, 0)
-            if num_groups(size):
-                for own in contexts[: contexts.index(context) + 1]:
-                    yield _decodes(size, context, own)
+    element_bytes = getattr(torch, checkpoint.facts.dtype).itemsize
+    return attention_variant(checkpoint.shape, tp, element_bytes, _BLOCK_SIZE, chip.multiprocessors, shape)
 
 
 def random_steps(seed: int, count: int) -> Callable[[Checkpoint, int, Sequence[Chip]], Iterator[Step]]:
@@ -212,18 +190,14 @@ def random_steps(seed: int, count: int) -> Callable[[Checkpoint, int, Sequence[C
                 elif kind == "mixed":
                     shape = _mixed(size, tokens, max(context, tokens))
                 else:
-                    shape = _decodes(size, context, scaled(context) if kind == "shared" and num_groups(size) else 0)
-                yield Step(shape, chip, str(random.choice(list(_SAMPLINGS))))
+                    shape = decode_batch(size, context, scaled(context) if kind == "shared" and num_groups(size) else 0)
+                yield Step(shape, chip, str(random.choice(list(SAMPLINGS))))
 
     return draw
 
 
-def _decodes(size: int, context: int, own: int) -> BatchShape:
-    return BatchShape(size, size, size, size, 0, 1, context, max_own_len=own)
-
-
 def _prompts(count: int, tokens: int) -> BatchShape:
-    return BatchShape(count * tokens, count, 0, count, 0, tokens, tokens)
+    return prompt_batch(count, tokens, tokens)
 
 
 def _mixed(decodes: int, tokens: int, context: int) -> BatchShape:
@@ -234,38 +208,7 @@ def _mixed(decodes: int, tokens: int, context: int) -> BatchShape:
 @torch.inference_mode()
 def _run(runner: ModelRunner, step: Step, vocab_size: int) -> None:
     words = torch.zeros(step.shape.num_words, dtype=torch.int32)
-    rows = step.shape.num_samples
-    masks = (lambda: _mask(rows, vocab_size)) if step.sampled == "masked" else None
-    runner.execute(words, step.shape, _SAMPLINGS[step.sampled](rows), masks=masks)
-
-
-def _mask(rows: int, vocab_size: int) -> TokenMask:
-    return TokenMask(np.arange(rows), torch.zeros((rows, -(-vocab_size // 32)), dtype=torch.int32))
-
-
-def _floats(rows: int) -> Any:
-    return np.ones(rows, dtype=np.float32)
-
-
-def _drawn(rows: int) -> SamplingBatch:
-    return SamplingBatch(temperature=_floats(rows), uniforms=_floats(rows))
-
-
-def _limited(rows: int) -> SamplingBatch:
-    return replace(_drawn(rows), top_k=np.ones(rows, dtype=np.int64), top_p=_floats(rows), min_p=_floats(rows))
-
-
-def _penalized(rows: int) -> SamplingBatch:
-    return replace(_limited(rows), repetition_penalty=_floats(rows), presence_penalty=_floats(rows), frequency_penalty=_floats(rows))
-
-
-_SAMPLINGS: dict[str, Callable[[int], SamplingBatch | None]] = {
-    "greedy": lambda rows: None,
-    "masked": lambda rows: None,
-    "drawn": _drawn,
-    "limited": _limited,
-    "penalized": _penalized,
-}
+    runner.execute(words, step.shape, SAMPLINGS[step.sampled](step.shape.num_samples, vocab_size))
 
 
 # ---- compiling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ from gantline_runtime.engine_loop import EngineLoop
 from gantline_runtime.graph_sizes import token_sizes
 from gantline_runtime.pacing import Pacer, StepLoad
 
+from benchmarks import interference
 from benchmarks.simulated_device import Host, Machine, MeasuredAttention, MeasuredProducts, SimulatedExecutor, simulated_engine
 from tests.runtime.engine_support import request
 
@@ -280,6 +282,20 @@ def test_a_prompt_gets_on_where_decoding_alone_takes_longer_than_the_limit() -> 
     gaps, first = gaps_under_interference(engine, executor, prompts=1, length=3000)
     assert len(first) == 1
     assert p99(gaps) <= 1.8 * 0.21, "prompts take half as much time as decoding, no more"
+
+
+def test_the_benchmark_tells_where_the_time_of_the_slowest_steps_went(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the simulated device, whose launches without a graph and captures are the host's time."""
+    sizes = ["--decoding", "8", "--context", "100", "--prompts", "1", "--length", "6000"]
+    monkeypatch.setattr("sys.argv", ["interference", "--simulated", "--limits", "twice", "--passes", "1", *sizes])
+    interference.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    passes = [i for i, line in enumerate(lines) if "between_p99" in line]
+    slowest = lines[passes[0] + 2]
+    assert len(passes) == 3 and slowest["host"]["launch"] == pytest.approx(31.5, abs=15) and slowest["ms"] >= slowest["host"]["launch"]
+    assert lines[passes[0] + 1]["host.launch"][-1] == slowest["host"]["launch"]
 
 
 def test_nobody_waits_for_a_chunk_where_nobody_decodes() -> None:

@@ -9,15 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from gantline_kernels import prebuilt
+from gantline_kernels.absent_gpu import Chip
 from gantline_runtime import compilation, prebuild
+from gantline_runtime.checkpoint import Checkpoint
 from gantline_runtime.cli import main
 from gantline_runtime.engine_messages import EngineReport
 from gantline_runtime.errors import ConfigurationError
+from gantline_runtime.model_runner import ModelRunner
 from gantline_runtime.prebuilt_models import ModelVariant, read_variants, select_variants
 from gantline_runtime.server.lifecycle import State
 from gantline_runtime.server.metrics import Metrics
@@ -185,6 +189,52 @@ def test_batches_drawn_at_random_need_no_other_kernels(name: str, tp: int, monke
         needed = prebuild.note_launches(variant, [90], prebuild.random_steps(3, 25), backend=backend)
         assert len(needed) > 15
         assert not [launch.name for launch in needed if launch.key not in foreseen], backend
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_what_a_start_loads_is_all_that_batches_drawn_at_random_launch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is loaded in a step waits for the device, and all who decode with it: Triton's kernels, and the library's by what its
+    functions choose from. Penalties, which are loaded by their first request, have no kernels of their own here."""
+    from gantline_kernels import hopper_sampling, library
+    from gantline_kernels.absent_gpu import absent_gpus
+
+    called: set[tuple[object, ...]] = set()
+    monkeypatch.setattr(library, "load", lambda: object())
+    monkeypatch.setattr(library, "call", lambda name, *arguments: called.add(_library_variant(name, arguments)))
+    monkeypatch.setattr(hopper_sampling, "_scratch_bytes", lambda rows, size: 1024)
+    variant = next(variant for variant in select_variants(["llama-3.1-8b"]) if variant.tp == 1)
+    loaded: list[int] = []
+    early: set[tuple[object, ...]] = set()
+
+    def steps(checkpoint: Checkpoint, tp: int, chips: Sequence[Chip]) -> Iterator[prebuild.Step]:
+        """Those drawn at random, once everything is loaded."""
+        chip = next(chip for chip in chips if chip.name == "H100")
+        gpus.current = chip
+        runners[chip].load_kernels(prebuild._limits(checkpoint), prebuild._BLOCK_SIZE)
+        loaded.append(len(gpus.launches))
+        early.update(called)
+        yield from prebuild.random_steps(5, 60)(checkpoint, tp, [chip])
+
+    runners: dict[Chip, ModelRunner] = {}
+    make = prebuild._make_runner
+    monkeypatch.setattr(prebuild, "_make_runner", lambda *args: runners.setdefault(args[2], make(*args)))
+    with absent_gpus() as gpus:
+        prebuild.run_steps(gpus, variant, 90, steps, backend)
+    assert loaded[0] > (15 if backend == "triton" else 8)
+    assert not [launch.name for launch in gpus.launches[loaded[0] :]]
+    assert not called - early, "of the library"
+    assert backend == "triton" or {"gantline_prefill_hopper", "gantline_decode_hopper"} <= {name for name, *_ in called}
+
+
+def _library_variant(name: str, arguments: tuple[object, ...]) -> tuple[object, ...]:
+    """What a function of the library chooses its kernel from, beside what a model fixes."""
+    at = {
+        "gantline_gated_linear_hopper": 9,  # columns of a tile
+        "gantline_split_linear_hopper": 9,  # parts
+    }
+    if name == "gantline_prefill_hopper":
+        return name, bool(arguments[10])  # whether parts are joined
+    return (name, arguments[at[name]]) if name in at else (name,)
 
 
 def test_an_unknown_architecture_or_model_is_refused(config: Path) -> None:

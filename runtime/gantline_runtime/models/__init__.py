@@ -5,7 +5,7 @@ What has no family runs by transformers' own implementation over our cache (`tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -42,8 +42,8 @@ class Model(Protocol):
         self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
     ) -> torch.Tensor: ...
 
-    def load_kernels(self, sizes: Iterable[int]) -> None:
-        """Have the kernels for these numbers of tokens loaded, as far as that is known to depend on them."""
+    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
+        """Launch the kernels that `forward` would, at a small part of its time if that can be: so they are loaded."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None: ...

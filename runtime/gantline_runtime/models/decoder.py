@@ -6,7 +6,7 @@ norming are one operation. In the last layer, only rows whose logits are wanted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -174,22 +174,23 @@ class Decoder:
 
     def forward(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> torch.Tensor:
         """Token numbers [T] -> final hidden states of `rows` (None: all), normed."""
+        return self._run(self.layers, ids, caches, context, rows)
+
+    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
+        """As `forward`, through one layer of each kind, then the last, which goes on with `rows` alone."""
+        kinds = dict(zip(self._config.windows, self.layers, strict=True))
+        layers = [*kinds.values(), self.layers[-1]]
+        self._run(layers, ids, caches[:1] * len(layers), context, rows)
+
+    def _run(
+        self, layers: list[_Layer], ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
+    ) -> torch.Tensor:
         x, residual = self.embedding.embed(ids), None
-        last = len(self.layers) - 1
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+        last = len(layers) - 1
+        for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             x, residual = layer(x, residual, cache, context, rows if index == last else None)
         normed, _ = api.add_rms_norm(x, residual, self.norm, self._config.rms_norm_eps, backend=self._backend)
         return normed
-
-    def load_kernels(self, sizes: Iterable[int]) -> None:
-        """Run a layer's matrix products with so many rows, for nothing: libraries load the kernel for a size when it first runs, and
-        the device's work may have to end for that."""
-        layer, width = self.layers[0], self.norm.shape[0]
-        for size in sizes:
-            x = self.norm.new_zeros((size, width))
-            layer.attention.qkv(x)
-            layer.attention.output(self.norm.new_zeros((size, layer.attention.width)))
-            layer.mlp(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[rows, hidden] -> [rows, vocabulary] on rank 0, None on others."""

@@ -12,7 +12,7 @@ device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,8 +95,8 @@ class TransformersDecoder:
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden if rows is None else hidden[rows]
 
-    def load_kernels(self, sizes: Iterable[int]) -> None:
-        """Nothing: its steps have no sizes of their own."""
+    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
+        """Nothing: what one layer is, the model's own code knows alone."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> float32 [rows, vocabulary], with the scales and caps that the model's own code applies after its head.
