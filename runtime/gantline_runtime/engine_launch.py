@@ -1,9 +1,10 @@
-"""Starting the engine's process. It happens before the rest of the server is imported: what the engine imports takes longest of all, and
-both can be done at once."""
+"""Starting the engine's process. It happens before the rest of the server is imported, and with as few modules as possible: what the engine
+imports takes longest of all, and both can be done at once."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from gantline_runtime.config import EngineConfig
-from gantline_runtime.engine_messages import EngineSettings
+from gantline_runtime.engine_settings import EngineSettings
 from gantline_runtime.failures import OutOfMemoryKills
 from gantline_runtime.logs import LogFormat
 
@@ -55,9 +54,9 @@ def launch_engine(
         log_format=log_format,
     )
     if engine is not None:
-        settings = msgspec.structs.replace(settings, engine=engine)
+        settings = dataclasses.replace(settings, engine=engine)
     kills = OutOfMemoryKills()
-    command = [sys.executable, "-P", "-m", "gantline_runtime.engine_process", msgspec.json.encode(settings).decode()]
+    command = [sys.executable, "-P", "-m", "gantline_runtime.engine_process", json.dumps(dataclasses.asdict(settings))]
     # stdout is the API process's own: what a library prints there belongs into the log.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
     return EngineProcess(process, settings.endpoint, folder, kills)

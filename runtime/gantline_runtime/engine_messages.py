@@ -23,26 +23,11 @@ __all__ = [
     "EngineProgress",
     "EngineReady",
     "EngineReport",
-    "EngineSettings",
     "PrefixChanges",
     "RequestRefused",
     "Shutdown",
     "StepOutputs",
 ]
-
-
-class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine process needs to know; the one argument of its command line, as JSON."""
-
-    endpoint: str
-    """zmq address to bind, `ipc://...` in a folder that only this user can enter."""
-    parent_pid: int
-    model_dir: str
-    engine_config: dict[str, object]
-    engine: str = "gantline_runtime.engine:LLMEngine"
-    """`module:class` with the interface of `LLMEngine`."""
-    log_level: str = "info"
-    log_format: Literal["auto", "json", "text"] = "json"
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):

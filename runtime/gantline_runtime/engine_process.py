@@ -36,14 +36,15 @@ from gantline_runtime.engine_messages import (
     EngineProgress,
     EngineReady,
     EngineReport,
-    EngineSettings,
     PrefixChanges,
     RequestRefused,
     Shutdown,
     StepOutputs,
 )
+from gantline_runtime.engine_settings import EngineSettings
 from gantline_runtime.failures import describe_exception
 from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
+from gantline_runtime.torch_import import without_tracing
 
 __all__ = ["Engine", "EngineServer", "build_report", "main"]
 
@@ -309,18 +310,21 @@ def _refusal_code(error: Exception) -> Any:
     return {"QueueFull": "queue_full", "RequestRejected": "invalid"}.get(type(error).__name__, "error")
 
 
-def _begin_import(name: str) -> None:
-    """Import a module beside what comes next; who asks for it meanwhile waits. What goes wrong is raised to them, in a second attempt."""
+def _begin_import(name: str) -> threading.Thread:
+    """Import a module beside what comes next, until the thread ends. What goes wrong is raised to who imports it then, a second time."""
 
     def work() -> None:
-        with suppress(BaseException):
+        with suppress(BaseException), garbage.importing(), without_tracing():
             importlib.import_module(name)
 
-    threading.Thread(target=work, name="gantline-import", daemon=True).start()
+    thread = threading.Thread(target=work, name="gantline-import", daemon=True)
+    thread.start()
+    return thread
 
 
-def _load(settings: EngineSettings) -> Callable[[Callable[[Any], None]], Engine]:
+def _load(settings: EngineSettings, importing: threading.Thread) -> Callable[[Callable[[Any], None]], Engine]:
     def load(on_progress: Callable[[Any], None]) -> Engine:
+        importing.join()
         module, name = settings.engine.split(":")
         config = from_mapping(EngineConfig, settings.engine_config)
         engine: Engine = getattr(importlib.import_module(module), name)(settings.model_dir, config, on_progress=on_progress)
@@ -334,13 +338,13 @@ def main(arguments: Sequence[str]) -> int:
     settings = msgspec.json.decode(arguments[0], type=EngineSettings)
     become_child(settings.parent_pid)
     logs.configure(settings.log_level, settings.log_format)
-    _begin_import(settings.engine.partition(":")[0])
+    importing = _begin_import(settings.engine.partition(":")[0])
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     socket.set_hwm(0)  # a ROUTER drops what exceeds its mark; the number of running requests bounds the queue instead
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.bind(settings.endpoint)
-    server = EngineServer(socket, _load(settings), (became_process_at(settings.parent_pid), became_process_at()))
+    server = EngineServer(socket, _load(settings, importing), (became_process_at(settings.parent_pid), became_process_at()))
     code = 0
     try:
         server.run()

@@ -20,12 +20,12 @@ from gantline_runtime.engine_messages import (
     EngineMessage,
     EngineProgress,
     EngineReport,
-    EngineSettings,
     RequestRefused,
     Shutdown,
     StepOutputs,
 )
-from gantline_runtime.engine_process import EngineServer, _load, _Phases
+from gantline_runtime.engine_process import EngineServer, _begin_import, _load, _Phases
+from gantline_runtime.engine_settings import EngineSettings
 from gantline_runtime.messages import AbortRequest, EngineRequest, SamplingParams
 
 from tests.runtime.server_fakes import EchoEngine, _Progress, write_model
@@ -207,7 +207,9 @@ def test_an_engine_that_is_loaded_is_out_of_the_garbage_collectors_sight(tmp_pat
     monkeypatch.setattr(garbage, "settle", lambda: settled.append(None))
     folder = str(write_model(tmp_path / "m"))
     settings = EngineSettings(endpoint="", parent_pid=0, model_dir=folder, engine_config={}, engine="tests.runtime.server_fakes:EchoEngine")
-    assert isinstance(_load(settings)(lambda _: None), EchoEngine)
+    importing = _begin_import("tests.runtime.server_fakes")
+    assert isinstance(_load(settings, importing)(lambda _: None), EchoEngine)
+    assert not importing.is_alive()
     assert len(settled) == 1
 
 
@@ -218,10 +220,10 @@ def test_the_engine_is_launched_before_the_server_is_imported(tmp_path: Path) ->
         "from gantline_runtime import cli\n"
         "from gantline_runtime.commands import serve\n"
         "def launch(*args, **kwargs):\n"
-        "    print([name for name in ('starlette', 'tokenizers', 'torch', 'prometheus_client') if name in sys.modules])\n"
+        "    print({'starlette', 'tokenizers', 'torch', 'prometheus_client', 'msgspec', 'asyncio', 'tqdm'} & set(sys.modules))\n"
         "    raise SystemExit(0)\n"
         "serve.launch_engine = launch\n"
         f"cli.main(['serve', {str(tmp_path)!r}])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -34,6 +35,73 @@ def test_the_phases_of_a_start_add_up_to_the_time_from_its_exec(server: tuple[Se
     assert seconds["total"] >= 0.6 * server[1] - 0.5, "it counts from the exec, imports and all"
     assert 0.5 * seconds["total"] <= sum(seconds[phase] for phase in PHASES) <= seconds["total"] + 0.05
     assert seconds["launch"] < seconds["listen"] < seconds["total"]
+
+
+NOT_BEFORE_READY = {
+    "torch._dynamo": "traces; 1 s",
+    "torch._inductor": "compiles what was traced",
+    "torch._refs": "operators of tensors without values, which only tracing has; with the next three 0.4 s of processor time",
+    "torch._prims": "as _refs",
+    "torch._decomp": "as _refs",
+    "torch._meta_registrations": "as _refs",
+    "sympy": "tracing's sizes; 0.5 s",
+    "networkx": "graphs of what is compiled",
+    "transformers": "2 s; only a model without an implementation of ours needs it",
+    "safetensors": "files are read by the loader",
+    "scipy": "nothing needs it",
+    "pandas": "nothing needs it",
+    "xgrammar": "its processes compile grammars when a request has one",
+    "jinja2": "templates are the API process's",
+    "pydantic": "requests are judged by the API process",
+    "starlette": "HTTP is the API process's",
+    "uvicorn": "HTTP is the API process's",
+    "fastapi": "HTTP is the API process's",
+    "prometheus_client": "metrics are told by the API process",
+    "huggingface_hub": "models are fetched by another command",
+    "requests": "as huggingface_hub",
+    "httpx": "as huggingface_hub",
+}
+"""What the engine's process must not import before it is ready, and why it would be a waste."""
+ENGINE = """
+import json, sys
+from pathlib import Path
+from gantline_runtime import engine_process
+importing = engine_process._begin_import("gantline_runtime.engine")
+importing.join()
+from gantline_runtime.config import EngineConfig
+from gantline_runtime.engine import LLMEngine
+from gantline_runtime.messages import EngineRequest, SamplingParams
+engine = LLMEngine(Path(sys.argv[1]), EngineConfig(device="cpu", num_cache_blocks=64))
+for logprobs in (None, 0):
+    sampling = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True, num_logprobs=logprobs)
+    engine.add_request(EngineRequest(request_id=f"smoke-{logprobs}", prompt_ids=[1, 2, 3], sampling=sampling))
+    while engine.has_work():
+        engine.step()
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_the_engine_imports_nothing_before_ready_that_it_does_not_need() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", ENGINE, str(MODEL)], capture_output=True, text=True, timeout=300, check=True)
+    imported = set(json.loads(done.stdout))
+    assert {"torch", "gantline_runtime.executor"} <= imported
+    assert {name: reason for name, reason in NOT_BEFORE_READY.items() if name in imported} == {}
+
+
+def test_what_torch_was_imported_without_is_there_for_who_traces() -> None:
+    program = (
+        "from gantline_runtime.torch_import import complete_torch, without_tracing\n"
+        "with without_tracing():\n"
+        "    import torch\n"
+        "print('_meta_registrations' in vars(torch), torch.ones(2).sum().item())\n"
+        "complete_torch()\n"
+        "from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "print('_meta_registrations' in vars(torch), list(torch.linalg.svd(torch.empty(3, 4, device='meta'))[0].shape))\n"
+        "with FakeTensorMode():\n"
+        "    print(list(torch.nn.functional.interpolate(torch.empty(1, 1, 4), scale_factor=2).shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines() == ["False 2.0", "True [3, 3]", "[1, 1, 8]"]
 
 
 def test_a_process_knows_when_it_was_started() -> None:

@@ -126,7 +126,7 @@ class Runner:
         self._engine.start(self._launched)
         self._followers.start(self._follower_settings())
         await asyncio.gather(
-            load_model(self._service, self._model_dir),
+            self._load_model(),
             asyncio.wait((self._engine.ready, self._engine.died), return_when=asyncio.FIRST_COMPLETED),
         )
         if self._engine.died.done():
@@ -141,6 +141,10 @@ class Runner:
         garbage.settle()
         self.lifecycle.enter(State.READY)
         self._announcer.ready(self.url, model, seconds)
+
+    async def _load_model(self) -> None:
+        await load_model(self._service, self._model_dir)
+        garbage.settle()  # while the engine loads, so that what is left of it before ready takes no time
 
     def _follower_settings(self) -> list[FollowerSettings]:
         port = self._front.socket.getsockname()[1]
