@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from gantline_runtime.server.api_error import ApiError, raw_answer
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "Connection"]
@@ -26,7 +27,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._head_bytes > MAX_HEAD_BYTES:
             self._end_head()
-            self.send_400_response("The request's head is too long.")
+            self.send_400_response("")
             return
         if self._head_timer is not None:
             self._head_bytes += len(data)
@@ -44,6 +45,13 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where httptools finds no HTTP/1 in what came, too."""
+        message = f"This is no HTTP/1.1 request, or its head has more than {MAX_HEAD_BYTES} bytes."
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:  # else one must not seem whole
+            self.transport.write(raw_answer(ApiError(400, message, code="invalid_http")))
+        self.transport.close()
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)

@@ -1,6 +1,6 @@
 """Errors that the gateway itself answers with, in the one shape of `gantline_runtime.server.api_error`. Everything else is the replica's.
 
-400 invalid_json, invalid_value, missing_parameter, ambiguous_model     404 not_found, model_not_found
+400 invalid_http, invalid_json, invalid_value, missing_parameter, ambiguous_model     404 not_found, model_not_found
 405 method_not_allowed     408 request_timeout     413 body_too_large   415 unsupported_media_type
 429 queue_full (Retry-After): too many wait for a replica already
 502 bad_gateway: the replica failed, or answered what no client can be given

@@ -22,7 +22,7 @@ import uvloop
 from gantline_runtime import logs, termination
 from gantline_runtime.errors import GantlineError
 from gantline_runtime.server.cors import cross_origin
-from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, bind_socket, url_of
+from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, allow_many_connections, bind_socket, url_of
 from gantline_runtime.server.reloading import Reloader
 from gantline_runtime.server.tls import Certificate
 from starlette.middleware import Middleware
@@ -64,6 +64,7 @@ class Process:
 
     def __init__(self, settings: GatewaySettings, api: ClusterApi | None) -> None:
         """`api`: whom to ask for services, where no file lists them. Raises ConfigurationError for a port or a file that cannot be used."""
+        allow_many_connections()
         self._settings, self._api = settings, api
         self.directory, self.traffic = Directory(), Traffic()
         limits = HoldLimits(settings.hold_silence, settings.hold_timeout, settings.hold_requests, settings.hold_bytes)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -124,6 +126,30 @@ class ServerProcess(LoggedProcess):
             if b"gantline_runtime.engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return int(pid)
         raise AssertionError("there is no engine process")
+
+
+@contextlib.contextmanager
+def few_files(count: int) -> Iterator[None]:
+    """What is started inside of the block begins with room for `count` open files, though more are allowed."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def read_all(client: socket.socket) -> bytes:
+    """Until the other side closes."""
+    answer = b""
+    while piece := client.recv(65536):
+        answer += piece
+    return answer
 
 
 def events(text: str) -> list[dict[str, Any]]:

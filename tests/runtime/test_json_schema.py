@@ -63,6 +63,50 @@ def test_what_a_grammar_lets_through_is_valid(model: Model, schema: Any) -> None
     assert complete > 0
 
 
+ITSELF = {"$ref": "#"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        (False, "x"),
+        (ITSELF, "x.$ref"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "x.$ref"),
+        ({"type": "object", "properties": {"a": INTEGER, "b": ITSELF}, "required": ["a", "b"]}, "x.properties.b.$ref"),
+        (
+            {"type": "object", "properties": {"a": {"type": "array", "items": False, "minItems": 1}}, "required": ["a"]},
+            "x.properties.a.items",
+        ),
+        ({"type": "array", "prefixItems": [INTEGER, False], "minItems": 2}, "x.prefixItems[1]"),
+        ({"anyOf": [{"type": "object", "properties": {"a": ITSELF}, "required": ["a"]}, False]}, "x.anyOf[0].properties.a.$ref"),
+        ({"type": "integer", "minimum": 2, "maximum": 1}, "x.minimum"),
+        ({"type": "object", "properties": {"a": {"type": "string", "minLength": 2, "maxLength": 1}}}, "x.properties.a.minLength"),
+        ({"type": "array", "minItems": 2, "maxItems": 1}, "x.minItems"),
+        ({"$ref": "#/title", "title": "no schema"}, "x.$ref"),
+        ({"$ref": "#/anyOf/0", "anyOf": [True]}, "x.$ref"),
+    ],
+)
+def test_a_schema_that_no_finite_text_matches_is_refused_with_its_place(schema: Any, place: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        prepare_schema(schema, "x", strict=False)
+    assert (caught.value.status, caught.value.param) == (400, place) and str(caught.value).startswith(place)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *SCHEMAS,
+        {"type": "array", "items": ITSELF},
+        {"type": ["object", "null"], "properties": {"a": ITSELF}, "required": ["a"]},
+        {"type": "object", "properties": {"a": False}},
+        {"$ref": "#/components/a", "components": {"a": {"type": "null"}}},
+        {"$ref": "#/$defs/0", "$defs": {**{str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(1000)}, "1000": {"type": "null"}}},
+    ],
+)
+def test_a_schema_that_some_text_matches_is_accepted(schema: Any) -> None:
+    prepare_schema(schema, "x", strict=False)
+
+
 @pytest.mark.parametrize(
     ("pattern", "written"),
     [
@@ -111,7 +155,7 @@ def test_a_wrong_schema_is_refused_with_its_place(schema: Any, place: str) -> No
         ({"not": {}}, "x.not"),
         ({"type": "array", "items": {"type": "array", "contains": {}}}, "x.items.contains"),
         ({"allOf": [{}, {}]}, "x.allOf"),
-        ({"$ref": "#", "minimum": 3}, "x.minimum"),
+        ({"$ref": "#/$defs/a", "minimum": 3, "$defs": {"a": {"type": "integer"}}}, "x.minimum"),
         ({"anyOf": [{}], "type": "object"}, "x.type"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "x.pattern"),
         ({"type": "object", "required": ["a"]}, "x.required[0]"),

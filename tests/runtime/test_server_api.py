@@ -159,6 +159,11 @@ def test_a_cached_prompt_is_told_in_the_usage(server: ServerProcess) -> None:
         assert usage["prompt_tokens_details"]["cached_tokens"] == cached
 
 
+def test_what_asks_for_nothing_is_accepted_from_any_model(server: ServerProcess) -> None:
+    body = {"messages": _user("a"), "verbosity": "medium", "reasoning_effort": "none", "store": False, "service_tier": "auto"}
+    assert server.post("/v1/chat/completions", body).status_code == 200
+
+
 def test_models_are_listed(server: ServerProcess) -> None:
     assert [model.id for model in server.client().models.list()] == ["echo"]
     assert server.client().models.retrieve("echo").owned_by == "gantline"
@@ -216,6 +221,7 @@ def test_every_route_that_takes_a_body_answers_bad_ones_in_one_shape(server: Ser
         _assert_error(server.send("POST", path, content=body, headers=as_json), 400, "invalid_json")
     _assert_error(server.post(path, {"surprise": 1}), 400, *_first_problem(path))
     _assert_error(server.send("POST", path, content=b"{}", headers={"Content-Type": "text/plain"}), 415, "unsupported_media_type")
+    _assert_error(server.send("POST", path, content=b"{}", headers={**as_json, "Content-Encoding": "gzip"}), 415, "unsupported_media_type")
     _assert_error(server.send("POST", path, content=b" " * 70_000, headers=as_json), 413, "body_too_large")
     _assert_error(server.send("POST", path, content=(b" " * 1000 for _ in range(100)), headers=as_json), 413, "body_too_large")
 

@@ -1,11 +1,13 @@
-"""Connections that never finish what they began are given up."""
+"""Many connections are taken; those that never finish what they began are given up, and what is no HTTP gets an error like any other."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +15,24 @@ import uvicorn
 from gantline_runtime.server import connection
 from gantline_runtime.server.listening import bind_socket
 
+from tests.runtime.server_fakes import write_model
+from tests.runtime.server_process import ServerProcess, connect, few_files, read_all
+
 ANSWER = b"HTTP/1.1 200 OK"
+FEW_FILES = 80
+NO_REQUESTS = (
+    b"GET /version HTTP/1.1\r\n\r\n" + b"\x00" * 8 + b"\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n",
+)
+
+
+def assert_no_request(answer: bytes) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"connection: close" in head.lower()
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["code"] == "invalid_http"
 
 
 async def _app(scope: Any, receive: Any, send: Any) -> None:
@@ -70,6 +89,31 @@ async def test_a_slow_answer_and_a_rest_between_requests_are_no_slow_head(port: 
     writer.write(b"GET / HT")
     assert await asyncio.wait_for(reader.read(), 5) == b"", "the second head is waited for no longer than the first"
     writer.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with few_files(FEW_FILES):
+        server = ServerProcess(write_model(tmp_path_factory.mktemp("connection") / "echo"), "--drain-delay=0")
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+def test_a_server_takes_more_connections_than_it_may_have_files_at_first(server: ServerProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(server.url)) for _ in range(2 * FEW_FILES)]
+        for client in clients:
+            client.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert {client.recv(len(ANSWER)) for client in clients} == {ANSWER}
+
+
+@pytest.mark.parametrize("said", NO_REQUESTS)
+def test_what_is_no_request_is_answered_with_an_error_of_the_one_shape(server: ServerProcess, said: bytes) -> None:
+    with connect(server.url) as client:
+        client.sendall(said)
+        assert_no_request(read_all(client))
 
 
 def test_a_client_that_is_gone_without_a_word_is_given_up_within_a_minute() -> None:

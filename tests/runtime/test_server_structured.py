@@ -192,6 +192,17 @@ def test_a_bad_constraint_is_refused_with_its_place(server: ServerProcess, field
         assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
 
 
+@pytest.mark.parametrize(
+    "wanted", [{"regex": "[^\\s\\S]"}, {"grammar": 'root ::= root "a"'}, {"regex": "(a"}, {"regex": "(?=a)b"}, {"grammar": "root ::= x"}]
+)
+def test_the_cause_is_told_without_a_place_in_somebodys_source(server: ServerProcess, wanted: dict[str, str]) -> None:
+    """Also of what matches nothing, or needs itself: the library takes it for an empty text."""
+    response = server.post("/v1/completions", {"prompt": "a", "structured_outputs": wanted})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, f"structured_outputs.{next(iter(wanted))}")
+    assert ".cc" not in error["message"] and ".." not in error["message"]
+
+
 def test_schemas_that_are_too_deep_or_too_large_are_refused(server: ServerProcess) -> None:
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(40):

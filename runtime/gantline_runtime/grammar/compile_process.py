@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -36,6 +37,7 @@ _TRIALS = (0.0, 0.38, 1.0)
 """Which of the allowed tokens is taken each time: the first, one in between, the last."""
 _TRIAL_S = 0.5
 """Of processor time, for all of them: thousands of times what grammars usually take."""
+_PLACE = re.compile(r"^(\[[^\]]*\] |\S+\.(?:cc|h):\d+: )*")
 _MAX_DEPTH = 1000
 """Of rules within rules while a grammar is parsed: more than any schema needs, less than a thread's stack holds."""
 
@@ -123,16 +125,19 @@ def _mixes(spelled: bytes) -> bool:
 
 
 def _try_out(library: Any, compiled: Any, stop_token_ids: Sequence[int], vocab_size: int) -> None:
-    """Follow a grammar along some tokens. Raises ValueError where that takes so long that it would hold up the engine."""
+    """Follow a grammar along some tokens. Raises ValueError where that takes so long that it would hold up the engine, and where there is
+    none to begin with: a rule that needs itself, which the library takes for an empty text, is no grammar that anyone wants."""
     bits = np.empty((1, -(-vocab_size // 32)), dtype=np.int32)
     began = time.thread_time()
     for share in _TRIALS:
         matcher = library.GrammarMatcher(compiled, list(stop_token_ids) or None, not stop_token_ids, -1, None)
-        for _ in range(_TRIED_TOKENS):
+        for num_taken in range(_TRIED_TOKENS):
             matcher.fill_next_token_bitmask(bits, 0, False)
             flags = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[:vocab_size]
             flags[list(stop_token_ids)] = 0
             allowed = np.flatnonzero(flags)
+            if not len(allowed) and not num_taken:
+                raise ValueError("no text but the empty one matches it")
             if not len(allowed) or not matcher.accept_token(int(allowed[int(share * (len(allowed) - 1))]), False):
                 break
             if time.thread_time() - began > _TRIAL_S:
@@ -149,7 +154,7 @@ def _limit_time(seconds: float) -> None:
 def describe(error: Exception) -> str:
     """The library's message without its place in the library's own source."""
     text = " ".join(str(error).split())
-    return (text.rpartition("] ")[2] if text.startswith("[") else text)[:500] or type(error).__name__
+    return _PLACE.sub("", text).rstrip(". ")[:500] or type(error).__name__
 
 
 def _address_space() -> int:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
-__all__ = ["ApiError", "json_response", "respond"]
+__all__ = ["ApiError", "json_response", "raw_answer", "respond"]
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -51,3 +52,11 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 def respond(error: ApiError) -> Response:
     return json_response(error.body(), error.status, error.headers)
+
+
+def raw_answer(error: ApiError) -> bytes:
+    """The whole answer as it goes over a connection that is closed after it: to what is no request, so that no application sees it."""
+    body = msgspec.json.encode(error.body())
+    phrase = HTTPStatus(error.status).phrase
+    head = f"HTTP/1.1 {error.status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return head.encode() + body

@@ -40,6 +40,10 @@ def check_content_type(headers: Mapping[str, str]) -> None:
     if kind != "application/json" and not kind.endswith("+json"):
         # Browsers send other types across origins without asking; a page that someone looks at must not be able to use the server.
         raise ApiError(415, f"Content-Type is {kind[:80] or 'missing'!r}; send application/json.", code="unsupported_media_type")
+    coding = headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        cause = f"Content-Encoding is {coding[:80]!r}; send the body as it is."
+        raise ApiError(415, cause, code="unsupported_media_type", headers={"Accept-Encoding": "identity"})
 
 
 async def read_body(request: Request, limit: int) -> bytes:

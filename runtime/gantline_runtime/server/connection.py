@@ -1,4 +1,4 @@
-"""uvicorn's connection, with an end to those that never finish a request's head: each holds a file of the process, which has few."""
+"""uvicorn's connection, with an end to those that never finish a request's head, and our shape of error for what is no HTTP."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["HEAD_TIMEOUT_S", "Connection"]
+from gantline_runtime.server.api_error import ApiError, raw_answer
+
+__all__ = ["HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "Connection"]
 
 HEAD_TIMEOUT_S = 30.0
 """From the connection, or the head's first byte, to the head's end. Bodies have a limit of their own (`body.py`)."""
+MAX_HEAD_BYTES = 64 * 1024
+"""Of the request line and the headers together."""
 
 
 class Connection(H11Protocol):
@@ -32,6 +36,13 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where h11 finds no HTTP/1 in what came, or more of a head than it may hold."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is on its way, and must not seem whole
+            message = f"This is no HTTP/1.1 request, or its head has more than {MAX_HEAD_BYTES} bytes."
+            self.transport.write(raw_answer(ApiError(400, message, code="invalid_http")))
+        self.transport.close()
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)

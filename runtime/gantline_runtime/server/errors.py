@@ -2,7 +2,8 @@
 
 `message` names cause and cure, `param` the field at fault (`messages[2].content`) or null, `code` is for programs:
 
-    400 invalid_json, invalid_value, missing_parameter, unknown_parameter, unsupported_parameter, context_length_exceeded, invalid_template
+    400 invalid_http, invalid_json, invalid_value, missing_parameter, unknown_parameter, unsupported_parameter
+        context_length_exceeded, invalid_template
     401 missing_api_key, invalid_api_key
     404 not_found, model_not_found     405 method_not_allowed
     408 request_timeout                413 body_too_large         415 unsupported_media_type
@@ -88,17 +89,20 @@ _CODES = {"missing": "missing_parameter", "extra_forbidden": "unknown_parameter"
 
 
 def translate_validation(error: pydantic.ValidationError) -> ApiError:
-    """The first problem that pydantic found, by the path of its field. Our own checks raise errors whose type is the code."""
+    """The first problem that pydantic found, by the path of its field. Our own checks raise errors whose type is the code; `param` in their
+    context is the member at fault of what they check."""
     problem = error.errors(include_url=False, include_input=False)[0]
-    kind, param = problem["type"], _path(problem["loc"])
-    if kind in {"unsupported_parameter", "invalid_value"}:
-        param = problem.get("ctx", {}).get("param") or param
+    kind, context = problem["type"], problem.get("ctx", {})
+    param = _path([*problem["loc"], *([context["param"]] if "param" in context else [])])
+    cause = problem["msg"].removeprefix("Value error, ")
     messages = {
         "missing": f"{param} is required.",
         "extra_forbidden": f"Unknown parameter: {param}.",
-        "json_invalid": f"The body is not valid JSON: {problem.get('ctx', {}).get('error', '')}.",
+        "json_invalid": f"The body is not valid JSON: {context.get('error', '')}.",
+        "unsupported_parameter": f"The parameter {param} is not supported. {context.get('advice')}" if "param" in context else cause,
+        "invalid_value": cause,
     }
-    text = messages.get(kind) or (problem["msg"] if kind in {"unsupported_parameter", "invalid_value"} else f"{param}: {problem['msg']}.")
+    text = messages.get(kind) or f"{param or 'The body'}: {cause}."
     return ApiError(400, text, code=_CODES.get(kind, kind if kind == "unsupported_parameter" else "invalid_value"), param=param or None)
 
 

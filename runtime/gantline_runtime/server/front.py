@@ -13,8 +13,8 @@ from starlette.types import ASGIApp
 from gantline_runtime.config import ServerConfig
 from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.app import create_app
-from gantline_runtime.server.connection import Connection
-from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, bind_socket, url_of
+from gantline_runtime.server.connection import MAX_HEAD_BYTES, Connection
+from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, allow_many_connections, bind_socket, url_of
 from gantline_runtime.server.reloading import Reloader
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.tls import Certificate
@@ -31,6 +31,7 @@ class Front:
 
     def __init__(self, service: Service, config: ServerConfig, *, version: str) -> None:
         """Raises ConfigurationError if the port cannot be had, or keys or certificate cannot be used."""
+        allow_many_connections()
         self._reloader = Reloader()
         keys = ApiKeys(Path(config.api_keys)) if config.api_keys is not None else None
         if keys is not None:
@@ -81,5 +82,6 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_graceful_shutdown=int(FLUSH_S),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,14 @@ class Generation:
         metrics: Metrics,
         ticket: Ticket,
         *,
+        at_once: int | None = None,
         timeout_s: float | None = None,
         grammar_param: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """After `timeout_s` seconds from the ticket's admission, what is unfinished fails with the code `deadline`. `grammar_param` is the
-        field that the requests' grammar comes from, for its errors."""
+        """Of the requests that are submitted, at most `at_once` are in the engine, if given. After `timeout_s` seconds from the ticket's
+        admission, what is unfinished fails with the code `deadline`. `grammar_param` is the field that the requests' grammar comes from,
+        for its errors."""
         self._group, self._metrics, self._ticket, self._clock = group, metrics, ticket, clock
         self._grammar_param = grammar_param
         self._deadline: asyncio.TimerHandle | None = None
@@ -57,14 +60,26 @@ class Generation:
             remaining = max(0.0, ticket.taken_at + timeout_s - clock())
             self._deadline = asyncio.get_running_loop().call_later(remaining, group.fail, error)
         self._failed = False
+        self._at_once = at_once
+        self._num_sent = 0
+        self._held: deque[tuple[Choice, EngineRequest]] = deque()
+        """What follows as others end."""
         self._choices: list[Choice] = []
         self._by_id: dict[str, Choice] = {}
         self._closed = False
 
     def submit(self, prompt: int, request: EngineRequest, output: ChoiceOutput) -> None:
-        choice = Choice(len(self._choices), request.request_id, prompt, len(request.prompt_ids), output, submitted_at=self._clock())
+        choice = Choice(len(self._choices), request.request_id, prompt, len(request.prompt_ids), output)
         self._choices.append(choice)
         self._by_id[request.request_id] = choice
+        if self._at_once is None or self._num_sent < self._at_once:
+            self._send(choice, request)
+        else:
+            self._held.append((choice, request))
+
+    def _send(self, choice: Choice, request: EngineRequest) -> None:
+        self._num_sent += 1
+        choice.submitted_at = self._clock()
         self._group.submit(request)
         self._metrics.prompt_tokens.inc(choice.prompt_len)
 
@@ -115,6 +130,8 @@ class Generation:
             self._group.abort(choice.request_id)  # the engine does not know of stop strings
             self._metrics.finished(reason, self._seconds())
             self._observe_answer(choice)
+            if self._held:
+                self._send(*self._held.popleft())
         return deltas
 
     def _observe_answer(self, choice: Choice) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gantline_runtime.server.errors import ApiError
+from gantline_runtime.server.schema_ends import find_endless
 
 __all__ = ["prepare_schema"]
 
@@ -27,6 +28,8 @@ _SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains")
+_RANGES = (("minimum", "maximum"), ("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties"),
+           ("minContains", "maxContains"))  # fmt: skip
 _TEXTS = ("pattern", "format", "$ref", "title", "description", "$schema", "$id", "$comment", "$anchor")
 _UNENFORCED = ("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "patternProperties",
                "dependentSchemas", "dependentRequired", "dependencies", "nullable", "$dynamicRef")  # fmt: skip
@@ -35,27 +38,33 @@ _ANNOTATIONS = ("title", "description", "default", "examples", "$comment", "depr
 
 def prepare_schema(schema: Any, param: str, *, strict: bool) -> Any:
     """The schema for the compiler, hints left out. Raises ApiError with the place of the first fault in `param`."""
-    _Checker(schema, strict).check(schema, param, 0)
+    checker = _Checker(schema, strict)
+    checker.check(schema, param, 0)
+    endless = find_endless(schema, param, checker.schemas, checker.resolve)
+    if endless is not None:
+        raise _fault(endless, "no text that ends matches this")
     return _without_hints(schema)
 
 
 class _Checker:
     def __init__(self, root: Any, strict: bool) -> None:
         self._root, self._strict = root, strict
-        self._count = 0
+        self.schemas: list[dict[str, Any]] = []
+        """All that were checked."""
 
     def check(self, schema: Any, place: str, depth: int) -> None:
         if isinstance(schema, bool):
             return
         if not isinstance(schema, dict):
             raise _fault(place, "a schema is an object or a boolean")
-        self._count += 1
+        self.schemas.append(schema)
         if depth > MAX_DEPTH:
             raise _fault(place, f"schemas lie within schemas deeper than {MAX_DEPTH}")
-        if self._count > MAX_SCHEMAS:
+        if len(self.schemas) > MAX_SCHEMAS:
             raise _fault(place, f"there are more than {MAX_SCHEMAS} schemas in it")
         for name, value in schema.items():
             _check_value(name, value, f"{place}.{name}")
+        _check_ranges(schema, place)
         if "$ref" in schema:
             self._check_reference(schema["$ref"], f"{place}.$ref")
         if self._strict:
@@ -66,12 +75,28 @@ class _Checker:
     def _check_reference(self, reference: str, place: str) -> None:
         if reference != "#" and not reference.startswith("#/"):
             raise _fault(place, f"{reference[:100]!r} leads elsewhere; references must begin with '#/'")
+        try:
+            target = self.resolve(reference)
+        except LookupError:
+            raise _fault(place, f"{reference[:100]!r} leads nowhere") from None
+        if not isinstance(target, (dict, bool)):
+            raise _fault(place, f"{reference[:100]!r} leads to what is no schema")
+
+    def resolve(self, reference: str) -> Any:
+        """What a reference within the schema leads to. Raises LookupError."""
         target = self._root
         for part in reference[2:].split("/") if reference != "#" else ():
             name = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(target, dict) or name not in target:
-                raise _fault(place, f"{reference[:100]!r} leads nowhere")
+            if not isinstance(target, dict):
+                raise LookupError(reference)
             target = target[name]
+        return target
+
+
+def _check_ranges(schema: dict[str, Any], place: str) -> None:
+    for least, most in _RANGES:
+        if least in schema and most in schema and schema[least] > schema[most]:
+            raise _fault(f"{place}.{least}", f"{schema[least]} is more than {most}, {schema[most]}")
 
 
 def _check_value(name: str, value: Any, place: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -10,12 +11,14 @@ import uvicorn
 
 from gantline_runtime.errors import ConfigurationError
 
-__all__ = ["DEAD_PEERS", "KEEP_ALIVE_S", "HttpServer", "bind_socket", "url_of"]
+__all__ = ["DEAD_PEERS", "KEEP_ALIVE_S", "HttpServer", "allow_many_connections", "bind_socket", "url_of"]
 
 DEAD_PEERS = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3), (socket.TCP_USER_TIMEOUT, 60_000))
 """A client whose machine or network is gone says no goodbye; within a minute its connection is given up, and its requests with it."""
 KEEP_ALIVE_S = 75
 """Longer than proxies keep idle connections (60 s for nginx), so that they close first and no request meets a closing connection."""
+_MOST_FILES = 1 << 20
+"""More than one process can serve; some systems allow a thousand times as many."""
 
 
 class HttpServer(uvicorn.Server):
@@ -24,6 +27,15 @@ class HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def allow_many_connections() -> None:
+    """Let this process, and those that it starts, have as many open files as the system allows: each connection is one, and the number
+    that a process begins with, 1024 under some container runtimes, is a busy server's within seconds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:

@@ -69,7 +69,7 @@ class ModelFormats:
             found["reasoning_effort"] = effort
         if self.switches_thinking:
             found["enable_thinking"] = effort != "none"
-        if not found:
+        if not found and (effort != "none" or self.reasoning is not None):
             message = "reasoning_effort: this model's chat template cannot be told how much to reason. Leave it out."
             raise ApiError(400, message, code="unsupported_parameter", param="reasoning_effort")
         return found

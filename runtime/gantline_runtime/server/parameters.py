@@ -22,6 +22,7 @@ __all__ = [
     "UNSUPPORTED_RESPONSES",
     "drop_harmless",
     "unsupported",
+    "unsupported_value",
 ]
 
 HARMLESS = ("metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user")
@@ -36,7 +37,7 @@ UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 """Null asks for nothing, always."""
@@ -103,9 +104,16 @@ UNSUPPORTED_MESSAGE: dict[str, tuple[Any, ...]] = {
 """Members of a message. Clients send answers back as they got them, with these as null or empty."""
 
 
-def unsupported(param: str, advice: str = "Leave it out.") -> PydanticCustomError:
-    context = {"param": param, "advice": advice}
-    return PydanticCustomError("unsupported_parameter", "The parameter {param} is not supported. {advice}", context)
+def unsupported(name: str, advice: str = "Leave it out.") -> PydanticCustomError:
+    """Of a member of what is being validated."""
+    return PydanticCustomError(
+        "unsupported_parameter", "The parameter {param} is not supported. {advice}", {"param": name, "advice": advice}
+    )
+
+
+def unsupported_value(what: str, advice: str) -> PydanticCustomError:
+    """Of what is being validated itself, which is legal elsewhere."""
+    return PydanticCustomError("unsupported_parameter", "{what} is not supported. {advice}", {"what": what, "advice": advice})
 
 
 def drop_harmless(body: Any, table: Mapping[str, tuple[Any, ...]], harmless: Sequence[str] = HARMLESS) -> Any:

@@ -24,6 +24,8 @@ from gantline_runtime.server.sse import unless_client_leaves
 
 __all__ = ["compute_perplexity", "create_embeddings", "encode"]
 
+_READS_AT_ONCE = 256
+"""Of one request; thousands of texts must not fill the queue that others wait in."""
 _READ_ONLY = SamplingParams(max_new_tokens=0)
 
 
@@ -94,11 +96,12 @@ async def _read(
     **wanted: Any,
 ) -> Generation:
     """Have the engine read each of `inputs`; the generation is over and closed when it is returned."""
-    ticket = service.admit(len(inputs))
+    at_once = min(len(inputs), service.capacity, _READS_AT_ONCE)
+    ticket = service.admit(at_once)
     try:
         prompts = await unless_client_leaves(request, _encode_all(service, inputs, add_special_tokens))
         sampling = [_READ_ONLY] * len(prompts)
-        generation = service.start(new_request_id("read"), prompts, sampling, fields, ticket, **wanted)
+        generation = service.start(new_request_id("read"), prompts, sampling, fields, ticket, at_once=at_once, **wanted)
     except BaseException:
         ticket.release()
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from gantline_runtime.server.callers import BEST_PRIORITY
@@ -20,6 +20,7 @@ from gantline_runtime.server.parameters import (
     UNSUPPORTED_MESSAGE,
     drop_harmless,
     unsupported,
+    unsupported_value,
 )
 from gantline_runtime.server.protocol_formats import (
     MAX_TOOL_CALLS,
@@ -37,6 +38,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
+    "Inputs",
     "Message",
     "Prompts",
     "SamplingFields",
@@ -49,6 +51,8 @@ __all__ = [
 
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 256
+MAX_INPUTS = 2048
+"""OpenAI's bound for embeddings; libraries on top of its client send a thousand at once."""
 MAX_CHOICES = 128
 MAX_STOPS = 64
 MAX_STOP_CHARS = 8192
@@ -62,8 +66,9 @@ MAX_TIMEOUT_S = 86_400
 _INT64 = 1 << 63
 
 
-def invalid(message: str, param: str) -> PydanticCustomError:
-    return PydanticCustomError("invalid_value", "{message}", {"message": message, "param": param})
+def invalid(message: str, name: str) -> PydanticCustomError:
+    """`name`: the member at fault of what is being validated."""
+    return PydanticCustomError("invalid_value", "{message}", {"message": message, "param": name})
 
 
 class Body(BaseModel):
@@ -95,9 +100,10 @@ class StreamOptions(Body):
     @model_validator(mode="after")
     def _no_obfuscation(self) -> Self:
         if self.include_obfuscation:
-            raise unsupported("stream_options.include_obfuscation")
+            raise unsupported("include_obfuscation")
         if self.continuous_usage_stats and not self.include_usage:
-            raise invalid("stream_options: continuous_usage_stats is only allowed together with include_usage: true.", "stream_options")
+            message = "stream_options.continuous_usage_stats is only allowed together with include_usage: true."
+            raise invalid(message, "continuous_usage_stats")
         return self
 
 
@@ -158,14 +164,16 @@ class _TextPart(Body):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, body: Any) -> Any:
+        if isinstance(body, dict) and isinstance(body.get("type"), str) and body["type"] != "text":
+            raise unsupported_value(f"Content of type {body['type'][:40]!r}", "This model takes text only.")
+        return body
+
 
 def _as_parts(value: Any) -> Any:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    for part in value if isinstance(value, list) else ():
-        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
-            raise unsupported(f"content of type {part['type'][:40]!r}", "This model takes text only.")
-    return value
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class Message(Body):
@@ -246,12 +254,19 @@ def _as_prompts(value: Any) -> Any:
     return value
 
 
+def _form_of(prompts: Any) -> str:
+    """By the first prompt, so that an error is told of the form that was meant."""
+    return "[tokens]" if isinstance(prompts, list) and prompts and isinstance(prompts[0], list) else "[texts]"
+
+
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
-Prompts = Annotated[
-    list[str] | list[Tokens],
+_Prompts = Annotated[
+    Annotated[list[str], Tag("[texts]")] | Annotated[list[Tokens], Tag("[tokens]")],
+    Discriminator(_form_of),
     BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | Tokens | list[Tokens]),
-    Field(min_length=1, max_length=MAX_PROMPTS),
 ]
+Prompts = Annotated[_Prompts, Field(min_length=1, max_length=MAX_PROMPTS)]
+Inputs = Annotated[_Prompts, Field(min_length=1, max_length=MAX_INPUTS)]
 
 
 class CompletionRequest(SamplingFields):

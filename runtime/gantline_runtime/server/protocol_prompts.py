@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from gantline_runtime.messages import Pooling
 from gantline_runtime.server.callers import BEST_PRIORITY
 from gantline_runtime.server.parameters import UNSUPPORTED_EMBEDDING, UNSUPPORTED_EXTRAS, UNSUPPORTED_GENERATE, drop_harmless
-from gantline_runtime.server.protocol import MAX_TIMEOUT_S, MAX_TOKENS, Body, Prompts, SamplingFields, Tokens, invalid
+from gantline_runtime.server.protocol import MAX_TIMEOUT_S, MAX_TOKENS, Body, Inputs, SamplingFields, Tokens, invalid
 
 __all__ = ["EmbeddingRequest", "EncodeRequest", "GenerateRequest", "PerplexityRequest"]
 
@@ -32,7 +32,7 @@ class _ReadingFields(Body):
 class EmbeddingRequest(_ReadingFields):
     """OpenAI's, and how to pool: left out, the checkpoint decides (`pooling.py`)."""
 
-    input: Prompts
+    input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Pooling | None = None
     normalize: bool = True

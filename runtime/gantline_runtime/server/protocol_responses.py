@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from gantline_runtime.server.parameters import UNSUPPORTED_EXTRAS, UNSUPPORTED_RESPONSES, drop_harmless, unsupported
+from gantline_runtime.server.parameters import UNSUPPORTED_EXTRAS, UNSUPPORTED_RESPONSES, drop_harmless, unsupported, unsupported_value
 from gantline_runtime.server.protocol import MAX_MESSAGES, MAX_TOKENS, MAX_TOP_LOGPROBS, Body, SamplingFields, invalid
 
 __all__ = ["ResponsesRequest"]
@@ -30,7 +30,7 @@ class _Part(Body):
     @classmethod
     def _as_it_came(cls, body: Any) -> Any:
         if isinstance(body, dict) and isinstance(body.get("type"), str) and body["type"] not in ("input_text", "output_text", "text"):
-            raise unsupported(f"content of type {body['type'][:40]!r}", "This model takes text only.")
+            raise unsupported_value(f"Content of type {body['type'][:40]!r}", "This model takes text only.")
         return drop_harmless(body, {}, ("annotations", "logprobs"))
 
 
@@ -72,9 +72,9 @@ class _Item(Body):
             return body
         kind = body.get("type")
         if kind == "item_reference":
-            raise unsupported("item_reference", _NOT_STORED)
+            raise unsupported_value("A reference to an item", _NOT_STORED)
         if isinstance(kind, str) and kind not in ("message", "function_call", "function_call_output", "reasoning"):
-            raise unsupported(f"input of type {kind[:40]!r}", "Messages, function calls and their outputs, and reasoning are.")
+            raise unsupported_value(f"Input of type {kind[:40]!r}", "Messages, function calls and their outputs, and reasoning are.")
         if kind == "reasoning":
             body = {**body, "content": [{"type": "text", "text": part.get("text")} for part in _dicts(body.get("content"))]}
             return drop_harmless(body, {"encrypted_content": ()}, _ECHOED_ITEM)
@@ -84,7 +84,7 @@ class _Item(Body):
     def _has_its_members(self) -> Self:
         for name in _NEEDED[self.type]:
             if getattr(self, name) is None:
-                raise invalid(f"An item of type {self.type} needs {name}.", f"input.{name}")
+                raise invalid(f"An item of type {self.type} needs {name}.", name)
         return self
 
 
@@ -139,11 +139,17 @@ class _FunctionTool(Body):
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
         if isinstance(body, dict) and isinstance(body.get("type"), str) and body["type"] != "function":
-            raise unsupported(f"tool of type {body['type'][:40]!r}", "Functions are, which the client runs itself.")
+            raise unsupported_value(f"A tool of type {body['type'][:40]!r}", "Functions are, which the client runs itself.")
         return drop_harmless(body, {"defer_loading": (False,), "output_schema": (), "allowed_callers": (["direct"],)}, ())
 
     def for_chat(self) -> dict[str, Any]:
         return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+def _check_included(value: Any) -> Any:
+    if isinstance(value, str) and value != _LOGPROBS:
+        raise unsupported_value(f"To include {value[:64]!r}", f"Only {_LOGPROBS} is.")
+    return value
 
 
 class ResponsesRequest(SamplingFields):
@@ -152,7 +158,7 @@ class ResponsesRequest(SamplingFields):
     ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    include: list[Literal["message.output_text.logprobs"]] = Field([], max_length=8)
+    include: list[Annotated[Literal["message.output_text.logprobs"], BeforeValidator(_check_included)]] = Field([], max_length=8)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     text: _TextSettings = Field(default_factory=lambda: _TextSettings.model_validate({}))
     reasoning: _Reasoning = Field(default_factory=lambda: _Reasoning.model_validate({}))
@@ -169,9 +175,6 @@ class ResponsesRequest(SamplingFields):
             for name in ("previous_response_id", "conversation"):
                 if body.get(name) is not None:
                     raise unsupported(name, _NOT_STORED)
-            for value in body["include"] if isinstance(body.get("include"), list) else ():
-                if isinstance(value, str) and value != _LOGPROBS:
-                    raise unsupported(f"include of {value[:64]!r}", f"Only {_LOGPROBS} is.")
         kept = drop_harmless(body, UNSUPPORTED_EXTRAS | UNSUPPORTED_RESPONSES)
         if isinstance(kept, dict) and isinstance(body.get("metadata"), dict):
             kept["metadata"] = body["metadata"]  # harmless elsewhere, but here the answer repeats it

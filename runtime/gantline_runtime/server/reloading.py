@@ -41,7 +41,10 @@ class Reloader:
                 self._look(watched)
 
     def _look(self, watched: _Watched) -> None:
-        now = _fingerprint(watched.paths)
+        try:
+            now = _fingerprint(watched.paths)
+        except OSError:  # it is being replaced at this moment
+            return
         if now == watched.seen:
             return
         watched.seen = now

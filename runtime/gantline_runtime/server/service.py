@@ -92,6 +92,11 @@ class Service:
         """Engine requests that were admitted and have not ended: waiting for a tokenizer, in the engine, or being sent."""
         return self._num_admitted
 
+    @property
+    def capacity(self) -> int:
+        """Engine requests that may be admitted at a time."""
+        return self._capacity
+
     def check_state(self) -> Model:
         """The model, if requests are taken now. Raises ApiError 503 otherwise."""
         if not self.lifecycle.takes_requests or self.model is None or self.engine is None or self.engine.died.done():
@@ -199,10 +204,12 @@ class Service:
         num_prompt_logprobs: int | None = None,
         pooling: Pooling | None = None,
         prefixes: Sequence[PromptPrefixes] = (),
+        at_once: int | None = None,
     ) -> Generation:
         """Send `fields.n` requests for each prompt, each with its prompt's `sampling`. Choice i of prompt p has the index p * n + i.
         What is read of a prompt beside sampling is read by its first choice. `prefixes` are those of the prompts, where they are known.
-        The generation releases `ticket` when it is closed. Raises ApiError for a priority that the caller may not have."""
+        With `at_once`, so many are in the engine at a time. The generation releases `ticket` when it is closed. Raises ApiError for a
+        priority that the caller may not have."""
         assert self.model is not None and self.engine is not None
         caller = ticket.caller
         if fields.priority < caller.best_priority:
@@ -211,7 +218,7 @@ class Service:
         constraint = plan.constraint
         grammar, param = (constraint.grammar, constraint.param) if constraint is not None else ("", "")
         timeout_s = self._timeout(fields.timeout)
-        generation = Generation(self.engine.open_group(), self.metrics, ticket, timeout_s=timeout_s, grammar_param=param)
+        generation = Generation(self.engine.open_group(), self.metrics, ticket, at_once=at_once, timeout_s=timeout_s, grammar_param=param)
         try:
             for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
                 marks = prefixes[i].marks(len(prompt)) if self._caches_prefixes and i < len(prefixes) else []
