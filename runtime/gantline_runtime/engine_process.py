@@ -43,6 +43,7 @@ from gantline_runtime.engine_messages import (
 )
 from gantline_runtime.engine_settings import EngineSettings
 from gantline_runtime.failures import describe_exception
+from gantline_runtime.gpu_opening import begin_opening
 from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
 from gantline_runtime.torch_import import without_tracing
 
@@ -338,6 +339,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = msgspec.json.decode(arguments[0], type=EngineSettings)
     become_child(settings.parent_pid)
     logs.configure(settings.log_level, settings.log_format)
+    begin_opening(str(settings.engine_config.get("device", "auto")))
     importing = _begin_import(settings.engine.partition(":")[0])
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)

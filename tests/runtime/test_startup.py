@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from gantline_runtime.child_process import became_process_at
+from gantline_runtime.gpu_opening import open_first_gpu
 
 from tests.runtime.server_process import REAL, ROOT, ServerProcess, running
 
@@ -110,3 +114,40 @@ def test_a_process_knows_when_it_was_started() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert before - 0.02 <= float(done.stdout) <= time.monotonic() - 0.5
     assert became_process_at() < before
+
+
+DRIVER = """
+#include <stdio.h>
+static int note(const char *text) { printf("%s\\n", text); fflush(stdout); return 0; }
+int cuInit(unsigned flags) { return note(flags ? "bad flags" : "cuInit"); }
+int cuDeviceGet(int *device, int ordinal) { *device = 40 + ordinal; return note("cuDeviceGet"); }
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    *context = context;
+    return note(device == 40 ? "retained" : "bad device") + RETAINED;
+}
+"""
+
+
+@pytest.mark.parametrize("refusal", [0, 2])
+def test_the_gpu_is_opened_by_the_drivers_own_calls_and_a_refusal_is_left_to_torch(refusal: int, tmp_path: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", f"-DRETAINED={refusal}", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True
+    )
+    program = (
+        "import os\n"
+        "from gantline_runtime.gpu_opening import begin_opening, open_first_gpu\n"
+        "thread = begin_opening('auto')\n"
+        "thread.join()\n"
+        "print(open_first_gpu(), begin_opening('cpu'), os.environ['CUDA_MODULE_LOADING'])\n"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-u", "-c", program], capture_output=True, text=True, timeout=60, check=True, env=environment)
+    assert done.stdout.splitlines() == [*["cuInit", "cuDeviceGet", "retained"] * 2, f"{not refusal} None LAZY"]
+
+
+def test_without_a_driver_no_gpu_is_opened() -> None:
+    assert open_first_gpu("libcuda-that-is-not-there.so") is False
