@@ -43,10 +43,10 @@ def refusal_of_nodes(spec: InferenceServiceSpec, planned: Plan, cluster: Cluster
     return "" if nodes else "There is no node yet, so it is not known whether it will mount images."
 
 
-async def refusal_of_server(client: Api, namespace: str, image: ImageMount) -> str:
+async def refusal_of_server(client: Api, namespace: str, image: ImageMount, user: int | None) -> str:
     """Why the API server takes no pods with this volume; empty where it does. Raises ApiError where it cannot say."""
     try:
-        made = await client.try_out(DEPLOYMENTS, namespace, image_pods(namespace, image))
+        made = await client.try_out(DEPLOYMENTS, namespace, image_pods(namespace, image, user))
     except (Invalid, Forbidden) as error:
         return f"The API server takes no pods with image volumes here: {str(error)[:300]}"
     volumes = made["spec"]["template"]["spec"].get("volumes") or []

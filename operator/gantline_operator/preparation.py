@@ -153,7 +153,8 @@ class Preparation(CacheKeeping):
         if delivery == "auto" and (begun or self.artefacts.get("fetch", {}).get("hash") == digest):
             return None
         refusal = refusal_of_source(model) or (self._unlikely(planned) if delivery == "auto" else "")
-        refusal = refusal or await refusal_of_server(self.cluster.client, self.namespace, location.images[0])
+        user = self.cluster.rendering.pod_user
+        refusal = refusal or await refusal_of_server(self.cluster.client, self.namespace, location.images[0], user)
         if not refusal:
             self.artefacts["image"] = {"kind": "image", "hash": digest, "path": location.path}
             await self._checkpoint()

@@ -34,6 +34,11 @@ _PEER = re.compile(
 )
 
 
+def _pod_user(value: str) -> int | None:
+    """None: whom the cluster gives."""
+    return None if value.strip() == "cluster" else _number(1, (1 << 31) - 1)(value)
+
+
 def _peers(value: str) -> tuple[str, ...]:
     found = _names(value)
     for name in found:
@@ -58,6 +63,12 @@ class OperatorSettings:
     )
     image_pull_secrets: tuple[str, ...] = _setting(
         _names, (), "Pull secrets for every pod, separated by commas, beside those of spec.pod.imagePullSecrets."
+    )
+    pod_user: int | None = _setting(
+        _pod_user,
+        1000,
+        "User and group that the pods of services run as, and group of the files in their volumes; cluster: as the cluster gives them out, "
+        "as OpenShift does by namespace.",
     )
     hf_endpoint: str = _setting(_text, "", "Address of a Hugging Face hub or mirror for hf:// sources; empty is the public hub.")
     s3_endpoint: str = _setting(_text, "", "Address of an S3 endpoint for s3:// sources whose Secret names none; empty is AWS.")

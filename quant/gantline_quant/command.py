@@ -15,6 +15,7 @@ from gantline_runtime import logs, termination
 from gantline_runtime.checkpoint.shape import AWQ_GROUP_SIZES
 from gantline_runtime.contents import MAX_LISTED, list_contents
 from gantline_runtime.errors import ConfigurationError
+from gantline_runtime.shared_files import share_with_group
 
 __all__ = ["add_arguments", "run"]
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     logs.configure("info", "auto")
+    share_with_group()
     # Threads that wait by spinning take the processor from whoever they wait for, once something else runs on the machine.
     # OpenMP reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

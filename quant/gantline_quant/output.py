@@ -15,6 +15,7 @@ from gantline_runtime.checkpoint import Checkpoint, LocalFiles
 from gantline_runtime.checkpoint.files import load_json
 from gantline_runtime.checkpoint.reader import INDEX, SINGLE
 from gantline_runtime.errors import CheckpointError, QuantizationError
+from gantline_runtime.shared_files import open_up
 from torch import Tensor
 
 from gantline_quant.layers import read_tensor
@@ -75,6 +76,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if "No space left" in str(error) or "os error 28" in str(error):
             raise OSError(28, "No space left on device", str(path)) from error
         raise
+    open_up(temporary)  # the library makes it its user's alone
     sync(temporary)
     temporary.rename(path)
 

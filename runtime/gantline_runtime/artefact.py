@@ -28,6 +28,7 @@ from typing import Any
 from gantline_runtime import logs
 from gantline_runtime.checkpoint.files import load_json
 from gantline_runtime.errors import CapacityError, CheckpointError, ConfigurationError
+from gantline_runtime.shared_files import open_up
 from gantline_runtime.termination import Reason
 from gantline_runtime.volume_lock import VolumeLock
 
@@ -242,9 +243,9 @@ class Staging:
         manifest = replace(manifest, files=self._record_files(hashes or {}))
         (self.folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         for path in sorted(self.folder.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            open_up(path)
             sync(path)
-        self.folder.chmod(0o755)
+        open_up(self.folder)
         sync(self.folder)
         self._lock.check()
         try:
@@ -280,4 +281,5 @@ def _write_error(folder: Path, error: OSError) -> CapacityError | ConfigurationE
         return CapacityError(
             f"the volume of {folder} is full", reason=Reason.DISK_FULL, cure="Free some space or use a larger volume, then start again."
         )
-    return ConfigurationError(f"{folder} cannot be written: {error.strerror}", cure="Give a target that this user may write.")
+    cure = "Give a target that this user may write; another user's files have to be writable for a group of its (chmod -R g+rwX)."
+    return ConfigurationError(f"{folder} cannot be written: {error.strerror}", cure=cure)

@@ -84,7 +84,7 @@ class VolumeLock:
             return False
         number = state.number + 1
         try:
-            handle = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o664)
         except FileExistsError:
             return False
         with os.fdopen(handle, "w") as stream:

@@ -27,6 +27,7 @@ INSTALLATIONS: dict[str, Object] = {
         "image": {"repository": "registry.example/operator", "tag": "1.2.3", "pullPolicy": "Always"},
         "imagePullSecrets": ["own"],
         "replicaCount": 2,
+        "podUser": "cluster",
         "webhook": {"enabled": True, "timeoutSeconds": 3},
         "runtime": {
             "images": {"cuda": "registry.example/runtime:1", "cpu": "registry.example/runtime-cpu@sha256:" + "0" * 64},
@@ -109,6 +110,8 @@ def test_lint_finds_nothing(name: str) -> None:
 def test_every_pod_is_restricted_and_bounded(name: str) -> None:
     for pod in pod_specs(render(INSTALLATIONS[name])):
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        users = {key: pod["securityContext"].get(key) for key in ("runAsUser", "runAsGroup", "fsGroup")}
+        assert set(users.values()) == {None if name == "everything" else 1000}
         for container in pod["containers"]:
             security = container["securityContext"]
             assert security["allowPrivilegeEscalation"] is False and security["readOnlyRootFilesystem"] is True
@@ -187,7 +190,7 @@ def test_the_operator_understands_every_setting_that_the_chart_gives(name: str) 
             custom_metrics_hosts=("gantline-custom-metrics.gantline-system.svc",),
             custom_metrics_secret="gantline-system/gantline-custom-metrics", webhook_port=9443,
             webhook_hosts=("gantline-webhook.gantline-system.svc",), webhook_secret="gantline-system/gantline-webhook",
-            webhook_configuration="gantline-gantline-system", **OF_THE_RELEASE,
+            webhook_configuration="gantline-gantline-system", pod_user=None, **OF_THE_RELEASE,
         )  # fmt: skip
 
 

@@ -233,7 +233,7 @@ def publish(target: Path) -> None:
 
 def test_a_published_folder_can_be_read_by_other_users(tmp_path: Path) -> None:
     publish(tmp_path / "a")
-    assert (tmp_path / "a" / "x").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "a" / "x").stat().st_mode & 0o777 == 0o664
     assert names(tmp_path / "a") == {"x", MANIFEST}
 
 

@@ -65,9 +65,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{- define "gantline.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: 1000
-runAsGroup: 1000
-fsGroup: 1000
+{{- if ne (toString .Values.podUser) "cluster" }}
+runAsUser: {{ .Values.podUser | int }}
+runAsGroup: {{ .Values.podUser | int }}
+fsGroup: {{ .Values.podUser | int }}
+{{- end }}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 

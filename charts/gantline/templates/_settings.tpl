@@ -8,6 +8,7 @@
 {{- end }}
 - {name: GANTLINE_IMAGE_PULL_POLICY, value: {{ .Values.runtime.imagePullPolicy }}}
 - {name: GANTLINE_IMAGE_PULL_SECRETS, value: {{ .Values.runtime.imagePullSecrets | join "," | quote }}}
+- {name: GANTLINE_POD_USER, value: {{ ternary "cluster" (.Values.podUser | int | toString) (eq (toString .Values.podUser) "cluster") | quote }}}
 - {name: GANTLINE_HF_ENDPOINT, value: {{ .Values.runtime.hfEndpoint | quote }}}
 - {name: GANTLINE_S3_ENDPOINT, value: {{ .Values.runtime.s3Endpoint | quote }}}
 - {name: GANTLINE_INSECURE_REGISTRIES, value: {{ .Values.runtime.insecureRegistries | join "," | quote }}}

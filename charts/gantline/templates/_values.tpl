@@ -2,6 +2,7 @@
 of the installed chart instead of this one's, so any of these may be missing. Tests hold the list complete and equal to values.yaml. */}}
 {{- define "gantline.laterValues" -}}
 replicaCount: 1
+podUser: 1000
 runtime.networkPolicy.enabled: false
 runtime.networkPolicy.clients: everyone
 runtime.networkPolicy.alsoFrom: []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.resources.naming import Object, cache_claim_name, owner_reference
-from gantline_operator.resources.pod import CACHE_MOUNT, IMAGE_MOUNT, SOURCE_MOUNT, ImageMount, Mount
+from gantline_operator.resources.pod import CACHE_MOUNT, IMAGE_MOUNT, POD_USER, SOURCE_MOUNT, ImageMount, Mount
 from gantline_operator.settings import OperatorSettings
 
 __all__ = [
@@ -72,6 +72,8 @@ class Settings:
     load_url: str = ""
     """Address at which KEDA reaches the operator."""
     server_clients: tuple[str, ...] = ()
+    pod_user: int | None = POD_USER
+    """None: whom the cluster gives."""
 
     @staticmethod
     def of(operator: OperatorSettings, version: str) -> Settings:
@@ -86,6 +88,7 @@ class Settings:
             network_policies=operator.network_policies,
             load_url=operator.load_url,
             server_clients=operator.server_clients,
+            pod_user=operator.pod_user,
         )
 
     def image(self, accelerator: str) -> str:

@@ -37,6 +37,7 @@ def build_base(parent: Parent, placement: Placement, settings: Settings, *, wish
         priority_class=spec.pod.priority_class_name or "",
         runtime_class=spec.pod.runtime_class_name or "",
         image_pull_secrets=[*settings.image_pull_secrets, *(secret.name for secret in spec.pod.image_pull_secrets)],
+        user=settings.pod_user,
         env=[{"name": variable.name, "value": variable.value} for variable in spec.pod.env],
     )
 

@@ -19,7 +19,7 @@ from gantline_operator.resources.naming import Object
 from gantline_operator.resources.quantities import bytes_quantity
 
 __all__ = [
-    "CACHE_MOUNT", "CONTAINER_SECURITY", "IMAGE_MOUNT", "POD_SECURITY", "SOURCE_MOUNT", "ImageMount", "Mount", "PodBase", "build_container",
+    "CACHE_MOUNT", "CONTAINER_SECURITY", "IMAGE_MOUNT", "POD_USER", "SOURCE_MOUNT", "ImageMount", "Mount", "PodBase", "build_container",
     "build_pod", "image_pods", "merge_env", "shared_memory_bytes",
 ]  # fmt: skip
 
@@ -30,22 +30,12 @@ _TEMPORARY = "/tmp"
 _COMPILED = "/var/cache/gantline"
 _SHARED_MEMORY = "/dev/shm"
 
-_USER = 1000
-"""Of the images, and of the files that pods leave in a cache volume (fsGroup)."""
+POD_USER = 1000
+"""The images' own, and of the files that pods leave in a cache volume (fsGroup)."""
 
 _GIB = 1 << 30
 _SCRATCH_BYTES = 8 * _GIB
 """Most that a pod may leave in one of its temporary folders: past it the kubelet evicts this pod instead of the node filling up."""
-
-POD_SECURITY: Object = {
-    "runAsNonRoot": True,
-    "runAsUser": _USER,
-    "runAsGroup": _USER,
-    "fsGroup": _USER,
-    # Walking through a volume of a million files at each start would take longer than loading the model.
-    "fsGroupChangePolicy": "OnRootMismatch",
-    "seccompProfile": {"type": "RuntimeDefault"},
-}
 
 CONTAINER_SECURITY: Object = {
     "allowPrivilegeEscalation": False,
@@ -101,6 +91,8 @@ class PodBase:
     priority_class: str = ""
     runtime_class: str = ""
     image_pull_secrets: Sequence[str] = ()
+    user: int | None = POD_USER
+    """That the pod runs as; None: whom the cluster gives."""
     env: Sequence[Object] = ()
     """The user's, which win over ours of the same name."""
 
@@ -154,7 +146,7 @@ def build_pod(
         "automountServiceAccountToken": False,
         # A namespace of a thousand Services would put ten thousand variables into each container.
         "enableServiceLinks": False,
-        "securityContext": copy.deepcopy(POD_SECURITY),
+        "securityContext": _pod_security(base.user),
         "containers": [container],
         "volumes": [
             _scratch("tmp"),
@@ -174,11 +166,24 @@ def build_pod(
     return {key: value for key, value in spec.items() if value not in ({}, [], "", None)}
 
 
-def image_pods(namespace: str, image: ImageMount) -> Object:
+def _pod_security(user: int | None) -> Object:
+    """Without a user nothing is said of users and groups: where the cluster gives them out (OpenShift), a pod that asks for one of its own
+    is refused, and elsewhere the image's user is taken."""
+    identity = {} if user is None else {"runAsUser": user, "runAsGroup": user, "fsGroup": user}
+    return {
+        "runAsNonRoot": True,
+        **identity,
+        # Walking through a volume of a million files at each start would take longer than loading the model.
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def image_pods(namespace: str, image: ImageMount, user: int | None) -> Object:
     """A Deployment without replicas whose pods mount `image`, for a dry run: what is asked is whether such pods are taken."""
     marks = {"app.kubernetes.io/managed-by": "gantline-operator", "app.kubernetes.io/component": "image-volume-check"}
     container = build_container("check", PodBase(image.reference, "IfNotPresent"), (), images=(image,))
-    pod = build_pod(PodBase("", ""), container, service_account="default", images=(image,))
+    pod = build_pod(PodBase("", "", user=user), container, service_account="default", images=(image,))
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",

@@ -1,22 +1,25 @@
 """Remove artefacts from a cache volume: those named, and nothing else. The operator's Job that makes room for another model.
 
-Each vanishes at once, by a rename, and is deleted afterwards; one that some process makes at this moment is left alone. The answer names
-what is gone, what was left, and what the volume still has, half made or whole.
+Each vanishes at once, by a rename, and is deleted afterwards; one that some process makes at this moment is left alone, and so is one whose
+owner does not let this user remove it. The answer names what is gone, what was left, and what the volume still has, half made or whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from gantline_runtime import logs, termination
 from gantline_runtime.contents import list_contents
-from gantline_runtime.errors import ConfigurationError
+from gantline_runtime.errors import CapacityError, ConfigurationError
+from gantline_runtime.shared_files import describe_owner, share_with_group
 from gantline_runtime.termination import Reason, TerminationMessage
 from gantline_runtime.volume_lock import POLL_S, STALE_S, VolumeLock
 
@@ -42,13 +45,33 @@ def run(args: argparse.Namespace) -> int:
     if not args.root.is_dir():
         raise ConfigurationError(f"{args.root} is no folder", cure="Give the folder where the cache volume is mounted.")
     shutil.rmtree(args.root / _MOVED, ignore_errors=True)  # what a killed eviction left
-    gone = [name for name in args.names if _evict(args.root, name)]
+    share_with_group()
+    gone = _evict_all(args.root, args.names)
     left = [name for name in args.names if name not in gone]
     artefact = {"kind": "evict", "evicted": gone, "left": left, **list_contents(args.root, _MAX_LISTED)}
     message = TerminationMessage(Reason.COMPLETED, f"Evicted {len(gone)} artefacts.", artefact=artefact)
     termination.write(message)
     print(f"Evicted {', '.join(gone) or 'nothing'}.")
     return termination.exit_code(message.reason)
+
+
+def _evict_all(root: Path, names: Sequence[str]) -> list[str]:
+    """Those that are gone. Raises CapacityError where none is, since they are another user's: another try would come to the same."""
+    gone: list[str] = []
+    refused: list[str] = []
+    for name in names:
+        try:
+            if _evict(root, name):
+                gone.append(name)
+        except PermissionError as error:
+            refused.append(f"{name} cannot be removed by user {os.getuid()}, {describe_owner(Path(error.filename or root / name))}")
+            log.warning("left alone", extra=logs.fields(name=name, cause=str(error)))
+    if refused and not gone:
+        raise CapacityError(
+            f"the cache volume cannot be cleared: {refused[0]}", reason=Reason.DISK_FULL,
+            cure="Give the files to a group that pods have, with its rights (chmod -R g+rwX), or run pods as that user again.",
+        )  # fmt: skip
+    return gone
 
 
 def _evict(root: Path, name: str) -> bool:

@@ -20,6 +20,7 @@ from gantline_runtime.checkpoint import Checkpoint, open_checkpoint, read_checkp
 from gantline_runtime.contents import MAX_LISTED, list_contents
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.progress import Progress
+from gantline_runtime.shared_files import share_with_group
 from gantline_runtime.sources import ModelUri, open_remote, parse_uri
 from gantline_runtime.sources.redaction import RedactSecrets
 from gantline_runtime.sources.remote import DOWNLOADS, RemoteFile, RemoteSource, is_of_model
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     uri = parse_uri(args.uri)
     # The kernel spares a container's first process signals that it has no handler for. One that is told to go leaves the folder in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    share_with_group()
     _configure_logs(hub=bool(uri.repository))
     manifest = fetch(uri, args.target, args.revision)
     artefact = {"kind": manifest.kind, "path": str(args.target), "bytes": manifest.bytes, "facts": manifest.facts}
