@@ -14,7 +14,9 @@ from gantline_runtime.model_facts import ModelFacts
 from gantline_runtime.termination import TerminationMessage
 
 from gantline_operator import resources
-from gantline_operator.client import ApiError, Object
+from gantline_operator.client import ApiError, Forbidden, Object
+from gantline_operator.conditions import Reason
+from gantline_operator.events import EVENTS
 from gantline_operator.eviction import claims_of_template
 from gantline_operator.facts import ClusterFacts
 from gantline_operator.observe import PODS
@@ -22,12 +24,14 @@ from gantline_operator.plan import Plan, Rejected, StagePlan, plan_stage
 from gantline_operator.pod_state import Trouble
 from gantline_operator.reconcile_pass import Pass, sentence
 from gantline_operator.stages import Create, Failed, Record, Running, StageName, Step, Succeeded, decide, read_job
-from gantline_operator.status import write_time
+from gantline_operator.status import without_names, write_time
 
 __all__ = ["StageRunner", "read_progress"]
 
 _log = logging.getLogger(__name__)
 
+_PODLESS_S, _PODLESS_POLL_S = 5.0, 15.0
+"""A Job's age at which it should have a pod, and between two looks at why it has none."""
 _PROGRESS_POLL_S = (2.0, 10.0)
 """Between two looks at a Job's log: the first while it is young, the second once it is known to run."""
 
@@ -47,6 +51,8 @@ class StageRunner(Pass):
             return step.answer
         if isinstance(step, Create):
             step = await self._start(step, build)
+        elif isinstance(step, Running) and not any(pod.job == step.job for pod in self.pods):
+            step = replace(step, trouble=await self._refusal_of_pods(step.job))
         self._found |= {"stage": (name, step), "record": self._record_of(name, digest, step, record)}
         if isinstance(step, Failed) and step.retry_at is not None:
             self._look_again(max(0.5, (step.retry_at - self.cluster.now()).total_seconds()))
@@ -65,6 +71,22 @@ class StageRunner(Pass):
     def _jobs_of_claim(self, claim: str) -> list[Object]:
         """Those whose pods mount it: a claim is not gone before the last of its pods is, be it one that has ended."""
         return [job for job in self.children.of_kind("Job") if claim in claims_of_template(job["spec"]["template"])]
+
+    async def _refusal_of_pods(self, job: str) -> Trouble | None:
+        """Why a Job has no pod (a quota, an admission policy): its controller tells that in events alone, and tries again by itself."""
+        age_s = (self.cluster.now() - read_job(self.children.live[("Job", job)]).created).total_seconds()
+        if age_s < _PODLESS_S:
+            self._look_again(_PODLESS_S - age_s)
+            return None
+        self._look_again(_PODLESS_POLL_S)
+        selector = f"regarding.kind=Job,regarding.name={job},reason=FailedCreate"
+        try:
+            events = await self.cluster.client.list(EVENTS, self.namespace, fieldSelector=selector)
+        except Forbidden:  # a role of an earlier release
+            cure = f"`kubectl describe job {job}` says why."
+            return Trouble(Reason.FORBIDDEN, f"No pod of Job {job} has been created.", cure)
+        told = max(events, key=lambda event: str(event.get("deprecatedLastTimestamp") or event.get("eventTime") or ""), default=None)
+        return Trouble(Reason.FORBIDDEN, f"Pods cannot be created: {without_names(told.get('note', ''))}"[:600]) if told else None
 
     async def _start(self, step: Create, build: Callable[[int], Object]) -> Step | None:
         try:

@@ -6,6 +6,7 @@ apply is left out. `merge_conditions` keeps the transition times of what did not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ __all__ = [
     "first_started",
     "merge_conditions",
     "read_rollout",
+    "without_names",
     "write_time",
 ]
 
@@ -124,6 +126,11 @@ def write_time(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def without_names(refusal: object) -> str:
+    """What the API server says of pods that it refuses, without their names: each try has another, and a status should not follow them."""
+    return re.sub(r'pods "[^"]*"', "pods", str(refusal))
+
+
 def read_rollout(deployment: Object | None) -> Rollout | None:
     if deployment is None:
         return None
@@ -136,7 +143,7 @@ def read_rollout(deployment: Object | None) -> Rollout | None:
         replicas=status.get("replicas", 0),
         updated=status.get("updatedReplicas", 0),
         ready=status.get("readyReplicas", 0),
-        failure=str(failure.get("message", ""))[:600] if failure.get("status") == "True" else "",
+        failure=without_names(failure.get("message", ""))[:600] if failure.get("status") == "True" else "",
         deadline_passed=conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded",
     )
 

@@ -37,6 +37,7 @@ from tests.operator.harness import (
     install_crd,
     items,
     patch,
+    reason,
     remove_gpu_nodes,
     service,
     serving,
@@ -44,6 +45,7 @@ from tests.operator.harness import (
     versions,
     volume,
     wait,
+    wait_events,
     wait_reason,
 )
 from tests.operator.oracle import assert_at_rest
@@ -229,6 +231,30 @@ def test_a_quota_that_refuses_a_child_is_a_condition_and_heals(
         cluster.client.call("DELETE", f"{path}/tight")
         cluster.kubectl("annotate", "gisvc/tiny", "-n", namespace, "look=again")
         assert_whole(cluster, namespace)
+
+
+def test_a_job_whose_pods_are_refused_says_so_instead_of_running_for_ever(cluster: ApiCluster, namespace: str) -> None:
+    """The Job itself is taken, and its status says nothing of it."""
+    path = f"/api/v1/namespaces/{namespace}/resourcequotas"
+    cluster.client.post(path, {"metadata": {"name": "tight"}, "spec": {"hard": {"pods": "0"}}})
+    wait(lambda: cluster.client.get(f"{path}/tight").get("status", {}).get("hard"))
+    with serving(cluster, namespace):
+        apply(cluster, service("tiny", namespace))
+        found = wait_reason(cluster, "tiny", namespace, "Forbidden", "ModelReady")
+        assert "Pods cannot be created: Error creating: pods is forbidden: exceeded quota: tight" in found["message"]
+        assert reason(cluster, "tiny", namespace, "Degraded") == "Forbidden"
+        wait_events(cluster, "tiny", namespace, "Forbidden")
+        quiet = versions(cluster, namespace)
+        assert wait(lambda: len(messages(cluster, namespace)) > 1) and reason(cluster, "tiny", namespace) == "Forbidden"
+        moved = {name for name, version in versions(cluster, namespace).items() if quiet.get(name) != version}
+        assert not any(name.startswith("inferenceservices/") for name in moved), "the status does not follow each try"
+        cluster.client.call("DELETE", f"{path}/tight")
+        wait_reason(cluster, "tiny", namespace, "Ready", timeout_s=120)
+
+
+def messages(cluster: ApiCluster, namespace: str) -> set[str]:
+    """What the controller of Jobs has said of pods that it could not create."""
+    return {item["note"] for item in items(cluster, "events", namespace) if item["reason"] == "FailedCreate"}
 
 
 def test_a_new_operator_restarts_no_pod(cluster: ApiCluster, namespace: str) -> None:

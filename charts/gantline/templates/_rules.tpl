@@ -51,9 +51,10 @@
 - apiGroups: [keda.sh]
   resources: [scaledobjects]
   verbs: [get, list, create, patch, delete]
+# `list` is for what their controller says of Jobs whose pods it cannot create.
 - apiGroups: [events.k8s.io]
   resources: [events]
-  verbs: [create]
+  verbs: [list, create]
 {{- if .Values.rbac.readLogs }}
 # The progress of a download or a quantization, for status.
 - apiGroups: [""]
