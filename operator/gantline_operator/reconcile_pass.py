@@ -163,6 +163,7 @@ class Pass:
             revision=self._found.get("revision") or self.recorded.get("revision", ""),
             policy=policy,
             current=self.spec.replicas,
+            generation=self.parent["metadata"].get("generation", 0),
             pods=tuple(pod for pod in self.server_pods if not pod.deleting),
             rolling=rollout is not None and (not rollout.seen or rollout.replicas > rollout.updated),
             paused=self.paused or self.spec.suspend,

@@ -153,12 +153,13 @@ class StageRunner(Pass):
                 await self.children.patch(child, {"spec": {"ttlSecondsAfterFinished": self.cluster.settings.job_retention_seconds}})
 
     def _digests_of_spec(self) -> set[str]:
-        """Of every stage that the spec may need, whatever this pass got to: a passing refusal must not stop a Job half-way."""
+        """Of every stage that the spec may need, whatever this pass got to: a passing refusal must not stop a Job half-way. Only a plan
+        that serves the model as it is says that no copy is needed, and a copy's Job may hold the GPU that it is to be served on."""
         digests = {resources.inspect_hash(self.owner), *self._wanted_jobs}
         model = self._found.get("model") or {}
         if model:
             digests.add(resources.fetch_hash(self.spec, model.get("revision") or None))
-            if self.spec.quantization.method != "none":
+            if self.spec.quantization.method != "none" and self._found.get("quantize") is not False:
                 digests.add(resources.quantize_job_hash(self.spec, model.get("fingerprint", "")))
         return digests
 

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
-from gantline_devcluster.api_only import ApiCluster
+from dataclasses import replace
 
-from tests.operator.harness import apply, event_reasons, get, patch, reason, server_pods, service, status, versions, wait, wait_reason
+from gantline_devcluster.api_only import ApiCluster
+from gantline_operator.autoscaling.loop import Autoscaler
+from gantline_operator.autoscaling.policy import Policy
+from gantline_operator.autoscaling.targets import Target, Targets
+from gantline_operator.client import connect
+
+from tests.operator.harness import (
+    SETTINGS,
+    apply,
+    event_reasons,
+    get,
+    install_crd,
+    patch,
+    reason,
+    server_pods,
+    service,
+    status,
+    versions,
+    wait,
+    wait_reason,
+)
 from tests.operator.scaling_world import NAME, QUICK, owners_of_replicas, scaling, world
 
 
@@ -32,6 +52,30 @@ def test_a_service_sleeps_wakes_grows_and_loses_its_least_busy_replicas(api_clus
         happened = [item for item in event_reasons(api_cluster, NAME, namespace) if item.startswith(("Scaled", "Woke"))]
         # In one step or two: the mean of the load falls for longer than this service's downAfter.
         assert happened[:3] == ["ScaledToZero", "WokeUp", "ScaledUp"] and set(happened[3:]) == {"ScaledDown"}
+
+
+async def test_what_was_decided_for_a_spec_that_has_changed_is_not_written(api_cluster: ApiCluster, namespace: str) -> None:
+    """Between a change of `scaling.controller` and the reconcile that tells of it, the loop still knows the former owner's policy."""
+    install_crd(api_cluster)
+    apply(api_cluster, service(NAME, namespace, scaling={"max": 3}))
+    live = get(api_cluster, "gisvc", NAME, namespace)["metadata"]
+    client, targets = await connect(str(api_cluster.kubeconfig)), Targets()
+    loop = Autoscaler(client, SETTINGS, targets, enqueue=lambda namespace, name: None, scaled=lambda direction: None)
+    known = Target(
+        namespace=namespace, name=NAME, uid=live["uid"], revision="", policy=Policy(min=2, max=3), current=1, generation=live["generation"]
+    )
+    replicas = lambda: get(api_cluster, "gisvc", NAME, namespace)["spec"]["replicas"]
+    try:
+        async with loop._scraper:
+            targets.note(known.key, known)
+            patch(api_cluster, NAME, namespace, {"scaling": {"controller": "HPA"}})
+            await loop.look()
+            assert replicas() == 1, "HPA owns it now"
+            targets.note(known.key, replace(known, generation=live["generation"] + 1))
+            await loop.look()
+            assert replicas() == 2
+    finally:
+        await client.close()
 
 
 def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namespace: str) -> None:

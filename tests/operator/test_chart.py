@@ -36,7 +36,7 @@ INSTALLATIONS: dict[str, Object] = {
             "hfEndpoint": "https://hub.example",
             "s3Endpoint": "https://minio.example:9000",
             "insecureRegistries": ["registry.example:5000", "other.example"],
-            "networkPolicy": {"enabled": True, "clients": "gateway", "alsoFrom": ["monitoring"]},
+            "networkPolicy": {"enabled": True, "clients": "gateway", "alsoFrom": ["monitoring"], "apiServerPorts": [443, 8443]},
             "inferencePools": True,
         },
         "serviceAccount": {"annotations": {"example.com/role": "x"}},
@@ -142,9 +142,9 @@ def test_the_operator_may_do_to_each_kind_of_child_what_it_does(name: str) -> No
         wanted = {"get", "list", "watch", "create", "patch", "delete"} - ({"watch"} if kind.optional else set())
         assert granted[kind.api_version.rpartition("/")[0], kind.plural] == wanted, kind
     assert granted["gantline.io", "inferenceservices"] == {"get", "list", "watch"}, "the spec belongs to its author"
-    assert granted["gantline.io", "inferenceservices/scale"] == {"get", "patch"}
+    assert granted["gantline.io", "inferenceservices/scale"] == {"patch"}
     assert granted["", "pods"] == {"get", "list", "watch", "patch", "delete"}
-    assert granted["gantline.io", "inferenceservices/status"] == {"patch"} and granted["events.k8s.io", "events"] == {"create"}
+    assert granted["gantline.io", "inferenceservices/status"] == {"patch"} and granted["events.k8s.io", "events"] == {"list", "create"}
 
 
 def test_a_namespaced_installation_has_rights_in_its_namespaces_alone() -> None:

@@ -113,7 +113,7 @@ def test_network_policies_let_it_reach_servers_and_nobody_else_but_whom_it_asks(
     spec = policy["spec"]
     assert spec["podSelector"]["matchLabels"].items() <= deployment()["spec"]["template"]["metadata"]["labels"].items()
     assert [port["port"] for rule in spec["ingress"] for port in rule["ports"]] == [8080, 8081]
-    assert [port["port"] for rule in spec["egress"] for port in rule["ports"]] == [53, 53, 443, 6443, 8000]
+    assert [port["port"] for rule in spec["egress"] for port in rule["ports"]] == [53, 53, 5353, 5353, 443, 8443, 8000]
 
 
 def test_nothing_of_it_is_there_where_it_is_not_wanted() -> None:

@@ -49,6 +49,7 @@ from tests.operator.harness import (
     wait_reason,
 )
 from tests.operator.oracle import assert_at_rest
+from tests.operator.test_cache import claim
 
 OUTAGES_S = (5, 90) if os.environ.get("GANTLINE_FULL_MATRIX") == "1" else (5,)
 
@@ -169,8 +170,8 @@ def test_a_service_deleted_and_created_again_under_its_name_gets_its_own_childre
 def test_a_quantize_job_killed_half_way_is_started_anew_while_the_old_revision_serves(
     cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for reason in (Reason.POD_EVICTED, Reason.POD_KILLED):
-        monkeypatch.setitem(stages._PASSES, reason, (0.5, 1.0))  # type: ignore[index]
+    for passing in (Reason.POD_EVICTED, Reason.POD_KILLED):
+        monkeypatch.setitem(stages._PASSES, passing, (0.5, 1.0))  # type: ignore[index]
     place = gpu_nodes(cluster, namespace, "l4")
     volume(cluster, namespace, "retried-cache")
     with serving(cluster, namespace):
@@ -187,6 +188,26 @@ def test_a_quantize_job_killed_half_way_is_started_anew_while_the_old_revision_s
         names = [job["metadata"]["name"] for job in items(cluster, "jobs", namespace) if "-quantize-" in job["metadata"]["name"]]
         assert len(names) == len(set(names)) >= 2
         assert any(name.endswith("-1") for name in names)
+
+
+def test_a_copy_that_the_plan_needs_no_more_is_not_made_to_its_end(cluster: ApiCluster, namespace: str) -> None:
+    """The Job holds a GPU, and days may be left to it."""
+    small = gpu_nodes(cluster, namespace, "l4", name="s")["accelerator"]
+    gpu_nodes(cluster, namespace, "h100", name="l")
+    large = {**FACTS, "weightBytes": 22_000_000_000}
+    fates(cluster, [*inspected(spared=large), ("quantize", "spared", "complete", copied(), {"after": "600s"})])
+    claim(cluster, namespace)
+    wish: dict[str, Any] = {"quantization": {"method": "awq", "policy": "IfNeeded"}, "engine": {"tensorParallel": 1, "sessionLen": 4096}}
+    wish["cache"] = {"claimName": "models", "accessMode": "ReadWriteMany"}
+    made = lambda: [item for item in items(cluster, "jobs", namespace) if "-quantize-" in item["metadata"]["name"]]
+    with serving(cluster, namespace):
+        apply(cluster, service("spared", namespace, accelerator={**small, "products": ["NVIDIA-L4"]}, **wish))
+        wait_reason(cluster, "spared", namespace, "Quantizing")
+        assert len(wait(made)) == 1
+        patch(cluster, "spared", namespace, {"accelerator": {"products": ["NVIDIA-H100-80GB-HBM3"]}})
+        wait_reason(cluster, "spared", namespace, "Ready")
+        wait(lambda: not made(), what=made)
+        assert status(cluster, "spared", namespace)["plan"]["precision"] == "bfloat16"
 
 
 def test_what_may_pass_is_retried_later_and_says_when(cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:

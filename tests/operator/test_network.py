@@ -48,12 +48,12 @@ def test_nothing_is_made_unless_the_installation_asks() -> None:
 @pytest.mark.parametrize(
     ("spec", "role", "inward", "outward"),
     [
-        (LOCAL, "server", {8000}, {53}),
+        (LOCAL, "server", {8000}, {53, 5353}),
         (LOCAL, "inspect", set(), set()),
         (LOCAL, "quantize", set(), set()),
-        (REMOTE, "server", {8000}, {53}),
-        (REMOTE, "inspect", set(), {53, 80, 443}),
-        (REMOTE, "fetch", set(), {53, 80, 443}),
+        (REMOTE, "server", {8000}, {53, 5353}),
+        (REMOTE, "inspect", set(), {53, 80, 443, 5353}),
+        (REMOTE, "fetch", set(), {53, 80, 443, 5353}),
         (REMOTE, "quantize", set(), set()),
     ],
 )
@@ -75,8 +75,8 @@ def test_each_pod_may_do_what_its_work_needs_and_no_more(spec: Object, role: str
 )
 def test_a_hub_or_a_proxy_at_a_port_of_its_own_is_reached(env: list[Object], endpoint: str, port: int | None) -> None:
     made = policies({**REMOTE, "pod": {"env": env}}, hf_endpoint=endpoint)
-    assert allowed(made, "fetch", "egress") == {53, 80, 443} | ({port} if port else set())
-    assert allowed(made, "server", "egress") == {53}
+    assert allowed(made, "fetch", "egress") == {53, 80, 443, 5353} | ({port} if port else set())
+    assert allowed(made, "server", "egress") == {53, 5353}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_hub_or_a_proxy_at_a_port_of_its_own_is_reached(env: list[Object], end
 )
 def test_a_registry_or_an_endpoint_at_a_port_of_its_own_is_reached(uri: str, endpoint: str, port: int | None) -> None:
     made = policies({**REMOTE, "model": {"uri": uri}}, s3_endpoint=endpoint)
-    assert allowed(made, "fetch", "egress") == {53, 80, 443} | ({port} if port else set())
+    assert allowed(made, "fetch", "egress") == {53, 80, 443, 5353} | ({port} if port else set())
 
 
 def test_servers_answer_to_everyone_unless_the_installation_names_their_clients() -> None:

@@ -167,14 +167,20 @@ def test_a_model_that_fits_nowhere_is_told_before_it_is_stored_again(site: Site)
     assert "configured" in again.stdout and "Warning: NeedsSeveralNodes: no pod would be started" in again.stderr
 
 
-def test_the_certificate_is_renewed_while_it_serves(site: Site) -> None:
+STRANGER = make_pair(["127.0.0.1"], datetime.now(UTC))
+NAMES = iter(range(1000))
+
+
+@pytest.mark.parametrize("harm", [None, {"tls.key": STRANGER.key}, {"ca.crt": STRANGER.authority}, {"ca.crt": "none", "tls.key": ""}])
+def test_the_certificate_is_renewed_while_it_serves_and_mended_where_it_was_torn_apart(site: Site, harm: dict[str, str] | None) -> None:
     before = site.trusted()
-    site.cluster.kubectl("patch", "secret", "gantline-webhook", "-n", site.namespace, "--type=merge", "-p", '{"data": null}')
+    data = {key: base64.b64encode(text.encode()).decode() for key, text in harm.items()} if harm else None
+    body = json.dumps({"data": data})
+    site.cluster.kubectl("patch", "secret", "gantline-webhook", "-n", site.namespace, "--type=merge", "-p", body)
     wait(lambda: site.trusted() != before)
     wait(lambda: site.kept().get("ca.crt") == site.trusted())
-    names = iter(range(100))
     selector = {"resource": "auto", "nodeSelector": {"for": "nobody"}}
-    wait(lambda: site.apply(f"renewed-{next(names)}", accelerator=selector).stderr)
+    wait(lambda: site.apply(f"renewed-{next(NAMES)}", accelerator=selector).stderr)
 
 
 def test_the_authority_before_goes_on_to_be_trusted() -> None:

@@ -9,7 +9,7 @@
 # Replicas by load, where a service's spec has `scaling`.
 - apiGroups: [gantline.io]
   resources: [inferenceservices/scale]
-  verbs: [get, patch]
+  verbs: [patch]
 # Owner references that block the owner's deletion need this where the API server enforces it.
 - apiGroups: [gantline.io]
   resources: [inferenceservices/finalizers]

@@ -6,6 +6,7 @@ podUser: 1000
 runtime.networkPolicy.enabled: false
 runtime.networkPolicy.clients: everyone
 runtime.networkPolicy.alsoFrom: []
+runtime.networkPolicy.apiServerPorts: [443, 6443]
 runtime.inferencePools: auto
 runtime.s3Endpoint: ""
 runtime.insecureRegistries: []

@@ -2,8 +2,8 @@
 
 Every `scaling_interval_seconds` replicas and gateways are asked and every service is decided. Where a service stands at zero, gateways are
 asked every second in between, for nothing but the first held request. The loop writes no status: it tells reconciles (`targets.py`) and
-asks for one when there is news. It writes only what the spec's controller leaves to Gantline, and only if `replicas` still is what the
-decision was made for.
+asks for one when there is news. It writes only what the spec's controller leaves to Gantline, and only if the spec still is the one that
+the decision was made for.
 """
 
 from __future__ import annotations
@@ -247,14 +247,16 @@ class Autoscaler:
     # ---- act -------------------------------------------------------------------------------------------------------------------------
 
     async def _scale(self, target: Target, service: _Service, replicas: int, decision: Decision) -> None:
-        """Raises ApiError; Conflict where the service is not as it was seen."""
-        scale = await self._client.get(_SERVICES, target.namespace, target.name, subresource="scale")
-        if scale["metadata"].get("uid") != target.uid or scale["spec"].get("replicas", 0) != target.current:
+        """Raises ApiError; Conflict where the service is not as it was seen.
+
+        Another generation may have another owner of its replicas, or be suspended: what was decided is worth nothing then.
+        """
+        metadata = (await self._client.get(_SERVICES, target.namespace, target.name))["metadata"]
+        if (metadata["uid"], metadata.get("generation", 0)) != (target.uid, target.generation):
             return
         if 0 < replicas < target.current:
             await self._mark_least_loaded(target, service)
-        version = scale["metadata"]["resourceVersion"]
-        body = {"metadata": {"resourceVersion": version}, "spec": {"replicas": replicas}}
+        body = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {"replicas": replicas}}
         await self._client.patch(_SERVICES, target.namespace, target.name, body, subresource="scale", manager=SCALE_MANAGER)
         _log.info("%s: %d -> %d replicas, %s: %s", target.key, target.current, replicas, decision.reason, decision.inputs)
         self._scaled("up" if replicas > target.current else "down")

@@ -24,6 +24,8 @@ class Target:
     policy: Policy
     current: int
     """spec.replicas."""
+    generation: int = 0
+    """Of the spec that `policy` and `current` are from."""
     pods: tuple[PodState, ...] = ()
     """That serve, or will."""
     rolling: bool = False

@@ -9,13 +9,15 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-__all__ = ["LIFETIME", "Pair", "make_pair", "must_renew"]
+__all__ = ["LIFETIME", "Pair", "belongs_together", "make_pair", "must_renew", "read_authorities"]
 
 LIFETIME = timedelta(days=90)
 _AUTHORITY = "gantline authority"
@@ -66,6 +68,32 @@ def must_renew(certificate: str, hosts: Sequence[str], now: datetime) -> bool:
         return True
     began, ends = parsed.not_valid_before_utc, parsed.not_valid_after_utc
     return list(names) != [_general_name(host) for host in hosts] or not began <= now < began + (ends - began) * _RENEW_SHARE
+
+
+def belongs_together(pair: Pair) -> bool:
+    """Whether the key is the certificate's, and one of the authorities has signed it."""
+    try:
+        certificate = x509.load_pem_x509_certificate(pair.certificate.encode())
+        key = serialization.load_pem_private_key(pair.key.encode(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+    return key.public_key() == certificate.public_key() and any(map(partial(_signed_by, certificate), read_authorities(pair.authority)))
+
+
+def read_authorities(bundle: str) -> list[x509.Certificate]:
+    """None where it is no bundle of certificates."""
+    try:
+        return x509.load_pem_x509_certificates(bundle.encode())
+    except ValueError:
+        return []
+
+
+def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, now: datetime, ends: datetime) -> x509.CertificateBuilder:

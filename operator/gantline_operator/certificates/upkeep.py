@@ -1,7 +1,7 @@
 """Keeps a certificate: in a Secret for all replicas, and its authority in the object that the API server reads it from.
 
-    good in the Secret ------------------------------> loaded, where it is not yet
-    missing, old or for other names (who leads) -----> publish the new authority beside the old one -> write the Secret -> load
+    good in the Secret ----------------------------------------> loaded, where it is not yet
+    missing, old, for other names or torn apart (who leads) ---> publish the new authority beside the old one -> write the Secret -> load
 
 In that order whatever a replica serves is trusted: the old certificate by the old authority, the new one by the new.
 """
@@ -20,8 +20,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from cryptography.hazmat.primitives import serialization
+
 from gantline_operator.certificates import pairs
-from gantline_operator.certificates.pairs import Pair, make_pair, must_renew
+from gantline_operator.certificates.pairs import Pair, belongs_together, make_pair, must_renew, read_authorities
 from gantline_operator.certificates.trust import Trust
 from gantline_operator.client import ApiError, Client, Object, Resource
 
@@ -65,10 +67,10 @@ class Upkeep:
             await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))
 
     async def look(self) -> None:
-        """Once. Raises ApiError where the API server refuses, ssl.SSLError where what the Secret holds does not belong together."""
+        """Once. Raises ApiError where the API server refuses."""
         secret = await self._client.get(_SECRETS, self._namespace, self._secret)
         pair = _read(secret)
-        if must_renew(pair.certificate, self._hosts, datetime.now(UTC)):
+        if must_renew(pair.certificate, self._hosts, datetime.now(UTC)) or not belongs_together(pair):
             if not self._leads():
                 return
             pair = await self._renew(secret, pair)
@@ -126,6 +128,6 @@ def _read(secret: Object) -> Pair:
 
 
 def _first_certificate(bundle: str) -> str:
-    """Of the authorities, the one that signed what is served now."""
-    end = "-----END CERTIFICATE-----\n"
-    return bundle.partition(end)[0] + end if end in bundle else ""
+    """Of the authorities, the one that signed what is served now; none of what somebody else put there."""
+    found = read_authorities(bundle)
+    return found[0].public_bytes(serialization.Encoding.PEM).decode() if found else ""

@@ -18,7 +18,9 @@ from gantline_operator.resources.serving import SERVER_PORT
 
 __all__ = ["network_policies"]
 
-_DNS: Object = {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
+_DNS_PORTS = (53, 5353)
+"""Of names' servers; OpenShift's pods listen at the second one, and a policy is about the pod's port, whatever its Service's."""
+_DNS: Object = {"ports": [{"protocol": protocol, "port": port} for port in _DNS_PORTS for protocol in ("UDP", "TCP")]}
 _WEB_PORTS = (80, 443)
 _ADDRESSES = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 """Variables of a service that name where downloads go; proxies are written in small letters too."""
