@@ -164,6 +164,17 @@ def test_what_asks_for_nothing_is_accepted_from_any_model(server: ServerProcess)
     assert server.post("/v1/chat/completions", body).status_code == 200
 
 
+def test_lmdeploys_client_is_answered_though_it_sends_what_nobody_asked_for(server: ServerProcess) -> None:
+    """The bodies of its `APIClient`, whose methods send all of their local variables."""
+    shared: dict[str, Any] = {"model": "echo", "temperature": 0.7, "top_p": 1.0, "n": 1, "stop": None, "stream": False, "user": None}
+    shared |= {"repetition_penalty": 1.0, "session_id": -1, "ignore_eos": False, "kwargs": {}}
+    chat = {**shared, "messages": _user("abc"), "max_tokens": 512, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_logprobs": 0}
+    assert server.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["content"] == "abc"
+    completion = {**shared, "prompt": "abc", "suffix": None, "max_tokens": 16, "top_k": 40}
+    assert server.post("/v1/completions", completion).json()["choices"][0]["text"] == "abc"
+    _assert_error(server.post("/v1/completions", {**completion, "kwargs": {"a": 1}}), 400, "unsupported_parameter", "kwargs")
+
+
 def test_models_are_listed(server: ServerProcess) -> None:
     assert [model.id for model in server.client().models.list()] == ["echo"]
     assert server.client().models.retrieve("echo").owned_by == "gantline"

@@ -16,7 +16,7 @@ from gantline_runtime.server import connection
 from gantline_runtime.server.listening import bind_socket
 
 from tests.runtime.server_fakes import write_model
-from tests.runtime.server_process import ServerProcess, connect, few_files, read_all
+from tests.runtime.server_process import ServerProcess, connect, few_files, read_all, running, wait_until
 
 ANSWER = b"HTTP/1.1 200 OK"
 FEW_FILES = 80
@@ -101,6 +101,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    model = write_model(tmp_path_factory.mktemp("slow") / "slow", step_seconds=0.02, endless=True)
+    with running(model, "--drain-delay=0", "--drain-timeout=1") as slow:
+        yield slow
+
+
 def test_a_server_takes_more_connections_than_it_may_have_files_at_first(server: ServerProcess) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(server.url)) for _ in range(2 * FEW_FILES)]
@@ -114,6 +121,27 @@ def test_what_is_no_request_is_answered_with_an_error_of_the_one_shape(server: S
     with connect(server.url) as client:
         client.sendall(said)
         assert_no_request(read_all(client))
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_client_that_leaves_is_noticed_whatever_it_sent_after_its_request(slow: ServerProcess, more: bytes) -> None:
+    body = b'{"prompt": "a", "max_tokens": 4000, "ignore_eos": true}'
+    before = slow.metric("gantline_request_success_total", finished_reason="abort")
+    with connect(slow.url) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        wait_until(lambda: slow.metric("gantline_num_requests_running") == 1, what="it runs")
+        client.sendall(more)
+        time.sleep(0.3)
+    wait_until(lambda: slow.metric("gantline_request_success_total", finished_reason="abort") > before, what="it is aborted")
+    wait_until(lambda: slow.metric("gantline_num_requests_running") == 0, what="nothing runs")
+
+
+def test_requests_that_follow_each_other_at_once_are_answered_in_their_order(server: ServerProcess) -> None:
+    with connect(server.url) as client:
+        client.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        first, second = read_all(client).split(ANSWER)[1:]
+    assert b'{"version"' in first and b'"object":"list"' in second
 
 
 def test_a_client_that_is_gone_without_a_word_is_given_up_within_a_minute() -> None:

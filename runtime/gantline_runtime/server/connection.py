@@ -32,6 +32,8 @@ class Connection(H11Protocol):
             self._stop_waiting()
         elif self._head_timer is None:
             self._expect_head()
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < MAX_HEAD_BYTES:
+            self.flow.resume_reading()  # uvicorn stops at what follows a request, and would not see its client leave
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

@@ -29,12 +29,15 @@ HARMLESS = ("metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cach
 """Bookkeeping of OpenAI's platform."""
 
 UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
     "audio": (),
+    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
+    "return_logprob": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "verbosity": ("medium",),
@@ -42,7 +45,12 @@ UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
 }
 """Null asks for nothing, always."""
 
-UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
+UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "return_logprob": (False,),
+    "suffix": ("",),
+}
 
 UNSUPPORTED_EXTRAS: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -53,23 +61,32 @@ UNSUPPORTED_EXTRAS: dict[str, tuple[Any, ...]] = {
     "do_preprocess": (True,),
     "documents": ([],),
     "early_stopping": (False,),
+    "enable_thinking": (),
     "image_data": (),
+    "include_reasoning": (True,),
     "input_ids": (),
     "kv_transfer_params": (),
+    "kwargs": ({},),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "media_io_kwargs": ({},),
+    "migration_request": (),
     "mm_processor_kwargs": ({},),
+    "preserve_cache": (False,),
+    "prompt_embeds": (),
     "prompt_logprobs": (),
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),
+    "request_id": (),
     "return_routed_experts": (False,),
     "return_tokens_as_token_ids": (False,),
     "session_id": (-1,),
     "spaces_between_special_tokens": (True,),
+    "thinking_token_budget": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
+    "with_cache": (False,),
 }
 """What vLLM's and LMDeploy's clients know beyond OpenAI's, and this server does not do. Their clients send some with every request."""
 

@@ -238,7 +238,7 @@ class ChatRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs is only allowed together with logprobs: true.", "top_logprobs")
         if self.prompt_logprobs is not None and self.stream:
             raise invalid("prompt_logprobs is for whole answers; leave out stream.", "prompt_logprobs")
