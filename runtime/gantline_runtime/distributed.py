@@ -225,6 +225,7 @@ def _serve_steps(rank: int, plan: WorkerPlan, pipe: multiprocessing.connection.C
     limits, block_size = pipe.recv()
     assert isinstance(limits, BatchLimits)
     workspace = runner.measure_workspace(limits, block_size, graphs=plan.graphs)
+    runner.wait_loaded()
     pipe.send(free_bytes(plan.device(rank), shared_by=plan.size) - workspace)
     num_blocks, limits = pipe.recv()
     runner.allocate(num_blocks, block_size, limits, graphs=plan.graphs)

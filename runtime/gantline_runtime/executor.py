@@ -91,8 +91,9 @@ class Executor:
         """Of this process's tensors on the GPU, what was there before this engine: an embedding program's own, or another engine's."""
         self._runner = ModelRunner(checkpoint, session_len=plan.session_len, build=build, parallel=self._parallel, on_progress=on_progress)
         self.block_bytes = self._runner.cache_block_bytes(config.block_size)
-        on_progress(Progress("cache", 0, 0))
+        on_progress(Progress("workspace", 0, 0))
         free = self._measure_free(config, plan)
+        on_progress(Progress("cache", 0, 0))
         self.num_blocks, self.config = _size_cache(config, checkpoint, free, self.block_bytes)
         assert self.config.session_len is not None
         self.limits = _limits(self.config, self.config.session_len)
@@ -111,6 +112,7 @@ class Executor:
         if self._workers is not None:
             self._workers.send((limits, config.block_size))
         self._workspace_bytes = self._runner.measure_workspace(limits, config.block_size, graphs=plan.graphs)
+        self._runner.wait_loaded()
         if self.device.type == "cpu":
             self._process_bytes = max(0, resident_bytes() - self._runner.weight_bytes)
         own = free_bytes(self.device, shared_by=config.tp) - self._workspace_bytes
@@ -230,7 +232,7 @@ class Executor:
             self._workers.close()
         runner = self.__dict__.pop("_runner", None)
         if runner is not None:
-            runner.release_graphs()  # NCCL waits for ever for graphs that hold its communicator
+            runner.close()  # NCCL waits for ever for graphs that hold its communicator
         leave_group(getattr(self, "_parallel", Parallel()))
 
 

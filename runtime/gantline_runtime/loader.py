@@ -1,8 +1,8 @@
 """From safetensors files to a rank's weights: each layer's targets say what goes where, this module only moves bytes.
 
 On a CPU the files are mapped and copied from. To a GPU they are read by several threads into pinned buffers (`staging.py`), so that
-reading, copying and converting overlap. Either way only the slices that this rank needs are read. `Checkpoint` has judged headers,
-shapes and types before; a file that has become shorter since is named here.
+reading, copying and converting overlap, with each other and with whatever else is done meanwhile. Either way only the slices that this
+rank needs are read. `Checkpoint` has judged headers, shapes and types before; a file that has become shorter since is named here.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from gantline_runtime.checkpoint import Checkpoint, TensorInfo
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.layers.weights import Target
-from gantline_runtime.staging import Transfer, run_transfers
+from gantline_runtime.staging import StagedTransfers, Transfer
 
-__all__ = ["Progress", "load_weights"]
+__all__ = ["Loaded", "Loading", "Progress", "WeightLoading"]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
 
@@ -34,26 +35,60 @@ class Progress:
     total: int
 
 
-def load_weights(checkpoint: Checkpoint, targets: Iterable[Target], on_progress: Callable[[Progress], None] | None = None) -> int:
-    """Fill every target; returns the bytes of its tensors in this rank's memory. `on_progress` hears of bytes as they arrive.
+class Loading(Protocol):
+    """A rank's weights on their way."""
 
-    Raises CheckpointError that names the tensor and file at fault.
+    def wait(self) -> int:
+        """Until they are there; returns their bytes in this rank's memory. Raises CheckpointError. To be called once."""
+        ...
+
+    def cancel(self) -> None:
+        """Load no more of them; does nothing once they are there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Weights that are there: `num_bytes` of them."""
+
+    num_bytes: int
+
+    def wait(self) -> int:
+        return self.num_bytes
+
+    def cancel(self) -> None:
+        pass
+
+
+class WeightLoading:
+    """Fills every target: on a GPU from now on, in threads of its own, on a CPU in `wait`, which tells `on_progress` of bytes that arrive.
+
+    Errors name the tensor and the file at fault.
     """
-    transfers = [_plan(checkpoint, target) for target in targets]
-    transfers.sort(key=lambda transfer: (str(transfer.path), transfer.start))
-    total, done = sum(transfer.num_bytes for transfer in transfers), 0
 
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if on_progress is not None:
-            on_progress(Progress("weights", done, total))
+    def __init__(self, checkpoint: Checkpoint, targets: Iterable[Target], on_progress: Callable[[Progress], None] | None = None) -> None:
+        """Raises CheckpointError where the checkpoint lacks a tensor, or has it in another shape or type."""
+        transfers = [_plan(checkpoint, target) for target in targets]
+        transfers.sort(key=lambda transfer: (str(transfer.path), transfer.start))
+        self._transfers = transfers
+        self._report = on_progress or (lambda _: None)
+        self._done, self._total = 0, sum(transfer.num_bytes for transfer in transfers)
+        self._staged = StagedTransfers(transfers) if transfers and transfers[0].destination.is_cuda else None
 
-    if transfers and transfers[0].destination.is_cuda:
-        run_transfers(transfers, advance)
-    else:
-        _copy_mapped(transfers, advance)
-    return sum(transfer.destination.numel() * transfer.destination.element_size() for transfer in transfers)
+    def wait(self) -> int:
+        if self._staged is not None:
+            self._staged.wait(self._advance)
+        else:
+            _copy_mapped(self._transfers, self._advance)
+        return sum(transfer.destination.numel() * transfer.destination.element_size() for transfer in self._transfers)
+
+    def _advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._report(Progress("weights", self._done, self._total))
+
+    def cancel(self) -> None:
+        if self._staged is not None:
+            self._staged.cancel()
 
 
 def _plan(checkpoint: Checkpoint, target: Target) -> Transfer:

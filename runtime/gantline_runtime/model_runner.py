@@ -28,7 +28,7 @@ from gantline_runtime.graph_plan import GraphPlan
 from gantline_runtime.graphs import StepGraphs, take_product_workspace
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
-from gantline_runtime.loader import Progress
+from gantline_runtime.loader import Loaded, Loading, Progress
 from gantline_runtime.messages import PromptLogprobs, TokenLogprobs
 from gantline_runtime.models import build_model
 from gantline_runtime.parallel import Parallel
@@ -129,21 +129,29 @@ class ModelRunner:
         on_progress: Callable[[Progress], None] | None = None,
         load: bool = True,
     ) -> None:
-        """Loads the weights, unless `load` is false: then they are whatever they are. `session_len` bounds positions; the cache follows
-        with `allocate`."""
+        """Has the weights loaded, on a GPU until `wait_loaded`, unless `load` is false: then they are whatever they are. `session_len`
+        bounds positions; the cache follows with `allocate`. Raises CheckpointError."""
         self.device = build.device
         self.parallel = parallel
         self._dtype = build.dtype
         self._backend = build.backend
         self._shape = checkpoint.shape
         self._model = build_model(checkpoint, session_len=session_len, parallel=parallel, build=build)
-        self.weight_bytes = self._model.load(checkpoint, on_progress) if load else 0
+        self._loading: Loading = self._model.start_loading(checkpoint, on_progress) if load else Loaded(0)
+        self.weight_bytes = 0
+        if self.device.type == "cpu":
+            self.wait_loaded()
         self._graphs: StepGraphs | None = None
         self._graph_pool_bytes = 0
         self.capture_seconds: list[float] = []
         """How long each CUDA graph took to capture."""
         self.launch_seconds: deque[float] = deque(maxlen=_LAUNCHES)
         """How long the host launched the last forward passes without a graph."""
+
+    def wait_loaded(self) -> None:
+        """Until all weights are there. Raises CheckpointError."""
+        self.weight_bytes = self._loading.wait()
+        self._loading = Loaded(self.weight_bytes)
 
     def cache_block_bytes(self, block_size: int) -> int:
         """Bytes of one block in all layers of this rank."""
@@ -174,8 +182,9 @@ class ModelRunner:
             self.capture_seconds = self._graphs.capture_seconds
             self._take_activations(limits, block_size)
 
-    def release_graphs(self) -> None:
-        """Give up the CUDA graphs, and with them their hold on the ranks' communicator; no step may run afterwards."""
+    def close(self) -> None:
+        """Load no more, and give up the CUDA graphs, and with them their hold on the ranks' communicator; no step may run afterwards."""
+        self._loading.cancel()
         if self._graphs is not None:
             self._graphs.release()
             self._graphs = None
@@ -270,7 +279,7 @@ class ModelRunner:
 
     def measure_workspace(self, limits: BatchLimits, block_size: int, *, graphs: bool) -> int:
         """Bytes that steps take beside weights and cache. Tried with a cache of one block, which every sequence reads: the largest steps,
-        and, if there are to be `graphs`, the largest of these.
+        and, if there are to be `graphs`, the largest of these. Weights may still be on their way.
 
         Leaves the runner to be allocated. 0 on a CPU, whose allocations come from the pool that is left free for them.
         """
@@ -316,12 +325,18 @@ class ModelRunner:
 
     def _run_largest(self, limits: BatchLimits, block_size: int) -> None:
         for shape, words in largest_steps(limits, limits.max_blocks * block_size):
-            self.execute(words, shape, None).read()
+            self._run_briefly(shape, words)
+
+    def _run_briefly(self, shape: BatchShape, words: torch.Tensor) -> None:
+        """A step that takes as much memory as one by `execute`, through few layers. What it samples means nothing."""
+        inputs = self._upload(words, shape)
+        hidden = self._model.forward_briefly(*self._model_inputs(inputs, shape))
+        self._sample(hidden, inputs[segments(shape).sample_slots].long(), None)
 
     def _run_largest_classes(self, limits: BatchLimits, block_size: int) -> None:
         self._inputs.zero_()  # a batch of padding alone
         for shape in _graph_classes(limits, block_size).largest():
-            self._forward_padded(shape)
+            self._hidden[: shape.num_sample_rows] = self._model.forward_briefly(*self._model_inputs(self._inputs, shape))
 
     @torch.inference_mode()
     def _peak_bytes(self, run: Callable[[], object]) -> int:

@@ -2,14 +2,16 @@
 
     file --preadv--> pinned buffer --copy engine--> (device buffer --convert, stride-->) destination
 
-While one buffer is on its way to the device the next is read, so that disk (or page cache), bus and device work at once. Where a rank needs
-only some columns of a matrix, rows are cut while they are copied from a mapping, and nothing else of the file is read.
+While one buffer is on its way to the device the next is read, so that disk (or page cache), bus and device work at once, beside whatever
+else is done with the device meanwhile: memory there is taken before the first byte is read, and none later. Where a rank needs only some
+columns of a matrix, rows are cut while they are copied from a mapping, and nothing else of the file is read.
 """
 
 from __future__ import annotations
 
 import os
-import threading
+import queue
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,10 +24,13 @@ import torch
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.memory import available_cpus
 
-__all__ = ["Piece", "PieceFiles", "Transfer", "pieces_of", "run_transfers"]
+__all__ = ["Piece", "PieceFiles", "StagedTransfers", "Transfer", "pieces_of"]
 
 _BUFFER_BYTES = 16 << 20
 _MAX_THREADS = 16
+_SWITCH_S = 2e-4
+"""After which Python lets another thread run. A reader needs the interpreter for microseconds and several times a piece; the usual 5 ms for
+each, beside a thread that computes in Python, would make it wait longer than it reads."""
 
 
 @dataclass(frozen=True)
@@ -79,31 +84,56 @@ class Piece:
     def destination(self) -> torch.Tensor:
         return self.transfer.destination[self.first : self.last]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes are the destination's, one after the other: else they are converted, or spread out, on the device."""
+        return self.destination.is_contiguous() and self.destination.dtype == self.transfer.dtype
 
-def run_transfers(transfers: list[Transfer], advance: Callable[[int], None]) -> None:
-    """Fill the destinations, which all lie on one GPU; `advance` hears of bytes read, from this thread. Raises CheckpointError."""
-    device = transfers[0].destination.device
-    pieces = [piece for transfer in transfers for piece in pieces_of(transfer)]
-    readers = threading.local()
-    every: list[_Reader] = []
 
-    def move(piece: Piece) -> int:
-        if not hasattr(readers, "own"):
-            readers.own = _Reader(device)
-            every.append(readers.own)
-        readers.own.move(piece)
+class StagedTransfers:
+    """Transfers under way, to destinations that all lie on one GPU."""
+
+    def __init__(self, transfers: list[Transfer]) -> None:
+        """They begin at once. Until `wait` has returned destinations hold whatever has come so far."""
+        device = transfers[0].destination.device
+        torch.cuda.current_stream(device).synchronize()  # what was written to the destinations before must not come after
+        pieces = [piece for transfer in transfers for piece in pieces_of(transfer)]
+        count = max(1, min(_MAX_THREADS, available_cpus(), len(pieces)))
+        scratch_bytes = max((piece.num_bytes for piece in pieces if not piece.is_plain), default=0)
+        self._readers = [_Reader(device, scratch_bytes) for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
+        for reader in self._readers:
+            self._idle.put(reader)
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
+        self._pool = ThreadPoolExecutor(count, "gantline-load", initializer=torch.cuda.set_device, initargs=(device,))
+        self._moved = [self._pool.submit(self._move, piece) for piece in pieces]
+
+    def _move(self, piece: Piece) -> int:
+        reader = self._idle.get()
+        try:
+            reader.move(piece)
+        finally:
+            self._idle.put(reader)
         return piece.num_bytes
 
-    with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, available_cpus()), thread_name_prefix="gantline-load") as pool:
-        futures = [pool.submit(move, piece) for piece in pieces]
+    def wait(self, advance: Callable[[int], None]) -> None:
+        """Until every destination is full; `advance` hears of bytes read, from this thread. Raises CheckpointError. To be called once."""
         try:
-            for future in as_completed(futures):
+            for future in as_completed(self._moved):
                 advance(future.result())
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    for reader in every:
-        reader.close()
+            for reader in self._readers:
+                reader.synchronize()
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Read nothing more; returns when nothing is being read. Does nothing after `wait`."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        sys.setswitchinterval(self._switch_s)
+        for reader in self._readers:
+            reader.files.close()
+        self._readers.clear()
 
 
 def pieces_of(transfer: Transfer) -> Iterator[Piece]:
@@ -118,15 +148,15 @@ def pieces_of(transfer: Transfer) -> Iterator[Piece]:
 
 
 class _Reader:
-    """One thread's way to the device: two pinned buffers and a stream."""
+    """A way to the device, for one piece at a time: two pinned buffers, a stream, and where it is needed a buffer on the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
+    def __init__(self, device: torch.device, scratch_bytes: int) -> None:
         self.files = PieceFiles()
         self._stream = torch.cuda.Stream(device)
         self._buffers: list[torch.Tensor | None] = [None, None]
         self._events = [torch.cuda.Event(), torch.cuda.Event()]
         self._next = 0
+        self._scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
 
     def move(self, piece: Piece) -> None:
         index, self._next = self._next, 1 - self._next
@@ -136,16 +166,15 @@ class _Reader:
         self._events[index].synchronize()  # the copy that read this buffer last is over
         filled = buffer[: piece.num_bytes]
         self.files.read(piece, filled)
-        transfer, destination = piece.transfer, piece.destination
+        destination = piece.destination
         with torch.cuda.stream(self._stream):
-            if not destination.is_contiguous() or destination.dtype != transfer.dtype:
-                filled = filled.to(destination.device, non_blocking=True)  # converted, or spread out, on the device
-            destination.copy_(filled.view(transfer.dtype).view(destination.shape), non_blocking=True)
+            if not piece.is_plain:
+                filled = self._scratch[: piece.num_bytes].copy_(filled, non_blocking=True)
+            destination.copy_(filled.view(piece.transfer.dtype).view(destination.shape), non_blocking=True)
             self._events[index].record(self._stream)
 
-    def close(self) -> None:
+    def synchronize(self) -> None:
         self._stream.synchronize()
-        self.files.close()
 
 
 class PieceFiles:

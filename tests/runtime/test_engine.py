@@ -26,7 +26,11 @@ from gantline_runtime.kv_cache import prefix_groups
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.model_runner import ModelRunner
 from gantline_runtime.parallel import Parallel
+from gantline_runtime.workspace import largest_steps
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.runtime.checkpoints import write_checkpoint
 from tests.runtime.engine_support import drain, request, tokens_of
@@ -65,8 +69,10 @@ def test_loading_reports_its_progress_in_bytes(model: Path) -> None:
     seen: list[Progress] = []
     engine = LLMEngine(model, config(), seen.append)
     engine.close()
-    assert [p.done for p in seen] == sorted(p.done for p in seen)
-    assert seen[-1].done == seen[-1].total == engine.stats().memory.weight_bytes
+    assert list(dict.fromkeys(p.phase for p in seen)) == ["device", "weights", "workspace", "cache"]
+    weights = [p for p in seen if p.phase == "weights"]
+    assert [p.done for p in weights] == sorted(p.done for p in weights)
+    assert weights[-1].done == weights[-1].total == engine.stats().memory.weight_bytes
 
 
 def test_weights_of_another_type_are_converted(model: Path, broken: Path) -> None:
@@ -200,6 +206,42 @@ def test_the_batches_that_memory_is_measured_with_run(model: Path, max_batch_siz
         runner.load_kernels(limits, 16)
         runner._run_largest_classes(limits, 16)
         runner._take_activations(limits, 16)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made by operators inside of it held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self._storages[reference.cdata] = reference, storage.nbytes()
+        self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._storages.values()))
+        return result
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen2-window-in-upper-layers", {"max_window_layers": 3})])
+def test_few_layers_take_as_much_memory_as_all(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """A start measures with few."""
+    folder = write_checkpoint(family, tmp_path / "model", num_hidden_layers=6, **changes)
+    build = BuildContext(dtype=torch.float32, device=torch.device("cpu"), backend="torch")
+    runner = ModelRunner(open_checkpoint(folder), session_len=512, build=build, parallel=Parallel())
+    limits = BatchLimits(max_tokens=96, max_slots=9, max_blocks=32)
+    runner.allocate(1, 16, limits, graphs=False)
+    for shape, words in largest_steps(limits, 512):
+        with torch.inference_mode(), LiveBytes() as whole:
+            runner.execute(words, shape, None).read()
+        with torch.inference_mode(), LiveBytes() as brief:
+            runner._run_briefly(shape, words)
+        assert brief.peak == whole.peak > 96 * 64 * 4
 
 
 def test_requests_behind_one_prefix_read_it_together_and_answer_as_if_each_read_it_itself(

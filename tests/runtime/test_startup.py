@@ -18,7 +18,7 @@ from gantline_runtime.gpu_opening import open_first_gpu
 from tests.runtime.server_process import REAL, ROOT, ServerProcess, running
 
 MODEL = ROOT / "examples" / "tiny-model"
-PHASES = ("launch", "import", "device", "weights", "cache", "warm-up")
+PHASES = ("launch", "import", "device", "workspace", "weights", "cache", "warm-up")
 """One after the other."""
 
 pytestmark = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="the tiny model is not here")

@@ -33,7 +33,9 @@ class BuildContext:
     backend: str
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        """A tensor for weights. On a GPU it is zero: steps are tried there before they have come, and may not meet what is no number."""
+        make = torch.empty if self.device.type == "cpu" else torch.zeros
+        return make(shape, dtype=dtype or self.dtype, device=self.device)
 
 
 def vector_target(name: str, destination: torch.Tensor) -> Iterator[Target]:

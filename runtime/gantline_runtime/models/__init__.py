@@ -13,7 +13,7 @@ import torch
 from gantline_runtime.checkpoint import Checkpoint
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
-from gantline_runtime.loader import Progress
+from gantline_runtime.loader import Loading, Progress
 from gantline_runtime.models import llama, mistral, qwen2, qwen3
 from gantline_runtime.models.decoder import Decoder, DecoderConfig
 from gantline_runtime.parallel import Parallel
@@ -36,11 +36,19 @@ class Model(Protocol):
     capturable: bool
     """Whether steps may run as CUDA graphs."""
 
-    def load(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> int: ...
+    def start_loading(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> Loading:
+        """Have this rank's part of the weights read; steps may run meanwhile. `on_progress` hears of bytes, here or in `wait`."""
+        ...
 
     def forward(
         self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
     ) -> torch.Tensor: ...
+
+    def forward_briefly(
+        self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Takes as much memory as `forward`, and gives as much, at a small part of its time if that can be; the values mean nothing."""
+        ...
 
     def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
         """Launch the kernels that `forward` would, at a small part of its time if that can be: so they are loaded."""
@@ -50,7 +58,7 @@ class Model(Protocol):
 
 
 def build_model(checkpoint: Checkpoint, *, session_len: int, parallel: Parallel, build: BuildContext) -> Model:
-    """The model of this rank without its weights; `load` reads them."""
+    """The model of this rank without its weights; `start_loading` has them read."""
     if checkpoint.shape.family == "transformers":
         from gantline_runtime.models.transformers_decoder import TransformersDecoder  # transformers takes seconds to import
 

@@ -19,7 +19,7 @@ from gantline_runtime.layers.embedding import VocabularyMatrix
 from gantline_runtime.layers.linear import ColumnLinear, GatedLinear, Part, RowLinear
 from gantline_runtime.layers.rope import RopeConfig, cos_sin_table, parse_rope
 from gantline_runtime.layers.weights import BuildContext, Target, vector_target
-from gantline_runtime.loader import Progress, load_weights
+from gantline_runtime.loader import Progress, WeightLoading
 from gantline_runtime.parallel import Parallel
 
 __all__ = ["Decoder", "DecoderConfig"]
@@ -168,9 +168,9 @@ class Decoder:
         self.layers = [_Layer(index, cos_sin, config, parallel, build) for index in range(shape.num_layers)]
         self.norm = build.empty(shape.hidden_size)
 
-    def load(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> int:
-        """Read this rank's part of the weights; returns their bytes in memory. Raises CheckpointError."""
-        return load_weights(checkpoint, self.targets(), on_progress)
+    def start_loading(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> WeightLoading:
+        """Have this rank's part of the weights read; steps may run meanwhile. Raises CheckpointError."""
+        return WeightLoading(checkpoint, self.targets(), on_progress)
 
     def forward(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> torch.Tensor:
         """Token numbers [T] -> final hidden states of `rows` (None: all), normed."""
@@ -181,6 +181,17 @@ class Decoder:
         kinds = dict(zip(self._config.windows, self.layers, strict=True))
         layers = [*kinds.values(), self.layers[-1]]
         self._run(layers, ids, caches[:1] * len(layers), context, rows)
+
+    def forward_briefly(
+        self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `forward`, through few layers: the first, which adds nothing yet to what came before, one of each kind, and the last, which
+        goes on with `rows` alone. What a layer takes is free when the next begins, so more of them take no more memory."""
+        kinds = dict(zip(self._config.windows, self.layers, strict=True))
+        layers = [self.layers[0], *kinds.values(), self.layers[-1]]
+        if len(self.layers) <= len(layers):
+            layers = self.layers
+        return self._run(layers, ids, caches[:1] * len(layers), context, rows)
 
     def _run(
         self, layers: list[_Layer], ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None

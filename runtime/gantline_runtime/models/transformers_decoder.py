@@ -25,7 +25,7 @@ from gantline_runtime.checkpoint import Checkpoint
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
-from gantline_runtime.loader import Progress
+from gantline_runtime.loader import Loaded, Progress
 from gantline_runtime.models.transformers_trace import AttentionLayer, quiet, read_config, trace
 from gantline_runtime.termination import Reason
 
@@ -55,8 +55,8 @@ class TransformersDecoder:
         self.kv_heads = self._layers[0].num_kv_heads
         self._step: _Step = _Step()
 
-    def load(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> int:
-        """Read the weights; returns their bytes in memory. Raises CheckpointError if the files hold too few tensors, or others."""
+    def start_loading(self, checkpoint: Checkpoint, on_progress: Callable[[Progress], None] | None = None) -> Loaded:
+        """Read the weights, all of them: there is no model before. Raises CheckpointError if the files hold too few tensors, or others."""
         total = checkpoint.facts.weight_bytes
         report = on_progress or (lambda _: None)
         report(Progress("weights", 0, total))
@@ -68,7 +68,7 @@ class TransformersDecoder:
         self._verify(checkpoint)
         report(Progress("weights", total, total))
         parameters = {tensor.data_ptr(): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
-        return sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
+        return Loaded(sum(tensor.numel() * tensor.element_size() for tensor in parameters.values()))
 
     def _read(self, checkpoint: Checkpoint) -> Any:
         folder = checkpoint.path(next(iter(checkpoint.tensors))).parent
@@ -94,6 +94,12 @@ class TransformersDecoder:
         output = self._inner(input_ids=ids[None], position_ids=positions, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden if rows is None else hidden[rows]
+
+    def forward_briefly(
+        self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `forward`: what one layer is, the model's own code knows alone."""
+        return self.forward(ids, caches, context, rows)
 
     def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
         """Nothing: what one layer is, the model's own code knows alone."""
