@@ -211,7 +211,8 @@ class Reconcile(Preparation):
                 await self.children.look("Deployment", self.name)
             return
         self._found["revision"] = mark
-        objects = [dict(item) for item in stored["data"].get("objects") or []]
+        kept = [dict(item) for item in stored["data"].get("objects") or [] if item["kind"] != "PodDisruptionBudget"]
+        objects = [*kept, *resources.disruption_budgets(self.owner, self.cluster.rendering)]  # of the replicas of today
         count = resources.replicas(self.owner) if await self._hold_served(stored) else 0  # pods would find no model
         for item in objects:
             if item["kind"] == "Deployment":

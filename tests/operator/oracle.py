@@ -113,7 +113,9 @@ def _desired(parent: Object, live: dict[Name, Object], settings: OperatorSetting
         strategy = stored["data"]["strategy"]["name"]
         yield from resources.serving(owner, planned, location, rendering, strategy=strategy, template=stored["data"]["template"])
     else:
-        yield from (_scaled(item, resources.replicas(owner)) for item in stored["data"]["objects"])
+        kept = (item for item in stored["data"]["objects"] if item["kind"] != "PodDisruptionBudget")
+        yield from (_scaled(item, resources.replicas(owner)) for item in kept)
+        yield from resources.disruption_budgets(owner, rendering)
     yield from resources.network_policies(owner, rendering)
     yield from resources.ingress(owner, rendering)
     if spec.cache.claim_name is None and (planned.quantize or resources.source_location(spec.model.uri) is None):

@@ -170,6 +170,10 @@ def test_however_many_revisions_fail_one_after_the_other_the_last_good_one_serve
             wait(lambda: status(world, "chat", namespace)["rollout"].get("failed") not in (None, *failed))
             found = wait(lambda: _ready_of(world, "chat", namespace, good), what=lambda: status(world, "chat", namespace))
             failed.add(found["rollout"]["failed"])
+        # It scales as ever, and nodes are drained of one replica at a time.
+        fates(world, [("server", "chat", "ready", "", {})])
+        patch(world, "chat", namespace, {"replicas": 2})
+        wait(lambda: items(world, "poddisruptionbudgets", namespace))
         assert_at_rest(world, namespace)
         fates(world, [("server", "chat", "ready", "", {})])
 

@@ -300,7 +300,9 @@ def test_eviction_removes_what_is_named_and_nothing_else(tmp_path: Path, monkeyp
     monkeypatch.setattr(volume_lock, "STALE_S", 60.0)
     with VolumeLock(tmp_path, busy):
         assert cli.main(["evict", str(tmp_path), gone, half, busy]) == 0
-    word = last_word(tmp_path)
+        word = last_word(tmp_path)
+        assert cli.main(["evict", str(tmp_path), busy]) == 73, "nothing could go: another try at once would come to the same"
+        assert last_word(tmp_path).reason is Reason.DISK_FULL and f"{busy} is being made" in last_word(tmp_path).message
     assert word.artefact == {"kind": "evict", "evicted": [gone, half], "left": [busy], "found": {kept: 1, busy: 1}, "halves": {}}
     assert {path.name for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(".")} == {kept, busy}
     for name in ("../x", "model", ".gantline-locks", "fetch-0123456789.partial"):

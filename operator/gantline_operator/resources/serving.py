@@ -17,7 +17,8 @@ from gantline_operator.resources.pod import PodBase, build_container, build_pod
 from gantline_operator.rollout_strategy import StrategyName
 
 __all__ = [
-    "PAUSED", "RESTARTED_AT", "SERVER_PORT", "build_template", "replicas", "revision", "service_account", "serving", "startup_budget_s",
+    "PAUSED", "RESTARTED_AT", "SERVER_PORT", "build_template", "disruption_budgets", "replicas", "revision", "service_account", "serving",
+    "startup_budget_s",
 ]  # fmt: skip
 
 RESTARTED_AT = f"{GROUP}/restartedAt"
@@ -48,9 +49,8 @@ def serving(
     """
     mark = revision(parent, plan, model)
     wanted = template if template is not None else build_template(parent, plan, model, settings)
-    budget = [_disruption_budget(parent, settings)] if replicas(parent) > 1 else []
     deployment = _deployment(parent, plan, model, settings, wanted, mark, strategy)
-    return [service_account(parent, settings), _service(parent, settings), deployment, *budget]
+    return [service_account(parent, settings), _service(parent, settings), deployment, *disruption_budgets(parent, settings)]
 
 
 def service_account(parent: Parent, settings: Settings) -> Object:
@@ -215,9 +215,12 @@ def _service(parent: Parent, settings: Settings) -> Object:
     }
 
 
-def _disruption_budget(parent: Parent, settings: Settings) -> Object:
+def disruption_budgets(parent: Parent, settings: Settings) -> list[Object]:
+    """None where there is no replica to spare. It belongs to no revision: which one serves makes no difference."""
+    if replicas(parent) <= 1:
+        return []
     marks = labels(parent.name, "server", version=settings.version)
-    return {
+    budget = {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": metadata(parent.name, parent.namespace, marks, parent.owner),
@@ -228,3 +231,4 @@ def _disruption_budget(parent: Parent, settings: Settings) -> Object:
             "selector": {"matchLabels": pod_selector(parent.name, "server")},
         },
     }
+    return [budget]

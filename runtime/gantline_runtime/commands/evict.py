@@ -56,20 +56,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evict_all(root: Path, names: Sequence[str]) -> list[str]:
-    """Those that are gone. Raises CapacityError where none is, since they are another user's: another try would come to the same."""
+    """Those that are gone. Raises CapacityError where all have to stay: another try at once would come to the same."""
     gone: list[str] = []
     refused: list[str] = []
     for name in names:
         try:
             if _evict(root, name):
                 gone.append(name)
+            else:
+                refused.append(f"{name} is being made by a process")
         except PermissionError as error:
             refused.append(f"{name} cannot be removed by user {os.getuid()}, {describe_owner(Path(error.filename or root / name))}")
             log.warning("left alone", extra=logs.fields(name=name, cause=str(error)))
     if refused and not gone:
         raise CapacityError(
             f"the cache volume cannot be cleared: {refused[0]}", reason=Reason.DISK_FULL,
-            cure="Give the files to a group that pods have, with its rights (chmod -R g+rwX), or run pods as that user again.",
+            cure="Wait for that process. Another user's files take a group that pods have, and its rights (chmod -R g+rwX).",
         )  # fmt: skip
     return gone
 
