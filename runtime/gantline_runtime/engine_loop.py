@@ -89,7 +89,8 @@ class EngineStats:
     prefix_hit_rate: float
     """Share of prompt tokens whose keys and values the prefix cache had."""
     num_preemptions: int
-    num_prompt_tokens: int
+    num_queried_tokens: int
+    """Prompt tokens looked up in the prefix cache: those of requests that were admitted, not of those that wait."""
     num_cached_tokens: int
     """Prompt tokens that the prefix cache had."""
     num_shared_tokens: int
@@ -120,7 +121,6 @@ class _Flight:
 
 @dataclass
 class _Counters:
-    prompt_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     steps: int = 0
@@ -236,7 +236,6 @@ class EngineLoop:
         if self._grammars is not None and request.grammar:
             self._grammars.add(sequence)
         self._arrivals += 1
-        self._counters.prompt_tokens += sequence.prompt_len
 
     def _check(self, request: EngineRequest) -> None:
         prompt, vocab_size = request.prompt_ids, self._vocab_size
@@ -418,7 +417,7 @@ class EngineLoop:
             cache_usage=cache.usage,
             prefix_hit_rate=cache.hit_rate,
             num_preemptions=scheduler.num_preemptions,
-            num_prompt_tokens=counters.prompt_tokens,
+            num_queried_tokens=cache.num_queried_tokens,
             num_cached_tokens=cache.num_hit_tokens,
             num_shared_tokens=cache.groups.num_saved_tokens,
             num_generated_tokens=counters.generated_tokens,

@@ -63,7 +63,7 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     """Share of the KV cache's blocks that requests hold, 0 to 1; blocks that are only kept for reuse are free."""
     num_cache_blocks: int = 0
     prefix_hit_rate: float = 0.0
-    num_prompt_tokens: int = 0
+    num_queried_tokens: int = 0
     num_cached_tokens: int = 0
     num_shared_tokens: int = 0
     num_generated_tokens: int = 0

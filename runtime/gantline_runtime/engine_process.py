@@ -271,7 +271,7 @@ _COPIED = (
     "cache_usage",
     "num_cache_blocks",
     "prefix_hit_rate",
-    "num_prompt_tokens",
+    "num_queried_tokens",
     "num_cached_tokens",
     "num_shared_tokens",
     "num_generated_tokens",

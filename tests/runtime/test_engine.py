@@ -327,11 +327,12 @@ def test_stats_count_what_happened(model: Path) -> None:
         engine.add_request(request(name, list(range(3, 40)), count=10))
         drain(engine)
     stats = engine.stats()
-    assert (stats.num_prompt_tokens, stats.num_generated_tokens, stats.num_finished) == (74, 20, 2)
+    assert (stats.num_queried_tokens, stats.num_generated_tokens, stats.num_finished) == (74, 20, 2)
     assert (stats.num_cached_tokens, stats.prefix_hit_rate) == (32, 32 / 74)
     assert stats.step_times.launch_s > 0
     engine.reset_prefix_cache()
     engine.add_request(request("c", list(range(3, 40)), count=10))
+    assert engine.stats().num_queried_tokens == 74, "who waits has not been looked up"
     assert drain(engine)["c"][0].num_cached_tokens == 0
     engine.close()
     assert engine.stats().num_finished == 3, "the last figures can be read after the end"

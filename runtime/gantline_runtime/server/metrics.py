@@ -168,7 +168,7 @@ def _of_engine(report: EngineReport) -> Iterable[Metric]:
     yield _gauge("kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold, 0 to 1.", report.cache_usage)
     yield _gauge("kv_cache_blocks", "Blocks of the KV cache.", report.num_cache_blocks)
     yield _gauge("prefix_cache_hit_rate", "Share of prompt tokens that the prefix cache had, since the start.", report.prefix_hit_rate)
-    yield _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", report.num_prompt_tokens)
+    yield _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", report.num_queried_tokens)
     yield _counter("prefix_cache_hits", "Prompt tokens that the prefix cache had.", report.num_cached_tokens)
     yield _counter("shared_prefix_tokens", _SHARED_TOKENS, report.num_shared_tokens)
     yield _counter("num_preemptions", "Requests that gave up their blocks and were computed again.", report.num_preemptions)
