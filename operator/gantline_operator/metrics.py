@@ -35,6 +35,8 @@ class Metrics:
         self.reviews = Counter("gantline_admission_reviews", "Services that the webhook looked at.", ["result"], registry=self.registry)
         self.writes = Counter("gantline_writes", "Writes to the API server.", ["kind", "verb"], registry=self.registry)
         self.scalings = Counter("gantline_scalings", "Changes of replicas by load: up, down.", ["direction"], registry=self.registry)
+        for direction in ("up", "down"):  # from zero, else a rate misses the first
+            self.scalings.labels(direction)
         self.requests = Counter(
             "gantline_api_requests", "Requests to the API server; status 0: no answer.", ["method", "status"], registry=self.registry
         )

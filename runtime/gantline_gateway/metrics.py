@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from gantline_gateway.directory import Directory
-from gantline_gateway.traffic import Histogram, ServiceTraffic, Traffic
+from gantline_gateway.traffic import OUTCOMES, RETRY_CAUSES, Histogram, ServiceTraffic, Traffic
 
 __all__ = ["Metrics"]
 
@@ -62,8 +62,8 @@ _Known = list[tuple[tuple[str, ...], ServiceTraffic]]
 
 def _counters(known: _Known) -> Iterable[Metric]:
     tables = (
-        ("requests", "Requests by outcome: ok, refused, busy, failed, left, cut.", "outcome", "outcomes"),
-        ("retries", "Attempts that were made good elsewhere or later, by cause: unreachable, not_ready, busy, reset.", "cause", "retries"),
+        ("requests", f"Requests by outcome: {', '.join(OUTCOMES)}.", "outcome", "outcomes"),
+        ("retries", f"Attempts that were made good elsewhere or later, by cause: {', '.join(RETRY_CAUSES)}.", "cause", "retries"),
         ("tokens", "Tokens by kind: prompt, cached (of those), completion.", "kind", "tokens"),
     )
     for name, text, label, attribute in tables:

@@ -11,10 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["ADDED_BOUNDS_S", "HELD_BOUNDS_S", "Histogram", "ServiceTraffic", "Traffic", "Usage"]
+__all__ = ["ADDED_BOUNDS_S", "HELD_BOUNDS_S", "OUTCOMES", "RETRY_CAUSES", "Histogram", "ServiceTraffic", "Traffic", "Usage"]
 
 ADDED_BOUNDS_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 HELD_BOUNDS_S = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+OUTCOMES = ("ok", "refused", "busy", "failed", "left", "cut")
+RETRY_CAUSES = ("unreachable", "not_ready", "busy", "reset")
 
 _FIRST_GUESS_TOKENS = 256.0
 """Length of an answer before any was seen."""
@@ -56,8 +59,9 @@ class ServiceTraffic:
     """Predicted tokens that each replica has been given, by its identity."""
     answer_tokens: float = _FIRST_GUESS_TOKENS
     """Mean length of the latest answers."""
-    outcomes: Counter[str] = field(default_factory=Counter)
-    retries: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(OUTCOMES, 0)))
+    retries: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(RETRY_CAUSES, 0)))
+    """These two from zero, else a rate would miss the first failure."""
     tokens: Counter[str] = field(default_factory=Counter)
     added_s: Histogram = field(default_factory=lambda: Histogram(ADDED_BOUNDS_S))
     held_s: Histogram = field(default_factory=lambda: Histogram(HELD_BOUNDS_S))

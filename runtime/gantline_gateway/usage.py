@@ -38,6 +38,8 @@ class UsageCounters(Collector):
         self._prompt.labels(key).inc(usage.prompt)
         self._cached.labels(key).inc(usage.cached)
         self._completion.labels(key).inc(usage.completion)
+        for limit in ("tokens", "concurrency"):  # from zero, else a rate misses the first
+            self._limited.labels(key, limit)
 
     def count_limited(self, key: str, limit: str) -> None:
         """One request that was refused: `tokens` or `concurrency` had been used up."""
