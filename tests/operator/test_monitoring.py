@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from gantline_devcluster.api_only import ApiCluster
 from gantline_gateway.directory import Directory
 from gantline_gateway.metrics import Metrics as GatewayMetrics
@@ -105,6 +108,49 @@ def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
     assert list(named) == re.findall(r"^### (Gantline\w+)$", OPERATIONS, re.M)
     for alert in alerts():
         assert alert["labels"]["severity"] in ("warning", "critical") and alert["for"] and alert["annotations"]["summary"]
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool: apt-get install prometheus")
+def test_a_service_that_fails_again_and_again_raises_its_alerts_though_each_attempt_looks_like_a_beginning(tmp_path: Path) -> None:
+    """Ten minutes of failure, then two of the next attempt, as Prometheus judges it; and a first preparation, which is no trouble."""
+    labels = 'job="gantline-system/gantline-operator", namespace="n"'
+
+    def series(service: str, type_: str, reason: str, values: str) -> Object:
+        return {"series": f'gantline_condition{{{labels}, service="{service}", type="{type_}", reason="{reason}"}}', "values": values}
+
+    attempts, pauses = "stale _x9 0 0 " * 8, "0x9 stale _ " * 8
+    given = [
+        series("failing", "Servable", "NotAvailable", "0x99"),
+        series("failing", "Ready", "Fetching", attempts),
+        series("failing", "Ready", "DownloadFailed", pauses),
+        series("failing", "Degraded", "DownloadFailed", pauses.replace("0x9", "1x9")),
+        series("large", "Servable", "NotAvailable", "0x99"),
+        series("large", "Ready", "Fetching", "0x99"),
+    ]
+    severities = {"GantlineServiceNotServable": "critical", "GantlineServiceDegraded": "warning"}
+    expected = [
+        {
+            "eval_time": at,
+            "alertname": alert["alert"],
+            "exp_alerts": [
+                {
+                    "exp_labels": {"namespace": "n", "service": "failing", "severity": severities[alert["alert"]]},
+                    "exp_annotations": {
+                        "runbook": alert["annotations"]["runbook"],
+                        "summary": alert["annotations"]["summary"].replace("{{ $labels.namespace }}/{{ $labels.service }}", "n/failing"),
+                    },
+                }
+            ],
+        }
+        for alert in alerts()
+        if alert["alert"] in severities
+        for at in ("40m", "59m", "71m", "80m")
+    ]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "gantline", "rules": alerts()}]}))
+    test = {"interval": "1m", "input_series": given, "alert_rule_test": expected}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": [test]}))
+    done = subprocess.run(["promtool", "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_auto_asks_the_api_server_itself(api_cluster: ApiCluster, namespace: str) -> None:
