@@ -7,7 +7,7 @@ DEVCLUSTER := $(PYTHON) -m gantline_devcluster
 KUBECONFIG_GIVEN := $(if $(findstring command line,$(origin KUBECONFIG)),$(KUBECONFIG))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv cluster-binaries check unit test test-oldest test-keda e2e quickstart rehearsal down crds docs kernels bench-cpu clean
+.PHONY: help venv cluster-binaries check unit test test-oldest test-keda dashboards e2e quickstart rehearsal down crds docs kernels bench-cpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,6 +39,11 @@ test-keda: venv ## the tests beside the real KEDA (built once, minutes; root, or
 	@$(DEVCLUSTER) build --set keda
 	GANTLINE_KEDA=1 unshare --net $(if $(filter 0,$(shell id -u)),,--map-root-user) -- sh -c 'ip link set lo up && exec "$$0" "$$@"' \
 	  $(VENV)/bin/pytest -q tests/operator/test_keda.py
+
+dashboards: venv cluster-binaries ## draw the Grafana dashboards over a real Prometheus with Grafana's components in a browser (root, network, minutes)
+	@scripts/browser.sh
+	GANTLINE_DASHBOARDS=1 $(VENV)/bin/pytest -q tests/operator/test_boards_drawn.py
+	@echo "Look at build/dashboards/*.png"
 
 e2e: venv cluster-binaries ## from `kubectl apply` to streamed tokens, on the one-node cluster
 	$(VENV)/bin/pytest -q tests/e2e

@@ -1,0 +1,79 @@
+// What is wrong with a dashboard as it stands on the page.
+import { fieldMatchers, getValueFormats, standardTransformersRegistry } from '@grafana/data';
+import { TYPES, propertiesOf } from './panels';
+
+const OPTIONS = {
+  timeseries: ['legend', 'tooltip'],
+  stat: ['reduceOptions', 'orientation', 'textMode', 'wideLayout', 'colorMode', 'graphMode', 'justifyMode', 'showPercentChange', 'text'],
+  bargauge: ['reduceOptions', 'orientation', 'displayMode', 'valueMode', 'namePlacement', 'showUnfilled', 'sizing', 'minVizWidth', 'minVizHeight', 'maxVizHeight', 'text'],
+  table: ['showHeader', 'cellHeight', 'sortBy', 'footer', 'frameIndex'],
+};
+
+/** Of a panel's JSON: what Grafana would not know. */
+export function unknownParts(panel) {
+  if (!TYPES.includes(panel.type)) return [`unknown panel type ${panel.type}`];
+  const found = Object.keys(panel.options).filter((name) => !OPTIONS[panel.type].includes(name)).map((name) => `unknown option ${name}`);
+  const { standard, custom } = propertiesOf(panel.type);
+  const { custom: ours = {}, ...defaults } = panel.fieldConfig.defaults;
+  const set = [...Object.entries(defaults), ...Object.entries(ours).map(([name, value]) => [`custom.${name}`, value])];
+  for (const { matcher, properties } of panel.fieldConfig.overrides) {
+    if (!fieldMatchers.getIfExists(matcher.id)) found.push(`unknown matcher ${matcher.id}`);
+    set.push(...properties.map(({ id, value }) => [id, value]));
+  }
+  for (const [name, value] of set) {
+    const known = name.startsWith('custom.') ? custom.includes(name.slice(7)) : standard.includes(name);
+    if (!known) found.push(`unknown field property ${name}`);
+    if (name === 'unit' && !units().has(value) && !/^(suffix|prefix|si):/.test(value)) found.push(`unknown unit ${value}`);
+  }
+  for (const { id } of panel.transformations ?? []) if (!standardTransformersRegistry.getIfExists(id)) found.push(`unknown transformation ${id}`);
+  return found;
+}
+
+let known;
+function units() {
+  known ??= new Set(getValueFormats().flatMap(({ submenu }) => submenu.map(({ value }) => value)));
+  return known;
+}
+
+/** Whether any number would be seen. */
+export function hasNumbers(frames) {
+  return frames.some(({ fields, length }) => length > 0 && fields.some(({ type, values }) => (type === 'number' ? values.some((value) => Number.isFinite(value)) : type === 'string' && values.length)));
+}
+
+/** Whether a panel that has data also shows some: rows, a line or area that is not grey, or a text. */
+export function showsSomething(type, element) {
+  if (type === 'table') return element.querySelectorAll('[role=row]').length > 1;
+  if (type !== 'timeseries') return /\d/.test(element.querySelector('[class*=content]')?.innerText ?? element.innerText);
+  return [...element.querySelectorAll('canvas')].some((canvas) => {
+    const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+    let colored = 0;
+    for (let i = 0; i < data.length; i += 4) {
+      const [red, green, blue, alpha] = [data[i], data[i + 1], data[i + 2], data[i + 3]];
+      if (alpha > 40 && Math.max(red, green, blue) - Math.min(red, green, blue) > 40) colored++;
+    }
+    return colored > 10;
+  });
+}
+
+/** Text that does not fit where it stands, and legends of which a part is out of sight. Tables may be longer than their panel. */
+export function cutText(element) {
+  const found = [];
+  for (const node of element.querySelectorAll('*')) {
+    const style = getComputedStyle(node);
+    const hides = style.overflowX !== 'visible' || style.overflowY !== 'visible';
+    if (!hides || !node.innerText?.trim() || !node.clientWidth) continue;
+    if (node.scrollWidth > node.clientWidth + 1) found.push(`cut: ${text(node)} (${node.scrollWidth} > ${node.clientWidth} px wide)`);
+    else if (node.scrollHeight > node.clientHeight + 2 && !node.closest('[role=grid]')) found.push(`out of sight: ${text(node)} (${node.scrollHeight} > ${node.clientHeight} px high)`);
+  }
+  return [...new Set(found)];
+}
+
+function text(node) {
+  return JSON.stringify(node.innerText.trim().replace(/\s+/g, ' ').slice(0, 80));
+}
+
+/** Pairs of panels of which one lies over the other. */
+export function overlaps(elements) {
+  const boxes = elements.map((element) => [element.dataset.title, element.getBoundingClientRect()]);
+  return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([, q]) => p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1).map(([b]) => `${a} lies over ${b}`));
+}
