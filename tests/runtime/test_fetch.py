@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,17 @@ def test_a_model_is_fetched_without_what_could_run(tmp_path: Path, monkeypatch: 
     assert word.reason == Reason.COMPLETED
     assert word.artefact["facts"] == manifest["facts"]
     assert word.artefact["bytes"] == sum(len(FILES[name]) for name in KEPT - {MANIFEST})
+
+
+def test_a_caller_keeps_its_own_answer_to_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with hub_with(monkeypatch):
+        assert fetch(tmp_path / "model") == 0
+        assert signal.getsignal(signal.SIGTERM) is before
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "mine.txt").touch()
+        assert fetch(tmp_path / "other") == 64
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ The checkpoint is judged by its headers before the first byte of its weights is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gantline_runtime import logs, termination
@@ -44,11 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     uri = parse_uri(args.uri)
-    # The kernel spares a container's first process signals that it has no handler for. One that is told to go leaves the folder in order.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     share_with_group()
     _configure_logs(hub=bool(uri.repository))
-    manifest = fetch(uri, args.target, args.revision)
+    with _exit_when_terminated():
+        manifest = fetch(uri, args.target, args.revision)
     artefact = {"kind": manifest.kind, "path": str(args.target), "bytes": manifest.bytes, "facts": manifest.facts}
     artefact["weight_bytes"] = manifest.facts["weightBytes"]
     artefact |= list_contents(args.target.absolute().parent, MAX_LISTED)
@@ -56,6 +56,19 @@ def run(args: argparse.Namespace) -> int:
     termination.write(termination.TerminationMessage(termination.Reason.COMPLETED, message, artefact=artefact))
     print(f"{message} {manifest.bytes} bytes in {args.target}")
     return termination.exit_code(termination.Reason.COMPLETED)
+
+
+@contextlib.contextmanager
+def _exit_when_terminated() -> Iterator[None]:
+    """SIGTERM raises SystemExit in here, so that the folder is left in order, and does what it did before afterwards.
+
+    The kernel spares a container's first process signals that it has no handler for.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _configure_logs(*, hub: bool) -> None:
