@@ -110,7 +110,7 @@ def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namesp
         api_cluster.kubectl("annotate", "gisvc", NAME, "-n", namespace, "gantline.io/paused=true")
         wait_reason(api_cluster, NAME, namespace, "Paused", "Progressing")
         patch(api_cluster, NAME, namespace, {"scaling": {"min": 3}})
-        seen = get(api_cluster, "gisvc", NAME, namespace)["metadata"]["generation"]
+        seen = get(api_cluster, "inferenceservices", NAME, namespace)["metadata"]["generation"]
         wait(lambda: status(api_cluster, NAME, namespace)["observedGeneration"] == seen)
         assert made.replicas_wanted() == 1
         api_cluster.kubectl("annotate", "gisvc", NAME, "-n", namespace, "gantline.io/paused-")

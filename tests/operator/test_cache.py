@@ -82,7 +82,7 @@ def shared(name: str, namespace: str, uri: str = "hf://org/name", **spec: Any) -
 
 def note(cluster: ApiCluster, namespace: str) -> Object:
     """The claim's note."""
-    annotations = get(cluster, "pvc", "models", namespace)["metadata"].get("annotations") or {}
+    annotations = get(cluster, "persistentvolumeclaims", "models", namespace)["metadata"].get("annotations") or {}
     found: Object = json.loads(annotations.get("gantline.io/cache", "{}"))
     return found
 
@@ -94,7 +94,7 @@ def jobs(cluster: ApiCluster, namespace: str, role: str) -> list[str]:
 
 
 def served(cluster: ApiCluster, name: str, namespace: str) -> str:
-    template = get(cluster, "deployment", name, namespace)["spec"]["template"]["spec"]
+    template = get(cluster, "deployments", name, namespace)["spec"]["template"]["spec"]
     return str(template["containers"][0]["args"][1]).removeprefix("/mnt/cache/")
 
 
@@ -122,7 +122,7 @@ def test_a_claim_that_was_made_anew_under_its_name_is_another_volume_and_filled_
     apply(cluster, shared("first", namespace))
     wait_reason(cluster, "first", namespace, "Ready")
     (before,) = status(cluster, "first", namespace)["artefacts"]
-    uid = get(cluster, "pvc", "models", namespace)["metadata"]["uid"]
+    uid = get(cluster, "persistentvolumeclaims", "models", namespace)["metadata"]["uid"]
     assert before["claimUid"] == uid
     (job,) = [item for item in items(cluster, "jobs", namespace) if item["metadata"]["labels"]["gantline.io/role"] == "fetch"]
 
@@ -136,7 +136,7 @@ def test_a_claim_that_was_made_anew_under_its_name_is_another_volume_and_filled_
     wait(
         lambda: (
             [item.get("claimUid") for item in status(cluster, "first", namespace).get("artefacts", [])]
-            == [get(cluster, "pvc", "models", namespace)["metadata"]["uid"]]
+            == [get(cluster, "persistentvolumeclaims", "models", namespace)["metadata"]["uid"]]
         ),
         what=lambda: status(cluster, "first", namespace),
     )
@@ -152,7 +152,7 @@ def test_a_note_that_was_restored_with_its_claim_fills_no_volume(cluster: ApiClu
     claim(cluster, namespace)
     apply(cluster, shared("first", namespace))
     wait_reason(cluster, "first", namespace, "Ready")
-    saved = get(cluster, "pvc", "models", namespace)
+    saved = get(cluster, "persistentvolumeclaims", "models", namespace)
     assert json.loads(saved["metadata"]["annotations"]["gantline.io/cache"])["claim"] == saved["metadata"]["uid"]
 
     cluster.kubectl("delete", "gisvc/first", "-n", namespace, "--timeout=60s")
@@ -170,7 +170,7 @@ def test_a_note_that_was_restored_with_its_claim_fills_no_volume(cluster: ApiClu
     written = note(cluster, namespace)
     assert (
         written["claim"]
-        == get(cluster, "pvc", "models", namespace)["metadata"]["uid"]
+        == get(cluster, "persistentvolumeclaims", "models", namespace)["metadata"]["uid"]
         != json.loads(kept["annotations"]["gantline.io/cache"])["claim"]
     )
 
@@ -185,7 +185,7 @@ def test_a_note_of_an_earlier_release_stays_in_force_and_gets_its_claims_uid(clu
         apply(cluster, shared("first", namespace))
         wait_reason(cluster, "first", namespace, "Ready")
         assert served(cluster, "first", namespace) == folder and not jobs(cluster, namespace, "fetch")
-        assert note(cluster, namespace)["claim"] == get(cluster, "pvc", "models", namespace)["metadata"]["uid"]
+        assert note(cluster, namespace)["claim"] == get(cluster, "persistentvolumeclaims", "models", namespace)["metadata"]["uid"]
 
 
 def test_what_a_crash_left_on_a_full_volume_is_found_by_a_look_and_goes(cluster: ApiCluster, namespace: str) -> None:

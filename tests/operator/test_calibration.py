@@ -163,7 +163,7 @@ def test_a_start_is_told_by_its_phases_kept_and_used_by_the_next_plan(api_cluste
             assert first["startup"]["phases"] == {"weights": "1.2s", "warm-up": "0.5s"}
             assert set(first["startup"]) == {"revision", "scheduled", "pulled", "loaded", "total", "phases"}
             assert "calibration" not in first["plan"]
-            learnt: dict[str, Any] = wait(lambda: get(api_cluster, "configmap", "learnt", namespace).get("data"))
+            learnt: dict[str, Any] = wait(lambda: get(api_cluster, "configmaps", "learnt", namespace).get("data"))
             assert list(json.loads(learnt["measurements"])) == [key_of(TINY["fingerprint"], "", 1, "float32", "float32")]
             api_cluster.kubectl("delete", "gisvc/probed", "-n", namespace)
         with serving(api_cluster, namespace, **kept):  # another operator, which has only read of it

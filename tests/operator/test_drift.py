@@ -80,7 +80,7 @@ def test_a_child_that_is_edited_deleted_orphaned_or_stripped_of_its_labels_comes
     with serving(cluster, namespace):
         apply(cluster, service("tiny", namespace, replicas=2))
         assert_at_rest(cluster, namespace)
-        names, template = _all_names(cluster, namespace), get(cluster, "deployment", "tiny", namespace)["spec"]["template"]
+        names, template = _all_names(cluster, namespace), get(cluster, "deployments", "tiny", namespace)["spec"]["template"]
         for name, change in EDITS.items():
             _edit(cluster, namespace, name, change)
         assert_at_rest(cluster, namespace, quiet_s=0.5)
@@ -95,7 +95,7 @@ def test_a_child_that_is_edited_deleted_orphaned_or_stripped_of_its_labels_comes
         cluster.kubectl("delete", "job", job, "-n", namespace)
         assert_at_rest(cluster, namespace)
         assert not items(cluster, "jobs", namespace), "what a Job found out stands in the status: it is not done again"
-        assert get(cluster, "deployment", "tiny", namespace)["spec"]["template"] == template
+        assert get(cluster, "deployments", "tiny", namespace)["spec"]["template"] == template
 
 
 def test_watches_of_many_namespaces_leave_connections_for_requests(cluster: ApiCluster, namespace: str) -> None:

@@ -105,7 +105,7 @@ def test_a_definition_that_is_late_tightened_or_gone_and_outages_of_the_api_serv
     """In a cluster of its own, since others' watches would be cut too; without controllers, so nothing but the operator acts."""
 
     def seen(name: str) -> bool:
-        parent = get(cluster, "gisvc", name, "default")
+        parent = get(cluster, "inferenceservices", name, "default")
         return bool(parent.get("status", {}).get("observedGeneration") == parent["metadata"]["generation"])
 
     monkeypatch.setattr(controller_module, "_LISTING_RETRY_S", 0.2)
@@ -282,14 +282,14 @@ def test_a_new_operator_restarts_no_pod(cluster: ApiCluster, namespace: str) -> 
     with serving(cluster, namespace):
         apply(cluster, service("tiny", namespace))
         assert_whole(cluster, namespace)
-    before = get(cluster, "deployment", "tiny", namespace)["spec"]["template"]
+    before = get(cluster, "deployments", "tiny", namespace)["spec"]["template"]
     untouched = versions(cluster, namespace)
     with serving(cluster, namespace, image_cpu="registry.example/gantline-runtime-cpu:next") as newer:
         wait(lambda: newer.reconciled)
-        assert get(cluster, "deployment", "tiny", namespace)["spec"]["template"] == before
+        assert get(cluster, "deployments", "tiny", namespace)["spec"]["template"] == before
         assert versions(cluster, namespace) == untouched
         cluster.kubectl("annotate", "gisvc/tiny", "-n", namespace, "gantline.io/restartedAt=now")
-        wait(lambda: json.dumps(get(cluster, "deployment", "tiny", namespace)["spec"]["template"]).count(":next"))
+        wait(lambda: json.dumps(get(cluster, "deployments", "tiny", namespace)["spec"]["template"]).count(":next"))
         wait_reason(cluster, "tiny", namespace, "Ready")
 
 

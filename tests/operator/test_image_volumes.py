@@ -78,7 +78,7 @@ def model(delivery: str, **more: Any) -> Object:
 
 
 def pod_of(cluster: ApiCluster, name: str, namespace: str) -> Object:
-    spec: Object = get(cluster, "deployment", name, namespace)["spec"]["template"]["spec"]
+    spec: Object = get(cluster, "deployments", name, namespace)["spec"]["template"]["spec"]
     return spec
 
 
@@ -102,11 +102,11 @@ def test_auto_mounts_it_where_all_nodes_can_and_stays_with_that(cluster: ApiClus
     apply(cluster, service("auto", namespace, model=model("auto"), **where))
     wait_reason(cluster, "auto", namespace, "Ready")
     assert MOUNTED in pod_of(cluster, "auto", namespace)["volumes"]
-    before = get(cluster, "deployment", "auto", namespace)["metadata"]["generation"]
+    before = get(cluster, "deployments", "auto", namespace)["metadata"]["generation"]
     nodes(cluster, namespace, "older", runtime="containerd://1.7.27")
     cluster.kubectl("annotate", "gisvc/auto", "-n", namespace, "example.com/touched=1")
     time.sleep(2)
-    assert get(cluster, "deployment", "auto", namespace)["metadata"]["generation"] == before
+    assert get(cluster, "deployments", "auto", namespace)["metadata"]["generation"] == before
     volume(cluster, namespace, "auto-cache")
     patch(cluster, "auto", namespace, {"model": {"delivery": "files"}})
     wait(lambda: MOUNTED not in pod_of(cluster, "auto", namespace)["volumes"])
@@ -126,11 +126,11 @@ def test_auto_fetches_files_where_one_node_may_not_be_able_and_stays_with_that(
     apply(cluster, service("auto", namespace, model=model("auto"), **where))
     wait_reason(cluster, "auto", namespace, "Ready")
     assert pod_of(cluster, "auto", namespace)["containers"][0]["args"][1].startswith("/mnt/cache/fetch-")
-    before = get(cluster, "deployment", "auto", namespace)["metadata"]["generation"]
+    before = get(cluster, "deployments", "auto", namespace)["metadata"]["generation"]
     nodes(cluster, namespace, "unable")  # it was upgraded
     cluster.kubectl("annotate", "gisvc/auto", "-n", namespace, "example.com/touched=1")
     time.sleep(2)
-    assert get(cluster, "deployment", "auto", namespace)["metadata"]["generation"] == before
+    assert get(cluster, "deployments", "auto", namespace)["metadata"]["generation"] == before
 
 
 def test_an_artifact_is_fetched_by_auto_and_refused_as_an_image(cluster: ApiCluster, namespace: str, operator: Operator) -> None:

@@ -53,7 +53,7 @@ def test_an_ingress_leads_to_the_api_and_goes_with_its_field_and_no_pod_notices(
     apply(cluster, service("tiny", namespace, ingress={"host": "tiny.example.com", "className": "nginx"}))
     wait_reason(cluster, "tiny", namespace, "Ready")
     pods = [pod["metadata"]["uid"] for pod in server_pods(cluster, "tiny", namespace)]
-    spec = get(cluster, "ingress", "tiny", namespace)["spec"]
+    spec = get(cluster, "ingresses", "tiny", namespace)["spec"]
     path = {"path": "/v1", "pathType": "Prefix", "backend": {"service": {"name": "tiny", "port": {"name": "http"}}}}
     assert spec == {"ingressClassName": "nginx", "rules": [{"host": "tiny.example.com", "http": {"paths": [path]}}]}
     assert "tiny.example.com" in cluster.kubectl("get", "gisvc/tiny", "-n", namespace, "-o", "wide").stdout
@@ -72,7 +72,7 @@ def test_annotations_and_tls_of_others_survive_a_change_of_the_host(cluster: Api
     cluster.kubectl("patch", "ingress/tiny", "-n", namespace, "--type=merge", "-p", json.dumps({"spec": {"tls": tls}}))
     patch(cluster, "tiny", namespace, {"ingress": {"host": "new.example.com"}})
     wait(lambda: hosts(cluster, namespace) == ["new.example.com"])
-    live = get(cluster, "ingress", "tiny", namespace)
+    live = get(cluster, "ingresses", "tiny", namespace)
     assert live["metadata"]["annotations"] == {"nginx.ingress.kubernetes.io/proxy-buffering": "off"} and live["spec"]["tls"] == tls
 
 
@@ -91,6 +91,6 @@ def test_the_ingress_follows_the_spec_while_the_wanted_revision_cannot_be_made(c
 def test_an_ingress_that_somebody_deletes_comes_back(cluster: ApiCluster, namespace: str) -> None:
     apply(cluster, service("tiny", namespace, ingress={"host": "tiny.example.com"}))
     wait_reason(cluster, "tiny", namespace, "Ready")
-    before = get(cluster, "ingress", "tiny", namespace)["metadata"]["uid"]
+    before = get(cluster, "ingresses", "tiny", namespace)["metadata"]["uid"]
     cluster.kubectl("delete", "ingress/tiny", "-n", namespace)
     wait(lambda: [item for item in items(cluster, "ingresses", namespace) if item["metadata"]["uid"] != before])

@@ -93,18 +93,18 @@ def test_an_operator_that_learns_to_spread_leaves_pods_of_existing_revisions_alo
         earlier.setattr(rendering, "apart", lambda marks: {})
         apply(cluster, service("old", namespace, replicas=2, **place))
         wait_reason(cluster, "old", namespace, "Ready")
-    template = get(cluster, "deployment", "old", namespace)["spec"]["template"]
+    template = get(cluster, "deployments", "old", namespace)["spec"]["template"]
     pods = {pod["metadata"]["uid"] for pod in server_pods(cluster, "old", namespace)}
     revision = status(cluster, "old", namespace)["revision"]
     assert "topologySpreadConstraints" not in template["spec"] and len(pods) == 2
     with serving(cluster, namespace):
         cluster.kubectl("scale", "gisvc/old", "--replicas=3", "-n", namespace)
         wait(lambda: status(cluster, "old", namespace)["readyReplicas"] == 3)
-        assert get(cluster, "deployment", "old", namespace)["spec"]["template"] == template
+        assert get(cluster, "deployments", "old", namespace)["spec"]["template"] == template
         assert pods < {pod["metadata"]["uid"] for pod in server_pods(cluster, "old", namespace)}
         assert status(cluster, "old", namespace)["revision"] == revision
         cluster.kubectl("annotate", "gisvc/old", "-n", namespace, "gantline.io/restartedAt=now")
         wait(lambda: status(cluster, "old", namespace)["revision"] != revision)
         wait_reason(cluster, "old", namespace, "Ready")
-        renewed = get(cluster, "deployment", "old", namespace)["spec"]["template"]["spec"]
+        renewed = get(cluster, "deployments", "old", namespace)["spec"]["template"]["spec"]
         assert [item["topologyKey"] for item in renewed["topologySpreadConstraints"]] == ["kubernetes.io/hostname"]

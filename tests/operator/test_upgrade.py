@@ -103,9 +103,9 @@ def test_an_upgrade_restarts_no_pod_though_the_images_are_new(cluster: ApiCluste
             assert status(cluster, item["metadata"]["name"], namespace)["revision"] == item["status"]["revision"]
         assert not items(cluster, "jobs", namespace), "what a Job found out stands in the status: it is not done again"
         patch(cluster, "tiny", namespace, {"engine": {"maxBatchSize": 9}})
-        wait(lambda: "next-cpu:2" in json.dumps(get(cluster, "deployment", "tiny", namespace)["spec"]["template"]))
+        wait(lambda: "next-cpu:2" in json.dumps(get(cluster, "deployments", "tiny", namespace)["spec"]["template"]))
         wait_reason(cluster, "tiny", namespace, "Ready")
         patch(cluster, "idle", namespace, {"replicas": 1})
         wait_reason(cluster, "idle", namespace, "Ready")
-        template = json.dumps(get(cluster, "deployment", "idle", namespace)["spec"]["template"])
+        template = json.dumps(get(cluster, "deployments", "idle", namespace)["spec"]["template"])
         assert "next" not in template, "also what sleeps wakes as it was"
