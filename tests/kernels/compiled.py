@@ -5,7 +5,6 @@ Each kernel lies there by its own key, of its source, what that calls, its const
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from contextlib import suppress
@@ -24,10 +23,5 @@ def compiled_folder(name: str) -> Path:
     for entry in (*folder.parent.iterdir(), *folder.iterdir()):
         with suppress(FileNotFoundError):  # another worker was faster
             if entry != folder and entry.stat().st_mtime < time.time() - _KEPT_S:
-                shutil.rmtree(entry, ignore_errors=True)
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return folder
-
-
-def compile_environment() -> dict[str, str]:
-    """For a process that compiles kernels."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(compiled_folder("triton"))}

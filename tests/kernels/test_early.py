@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from gantline_kernels.triton_kernels import early
 
-from tests.kernels.compiled import compile_environment
-
-ROOT = Path(__file__).parents[2]
+from tests.kernels.remembered import run_check
 
 _COMPILE = """
 import torch
@@ -36,11 +30,7 @@ for rows in (1, 24, 25, 129):
 
 
 def test_kernels_of_up_to_128_rows_start_early_but_the_activation_of_24_and_all_of_those_wait() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", _COMPILE], cwd=ROOT, env=compile_environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.splitlines() == ["1 1 1 1 1 1", "24 1 1 1 1 1", "25 1 0 1 1 1", "129 0 0 0 0 0"]
+    assert run_check("-c", _COMPILE).splitlines() == ["1 1 1 1 1 1", "24 1 1 1 1 1", "25 1 0 1 1 1", "129 0 0 0 0 0"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])

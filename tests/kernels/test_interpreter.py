@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.kernels.remembered import run_check
 
 
 @pytest.mark.parametrize("part", ["attention and not shared", "shared", "not attention and not shared"])
@@ -25,8 +20,5 @@ def test_those_whose_rows_depend_on_themselves_alone_do_so_to_the_last_bit_and_e
 
 
 def _check(backend: str, *arguments: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "GANTLINE_KERNEL_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-n0"]
-    command = [sys.executable, "-m", "pytest", *options, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    run_check("-m", "pytest", *options, *arguments, TRITON_INTERPRET="1", GANTLINE_KERNEL_BACKEND=backend)

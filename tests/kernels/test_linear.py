@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from gantline_kernels import api, reference
@@ -17,9 +12,7 @@ from gantline_kernels.hopper_split_linear import choose_parts
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
 from tests.kernels.cases import largest_error
-from tests.kernels.compiled import compile_environment
-
-ROOT = Path(__file__).parents[2]
+from tests.kernels.remembered import run_check
 
 _COMPILE = """
 import sys, torch
@@ -33,22 +26,14 @@ for early in {False, sys.argv[1] == "90"}:
 """
 
 
-def _run(*arguments: str, **variables: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return result.stdout
-
-
 def test_the_one_row_kernel_equals_its_reference_under_the_interpreter() -> None:
     options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-n0"]
-    _run("-m", "pytest", *options, "tests/kernels/linear_checks.py", TRITON_INTERPRET="1", GANTLINE_KERNEL_BACKEND="triton")
+    run_check("-m", "pytest", *options, "tests/kernels/linear_checks.py", TRITON_INTERPRET="1", GANTLINE_KERNEL_BACKEND="triton")
 
 
 def test_the_one_row_kernel_compiles_and_waits_for_earlier_kernels_only_if_it_starts_early() -> None:
-    assert set(_run("-c", _COMPILE, "80", **compile_environment()).splitlines()) == {"False 0"}
-    assert set(_run("-c", _COMPILE, "90", **compile_environment()).splitlines()) == {"False 0", "True 2"}
+    assert set(run_check("-c", _COMPILE, "80").splitlines()) == {"False 0"}
+    assert set(run_check("-c", _COMPILE, "90").splitlines()) == {"False 0", "True 2"}
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (1, 8), (1000, 200), (18944, 3584), (262144, 2304)])
