@@ -75,7 +75,11 @@ def cos_sin_table(rope: RopeConfig, num_positions: int, device: torch.device) ->
     else:
         frequencies, scale = _frequencies(rope)
         angles = torch.outer(positions, frequencies)
-    return torch.cat([angles.cos() * scale, angles.sin() * scale], dim=-1).to(device)
+    # In place: long contexts make this large, and a start waits for every copy of it.
+    table, half = torch.empty(num_positions, rope.head_dim), rope.head_dim // 2
+    torch.cos(angles, out=table[:, :half])
+    torch.sin(angles, out=table[:, half:])
+    return (table if scale == 1.0 else table.mul_(scale)).to(device)
 
 
 def _base_frequencies(theta: float, head_dim: int) -> torch.Tensor:
