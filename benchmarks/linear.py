@@ -69,9 +69,13 @@ def hopper(options: dict[str, Any]) -> Linear:
 
 
 def _split(parts: int, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, d: torch.dtype | None) -> torch.Tensor:
-    """Where it was made for; cuBLAS elsewhere."""
-    fits = d is None and hopper_split_linear.choose_parts(len(x), *w.shape, devices.num_sms(0)) is not None
-    return hopper_split_linear.split_linear(x, w, b, parts=parts) if fits else torch_backend.linear(x, w, b, d)
+    """With the first tiles of so many parts that all run at once on most multiprocessors; cuBLAS where there are none."""
+    count = devices.num_sms(0)
+    for tiles in hopper_split_linear.TILES:
+        blocks = -(-w.shape[0] // tiles.width) * tiles.parts * (1 if len(x) <= 128 else 2)
+        if d is None and tiles.parts == parts and count // 2 <= blocks <= count // 2 * 2:
+            return hopper_split_linear.split_linear(x, w, b, tiles=tiles)
+    return torch_backend.linear(x, w, b, d)
 
 
 def variants(rows: int) -> Iterator[tuple[str, Linear]]:
@@ -82,7 +86,7 @@ def variants(rows: int) -> Iterator[tuple[str, Linear]]:
         for options in HOPPER:
             yield f"cuda {options or ''}".strip(), hopper(options)
     if library.load() is not None and rows <= hopper_split_linear.MAX_ROWS:
-        for parts in hopper_split_linear.PARTS:
+        for parts in (4, 2):
             yield f"cuda, split into {parts}", partial(_split, parts)
     if library.load() is not None and rows <= hopper_batch_linear.MAX_ROWS:
         yield "cuda, batch", hopper_batch_linear.batch_linear

@@ -1,8 +1,9 @@
 """Random arrivals, lengths, cancellations and sampling settings at a full cache: `python -m benchmarks.soak --model DIR [--minutes 5]`.
 
 Ends with every request accounted for, every block free and the cache's integrity clean; exits with 1 otherwise. Every finished request has
-the number of tokens that was asked for, and no token of an aborted one is heard of again. With --blocks few, preemption is frequent; with
---share 0.9 and none, memory is as scarce as it gets. A minute of each is the short form.
+the number of tokens that was asked for, and no token of an aborted one is heard of again. With few --blocks and --long-answers
+(more than was seen when a request was admitted), preemption is frequent; with --share 0.9 and neither, memory is as scarce as it gets. A minute
+of each is the short form.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gantline_runtime.messages import EngineRequest, SamplingParams
 from gantline_runtime.request import QueueFull
 
 _CHECK_EVERY = 500
+_LONGEST_PROMPT = 8192
 
 
 @dataclass
@@ -40,7 +42,24 @@ class _Ledger:
     longest_step_s: float = 0.0
 
 
-def _random_sampling(rng: random.Random, count: int) -> SamplingParams:
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens, each log-normal: the logarithm's mean and deviation."""
+
+    prompts: tuple[float, float]
+    answers: tuple[float, float]
+
+    def prompt(self, rng: random.Random) -> int:
+        return max(1, int(rng.lognormvariate(*self.prompts)))
+
+    def answer(self, rng: random.Random) -> int:
+        return max(1, int(rng.lognormvariate(*self.answers)))
+
+
+PROMPTS, ANSWERS = Lengths((5.5, 1.2), (5.0, 1.0)), Lengths((4.0, 1.0), (6.5, 0.7))
+
+
+def _random_sampling(rng: random.Random, count: int, vocab: int) -> SamplingParams:
     settings: dict[str, Any] = {"max_new_tokens": count, "ignore_eos": True, "temperature": 0.0}
     if rng.random() < 0.5:
         settings |= {"temperature": rng.uniform(0.1, 1.8), "seed": rng.getrandbits(31)}
@@ -48,20 +67,19 @@ def _random_sampling(rng: random.Random, count: int) -> SamplingParams:
     if rng.random() < 0.1:
         settings |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1}
     if rng.random() < 0.05:
-        settings |= {"logit_bias": {rng.randrange(1000): rng.uniform(-5, 5) for _ in range(10)}}
+        settings |= {"logit_bias": {rng.randrange(min(1000, vocab)): rng.uniform(-5, 5) for _ in range(10)}}
         settings |= {"min_new_tokens": 4, "stop_token_ids": (1, 2)}
     if rng.random() < 0.05:
         settings["num_logprobs"] = rng.randint(0, 20)
     return SamplingParams(**settings)
 
 
-def _arrive(engine: EngineLoop, ledger: _Ledger, rng: random.Random, shared: list[int], vocab: int) -> None:
-    longest = min(engine.session_len - 2, 8192)
-    length = min(longest, max(1, int(rng.lognormvariate(5.5, 1.2))))
+def _arrive(engine: EngineLoop, ledger: _Ledger, rng: random.Random, shared: list[int], vocab: int, lengths: Lengths) -> None:
+    length = min(len(shared), lengths.prompt(rng))
     kept = rng.randrange(length) if rng.random() < 0.4 else 0
     prompt = (shared[:kept] + [rng.randrange(vocab) for _ in range(length)])[:length]
-    count = min(engine.session_len - length, max(1, int(rng.lognormvariate(5.0, 1.0))))
-    sampling = _random_sampling(rng, count)
+    count = min(engine.session_len - length, lengths.answer(rng))
+    sampling = _random_sampling(rng, count, vocab)
     name = f"soak-{ledger.added}"
     read = rng.randint(0, 5) if rng.random() < 0.03 else None
     try:
@@ -90,14 +108,14 @@ def _step(engine: EngineLoop, ledger: _Ledger) -> None:
             ledger.finished += 1
 
 
-def soak(engine: EngineLoop, *, seconds: float, vocab: int, seed: int = 0) -> _Ledger:
+def soak(engine: EngineLoop, *, seconds: float, vocab: int, seed: int = 0, lengths: Lengths = PROMPTS) -> _Ledger:
     """Run for `seconds`, then to the end. Raises AssertionError for anything that is wrong."""
     rng, ledger = random.Random(seed), _Ledger()
-    shared = [rng.randrange(vocab) for _ in range(8192)]
+    shared = [rng.randrange(vocab) for _ in range(min(engine.session_len - 2, _LONGEST_PROMPT))]
     deadline, steps = time.monotonic() + seconds, 0
     while time.monotonic() < deadline:
         while len(ledger.wanted) < 2 * engine.config.max_batch_size and rng.random() < 0.7:
-            _arrive(engine, ledger, rng, shared, vocab)
+            _arrive(engine, ledger, rng, shared, vocab, lengths)
         if ledger.wanted and rng.random() < 0.05:
             name = rng.choice(list(ledger.wanted))
             engine.abort(name)
@@ -122,6 +140,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--blocks", type=int, help="cache blocks; few make preemption frequent")
+    parser.add_argument("--long-answers", action="store_true", help="short prompts, long answers: more is preempted")
     parser.add_argument("--share", type=float, default=0.9, help="cache_max_entry_count")
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "torch"), default="auto")
     parser.add_argument("--max-batch-size", type=int, default=256)
@@ -135,7 +154,7 @@ def main() -> int:
     engine = LLMEngine(options.model, config)
     garbage.settle()  # as the engine's own process does: a full collection takes as long as three captures
     vocab = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    ledger = soak(engine, seconds=options.minutes * 60, vocab=vocab)
+    ledger = soak(engine, seconds=options.minutes * 60, vocab=vocab, lengths=ANSWERS if options.long_answers else PROMPTS)
     counts = {name: value for name, value in asdict(ledger).items() if isinstance(value, (int, float))}
     stats = engine.stats()
     more = {"preemptions": stats.num_preemptions, "tokens": stats.num_generated_tokens, "steps": stats.num_steps}

@@ -137,10 +137,10 @@ def _prefill_hopper(
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
     if x.shape[0] in _FEW_ROWS and fits_hopper_linear(x, weight) and _has_hopper_kernels(x.device):
         return hopper_linear(x, weight, bias, out_dtype)
-    if has_batch_linear(x, weight) and _has_hopper_kernels(x.device):
-        return batch_linear(x, weight, bias, out_dtype)
     if out_dtype in (None, x.dtype) and has_split_linear(x, weight) and _has_hopper_kernels(x.device):
         return split_linear(x, weight, bias)
+    if has_batch_linear(x, weight) and _has_hopper_kernels(x.device):
+        return batch_linear(x, weight, bias, out_dtype)
     return triton_backend.linear(x, weight, bias, out_dtype)
 
 

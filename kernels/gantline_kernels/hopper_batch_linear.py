@@ -15,7 +15,8 @@ _OUTPUTS, _DEPTH = 128, 2 * 64
 _MAX_TILES = 8192
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _EVERY_LAYER = range(17, 33)
-"""Rows for which the kernel is at least as fast as cuBLAS in a layer, with norms, rope and activation between (docs/perf-log.md)."""
+"""Rows for which the kernel is at least as fast as cuBLAS in a layer, with norms, rope and activation between (docs/perf-log.md); layers of
+shapes that `hopper_split_linear` fills the multiprocessors with are its own from 25 rows on."""
 _LARGE_WEIGHT = 400_000_000
 """A weight of so many elements, such as a model's head, is faster with it up to MAX_ROWS; a layer's are not."""
 

@@ -459,20 +459,20 @@ def test_the_kernel_for_batches_at_every_shape(rows: int, inputs: int, outputs: 
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="of the CUDA kernels for Hopper")
 @pytest.mark.parametrize("rows", [1, 33, 64, 65, 128, 129, 200, 256])
-@pytest.mark.parametrize(("inputs", "outputs"), [(512, 2), (1544, 1002), (4096, 2048), (14336, 4096)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 2), (1544, 1002), (4096, 6144), (14336, 4096)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_split_kernel_at_every_shape(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
     """Also where `api.linear` leaves it to others."""
     x = torch.randn(rows, inputs + 64, device=DEVICE).to(dtype)[:, :inputs]
     weight, bias = (torch.randn(outputs, inputs, device=DEVICE) / inputs**0.5).to(dtype), torch.randn(outputs, device=DEVICE).to(dtype)
     for b in (None, bias):
-        for parts in hopper_split_linear.PARTS:
-            if parts * -(-outputs // 128) * (1 if rows <= 128 else 2) > 128:
+        for tiles in hopper_split_linear.TILES:
+            if tiles.parts * -(-outputs // tiles.width) * (1 if rows <= 128 else 2) > 128:
                 continue
             torch.full((rows, outputs), torch.nan, device=DEVICE, dtype=dtype)  # the result is likely to get this memory
-            got = hopper_split_linear.split_linear(x, weight, b, parts=parts)
+            got = hopper_split_linear.split_linear(x, weight, b, tiles=tiles)
             for _ in range(3):
-                assert torch.equal(got, hopper_split_linear.split_linear(x, weight, b, parts=parts))
+                assert torch.equal(got, hopper_split_linear.split_linear(x, weight, b, tiles=tiles))
             assert largest_error(got, reference.linear(x, weight, b)) < 2 * TOLERANCE[dtype]
 
 

@@ -46,7 +46,7 @@ def hopper_linear(_: str) -> float:
     from gantline_kernels.hopper_batch_linear import batch_linear
     from gantline_kernels.hopper_gated_linear import gated_linear
     from gantline_kernels.hopper_linear import hopper_linear
-    from gantline_kernels.hopper_split_linear import split_linear
+    from gantline_kernels.hopper_split_linear import Tiles, split_linear
 
     worst = 0.0
     for run, rows in ((hopper_linear, 1), (hopper_linear, 16), (batch_linear, 33), (batch_linear, 64)):
@@ -54,7 +54,8 @@ def hopper_linear(_: str) -> float:
         worst = max(worst, largest_error(run(x, weight, None), reference.linear(x, weight)))
     for rows in (50, 100, 200):
         x, weight = _randn(rows, 1544), _randn(700, 1544) / 1544**0.5
-        worst = max(worst, largest_error(split_linear(x, weight, None, parts=4), reference.linear(x, weight)))
+        for tiles in (Tiles(128, 4), Tiles(192, 4)):
+            worst = max(worst, largest_error(split_linear(x, weight, None, tiles=tiles), reference.linear(x, weight)))
     for rows in (50, 100, 300):
         x, weight = _randn(rows, 520), _randn(1400, 520) / 520**0.5
         worst = max(worst, largest_error(gated_linear(x, weight, None), reference.gated_linear(x, weight)))

@@ -8,7 +8,7 @@ from gantline_kernels import api, reference
 from gantline_kernels.hopper_batch_linear import has_batch_linear
 from gantline_kernels.hopper_gated_linear import choose_columns, wins
 from gantline_kernels.hopper_linear import fits_hopper_linear
-from gantline_kernels.hopper_split_linear import choose_parts
+from gantline_kernels.hopper_split_linear import choose_tiles
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
 from tests.kernels.cases import largest_error
@@ -72,21 +72,28 @@ def test_the_gated_kernels_tiles_leave_few_multiprocessors_idle(width: int, colu
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "inputs", "parts"),
+    ("rows", "outputs", "inputs", "tiles"),
     [
-        (64, 4096, 14336, 4),
-        (128, 4096, 14336, 4),
-        (256, 4096, 14336, 2),
-        (64, 6144, 4096, None),
-        (64, 8192, 28672, 2),
+        (24, 4096, 14336, None),
+        (25, 4096, 14336, (128, 4)),
+        (64, 4096, 14336, (128, 4)),
+        (128, 4096, 14336, (128, 4)),
+        (192, 4096, 14336, None),
+        (256, 4096, 14336, (128, 2)),
+        (64, 6144, 4096, (192, 4)),
+        (65, 6144, 4096, None),
+        (64, 4096, 4096, (128, 4)),
+        (128, 4096, 4096, None),
+        (256, 4096, 4096, None),
+        (64, 8192, 28672, (128, 2)),
         (256, 8192, 28672, None),
         (64, 2048, 8192, None),
     ],
 )
 def test_blocks_that_share_a_tile_run_at_once_on_nearly_all_multiprocessors(
-    rows: int, outputs: int, inputs: int, parts: int | None
+    rows: int, outputs: int, inputs: int, tiles: tuple[int, int] | None
 ) -> None:
-    assert choose_parts(rows, outputs, inputs, 132) == parts
+    assert choose_tiles(rows, outputs, inputs, 132) == tiles
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -1,8 +1,8 @@
 // Linear layers of up to 256 rows with many inputs and few outputs, for Hopper (sm_90a): out [rows, outputs] = x [rows, inputs]
 // weight [outputs, inputs]^T + bias.
 //
-// A tile (`tall_linear_hopper.cuh`) is 128 outputs of 64, 128 or (two blocks of a cluster) 256 rows, too few for all multiprocessors, so `PARTS`
-// blocks share one: each sums a part of the inputs, leaves what it has in scratch memory, waits until all have, and adds up and stores its own
+// A tile (`tall_linear_hopper.cuh`) is 128 or 192 outputs of 64, 128 or (two blocks of a cluster) 256 rows, too few for all multiprocessors, so
+// `PARTS` blocks share one: each sums a part of the inputs, leaves what it has in scratch memory, waits until all have, and adds up and stores its own
 // stretch of the outputs, in the parts' order, so that results do not depend on timing. All blocks must run at once, since they wait for each
 // other: the launch is refused if the device has no room for them.
 
@@ -11,12 +11,10 @@
 namespace gantline {
 namespace {
 
-constexpr int COLUMNS = 64, TILE_OUTPUTS = 2 * COLUMNS;
-
 struct Arguments {
   void* out;
   const void* bias;  // or null
-  float4* sums;      // scratch: what a block leaves, 64 float32 a thread
+  float4* sums;      // scratch: what a block leaves, half the outputs of a tile float32 a thread
   int* counters;     // of each tile of a block: parts that have left their sums, parts that have read; zero between launches
   int rows;
   int outputs;
@@ -98,9 +96,9 @@ __global__ __launch_bounds__(V::THREADS, 1) void split_linear(const __grid_const
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& shared = *reinterpret_cast<typename V::Shared*>(raw);
   const int rank = V::CLUSTER == 1 ? 0 : cluster_rank(), cluster = blockIdx.x / V::CLUSTER;
-  const int part = cluster / args.tiles, tile = cluster % args.tiles, output = tile * TILE_OUTPUTS;
+  const int part = cluster / args.tiles, tile = cluster % args.tiles, output = tile * 2 * V::COLUMNS;
   const int first = args.chunks * part / PARTS, last = args.chunks * (part + 1) / PARTS;
-  const Piece piece = {rank * V::ROWS, {output, output + COLUMNS}, first, last - first};
+  const Piece piece = {rank * V::ROWS, {output, output + V::COLUMNS}, first, last - first};
   if (threadIdx.x == V::COMPUTE_THREADS) V::begin(shared, &x_map, &weight_map);
   __syncthreads();
   if (V::CLUSTER > 1) cluster_sync();  // the other's barriers are there
@@ -118,7 +116,7 @@ __global__ __launch_bounds__(V::THREADS, 1) void split_linear(const __grid_const
     float sums[V::SUMS], mine[V::SUMS / PARTS];
     TallProducts<V>(shared).sum(sums, piece.chunks);
     exchange<V, PARTS>(sums, mine, args, part, tile * V::CLUSTER + rank);
-    store<V>(mine, args, piece.row + threadIdx.x / 32 * 16, output + part * TILE_OUTPUTS / PARTS);
+    store<V>(mine, args, piece.row + threadIdx.x / 32 * 16, output + part * 2 * V::COLUMNS / PARTS);
   }
   if (V::CLUSTER > 1) cluster_sync();  // nobody leaves while the other writes to its shared memory
 }
@@ -152,14 +150,14 @@ int launch(const void* x, long long x_stride, const void* weight, int inputs, co
   if (error != cudaSuccess) return error;
   if (!has_room<V, PARTS>(args.tiles * PARTS)) return cudaErrorCooperativeLaunchTooLarge;
   CUtensorMap x_map, weight_map;
-  if (!make_map<T>(&weight_map, weight, args.outputs, inputs, inputs, COLUMNS, CU_TENSOR_MAP_L2_PROMOTION_L2_256B) ||
+  if (!make_map<T>(&weight_map, weight, args.outputs, inputs, inputs, V::COLUMNS, CU_TENSOR_MAP_L2_PROMOTION_L2_256B) ||
       !make_map<T>(&x_map, x, args.rows, inputs, x_stride, V::ROWS, CU_TENSOR_MAP_L2_PROMOTION_L2_128B)) {
     return cudaErrorInvalidValue;
   }
   return launch_tall<V>(split_linear<V, PARTS>, args.tiles * PARTS, stream, x_map, weight_map, args);
 }
 
-template <typename T, int PARTS>
+template <typename T, int COLUMNS, int PARTS>
 int launch_by_rows(const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, cudaStream_t stream) {
   if (args.rows > 128) return launch<Tall<T, COLUMNS, 2, 2>, PARTS>(x, x_stride, weight, inputs, args, stream);
   if (args.rows > 64) return launch<Tall<T, COLUMNS, 2, 1>, PARTS>(x, x_stride, weight, inputs, args, stream);
@@ -167,25 +165,29 @@ int launch_by_rows(const void* x, long long x_stride, const void* weight, int in
 }
 
 template <typename T>
-int launch_by_parts(int parts, const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, cudaStream_t stream) {
-  return parts == 4 ? launch_by_rows<T, 4>(x, x_stride, weight, inputs, args, stream) : launch_by_rows<T, 2>(x, x_stride, weight, inputs, args, stream);
+int launch_by_tile(int columns, int parts, const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, cudaStream_t stream) {
+  if (columns == 64) {
+    return parts == 4 ? launch_by_rows<T, 64, 4>(x, x_stride, weight, inputs, args, stream) : launch_by_rows<T, 64, 2>(x, x_stride, weight, inputs, args, stream);
+  }
+  return parts == 4 ? launch_by_rows<T, 96, 4>(x, x_stride, weight, inputs, args, stream) : launch_by_rows<T, 96, 2>(x, x_stride, weight, inputs, args, stream);
 }
 
 }  // namespace
 }  // namespace gantline
 
 // `type` 0: bfloat16, 1: float16. x [rows, inputs], at most 256 rows `x_stride` elements apart (a multiple of 8), weight [outputs, inputs], bias
-// [outputs] or null, out [rows, outputs]; x and weight aligned to 16 bytes, inputs a multiple of 8, outputs of 2. `parts`: 2 or 4, at most
-// inputs / 64, rounded up. With `tiles` = ceil(outputs / 128), and `high` = 2 where rows > 128, else 1: `sums` is tiles * high * parts * 128 * 128
-// float32, `counters` 2 * tiles * high int32, zero at first. Returns a cudaError_t: cudaErrorCooperativeLaunchTooLarge where the blocks would not
-// all run at once.
+// [outputs] or null, out [rows, outputs]; x and weight aligned to 16 bytes, inputs a multiple of 8, outputs of 2. A tile has `width` outputs, 128
+// or 192. `parts`: 2 or 4, at most inputs / 64, rounded up. With `tiles` = ceil(outputs / width), and `high` = 2 where rows > 128, else 1: `sums`
+// is tiles * high * parts * 128 * width float32, `counters` 2 * tiles * high int32, zero at first. Returns a cudaError_t:
+// cudaErrorCooperativeLaunchTooLarge where the blocks would not all run at once.
 GANTLINE_EXPORT int gantline_split_linear_hopper(int type, const void* x, long long x_stride, const void* weight, const void* bias, void* out, int rows,
-                                                 int inputs, int outputs, int parts, void* sums, void* counters, void* stream) {
+                                                 int inputs, int outputs, int width, int parts, void* sums, void* counters, void* stream) {
   using namespace gantline;
-  const int chunks = (inputs + DEPTH - 1) / DEPTH, tiles = (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
-  if (rows < 1 || rows > 256 || inputs < 8 || inputs % 8 || outputs < 2 || outputs % 2 || (parts != 2 && parts != 4) || chunks < parts) return cudaErrorInvalidValue;
+  if (rows < 1 || rows > 256 || inputs < 8 || inputs % 8 || outputs < 2 || outputs % 2 || (width != 128 && width != 192)) return cudaErrorInvalidValue;
+  const int chunks = (inputs + DEPTH - 1) / DEPTH, tiles = (outputs + width - 1) / width;
+  if ((parts != 2 && parts != 4) || chunks < parts) return cudaErrorInvalidValue;
   const Arguments args = {out, bias, static_cast<float4*>(sums), static_cast<int*>(counters), rows, outputs, chunks, tiles};
   const auto on = static_cast<cudaStream_t>(stream);
-  return type == 0 ? launch_by_parts<__nv_bfloat16>(parts, x, x_stride, weight, inputs, args, on)
-                   : launch_by_parts<__half>(parts, x, x_stride, weight, inputs, args, on);
+  return type == 0 ? launch_by_tile<__nv_bfloat16>(width / 2, parts, x, x_stride, weight, inputs, args, on)
+                   : launch_by_tile<__half>(width / 2, parts, x, x_stride, weight, inputs, args, on);
 }
