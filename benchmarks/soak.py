@@ -2,8 +2,8 @@
 
 Ends with every request accounted for, every block free and the cache's integrity clean; exits with 1 otherwise. Every finished request has
 the number of tokens that was asked for, and no token of an aborted one is heard of again. With few --blocks and --long-answers
-(more than was seen when a request was admitted), preemption is frequent; with --share 0.9 and neither, memory is as scarce as it gets. A minute
-of each is the short form.
+(more than was seen when a request was admitted), preemption is frequent; with --share 0.9 and neither, memory is as scarce as it gets. A
+minute of each is the short form.
 """
 
 from __future__ import annotations

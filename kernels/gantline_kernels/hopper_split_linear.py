@@ -74,8 +74,8 @@ def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     counters = kept(_new_counters, x.device.index, stream)
     library.call(
         "gantline_split_linear_hopper", _TYPES[x.dtype], x.data_ptr(), x.stride(0), weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), out.data_ptr(), rows, inputs, outputs, width, parts, sums.data_ptr(), counters.data_ptr(),
-        stream,
+        None if bias is None else bias.data_ptr(), out.data_ptr(), rows, inputs, outputs, width, parts, sums.data_ptr(),
+        counters.data_ptr(), stream,
     )  # fmt: skip
     return out
 
