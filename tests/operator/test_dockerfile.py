@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -102,6 +104,21 @@ def test_the_small_runtime_leaves_out_what_belongs_to_gpus() -> None:
         assert {"transformers", "starlette", "safetensors"} <= kept
         assert not {name for name in kept if name.startswith(without)}
     assert "leave_out_cuda.py" in default
+
+
+def test_pythons_own_modules_are_compiled_since_no_process_may_write_what_it_compiles(tmp_path: Path) -> None:
+    steps = [rest for keyword, rest in read_stages()["base"][1] if keyword == "RUN" and "compileall" in rest]
+    command = next(part for part in steps[0].split(" && ") if "compileall" in part)
+    command, places = re.subn(r'"\$\(python -c .+\)"', str(tmp_path), command)
+    assert places == 1 and command.startswith("python ")
+    for name in ("json", "idlelib"):
+        shutil.copytree(Path(sysconfig.get_path("stdlib"), name), tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*test*"))
+    subprocess.run(["bash", "-c", command.replace("python", shlex.quote(sys.executable), 1)], check=True, timeout=60)
+    compiled = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.pyc")}
+    assert compiled == {"json"} and len(list(tmp_path.rglob("json/__pycache__/*.pyc"))) == len(list(tmp_path.glob("json/*.py")))
+    (tmp_path / "json/decoder.py").touch()  # the time of a file in a layer is the builder's affair
+    flags = next(tmp_path.rglob("decoder.*.pyc")).read_bytes()[4:8]
+    assert int.from_bytes(flags, "little") == 0b01, "taken without a look at the source"
 
 
 def test_dependencies_come_from_the_pinned_files_alone() -> None:
