@@ -113,7 +113,7 @@ class Reconcile(Preparation):
         mark = resources.revision(self.owner, planned, location)
         self._found["one_node"] = location.one_node
         record = RolloutRecord.from_status(self.recorded.get("rollout"))
-        if self.spec.rollout.auto_rollback and record.gives_up(mark) and self._revision(record.good) is not None:
+        if self._is_rolled_back(record, mark):
             await self._roll_back(record)
             return
         if self.paused:
@@ -122,8 +122,12 @@ class Reconcile(Preparation):
         await self._advance(mark, planned, location)
         record = advance(record, mark, read_rollout(self.children.live.get(("Deployment", self.name))), self.server_pods)
         self._found["rollout_record"] = {**self._found["rollout_record"], **record.to_status()}
-        if record.gives_up(mark):
+        if self._is_rolled_back(record, mark):
             self._look_again(0.0)  # the decision is written down first: a restart in between must come to the same
+
+    def _is_rolled_back(self, record: RolloutRecord, mark: str) -> bool:
+        """Whether another revision than `mark`, which the spec asks for, is to serve."""
+        return self.spec.rollout.auto_rollback and record.gives_up(mark) and self._revision(record.good) is not None
 
     async def _replace_broken(self) -> None:
         """A pod whose GPU failed goes, so that its successor gets another one."""

@@ -262,7 +262,7 @@ def test_a_revision_that_is_late_or_fails_its_smoke_request_is_rolled_back_while
 
 
 def test_without_auto_rollback_a_broken_revision_stays(world: ApiCluster, namespace: str) -> None:
-    with serving(world, namespace):
+    with serving(world, namespace) as operator:
         apply(world, service("keeps", namespace, rollout={"autoRollback": False, "strategy": "Drain"}))
         wait_reason(world, "keeps", namespace, "Ready")
         assert get(world, "deployment", "keeps", namespace)["spec"]["strategy"] == {"type": "Recreate"}
@@ -271,6 +271,10 @@ def test_without_auto_rollback_a_broken_revision_stays(world: ApiCluster, namesp
         wait_reason(world, "keeps", namespace, "InvalidConfiguration")
         found = status(world, "keeps", namespace)
         assert found["rollout"]["failed"] == found["revision"], "what was found out is said all the same"
+        wait(lambda: settled(world, namespace, 1.0))
+        looked = len(operator.reconciled)
+        time.sleep(2)
+        assert len(operator.reconciled) - looked < 4, "nothing is to be done, and nobody keeps looking"
         fates(world, [("server", "keeps", "ready", "", {})])
 
 
