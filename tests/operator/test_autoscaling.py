@@ -58,13 +58,13 @@ async def test_what_was_decided_for_a_spec_that_has_changed_is_not_written(api_c
     """Between a change of `scaling.controller` and the reconcile that tells of it, the loop still knows the former owner's policy."""
     install_crd(api_cluster)
     apply(api_cluster, service(NAME, namespace, scaling={"max": 3}))
-    live = get(api_cluster, "gisvc", NAME, namespace)["metadata"]
+    live = get(api_cluster, "inferenceservices", NAME, namespace)["metadata"]
     client, targets = await connect(str(api_cluster.kubeconfig)), Targets()
     loop = Autoscaler(client, SETTINGS, targets, enqueue=lambda namespace, name: None, scaled=lambda direction: None)
     known = Target(
         namespace=namespace, name=NAME, uid=live["uid"], revision="", policy=Policy(min=2, max=3), current=1, generation=live["generation"]
     )
-    replicas = lambda: get(api_cluster, "gisvc", NAME, namespace)["spec"]["replicas"]
+    replicas = lambda: get(api_cluster, "inferenceservices", NAME, namespace)["spec"]["replicas"]
     try:
         async with loop._scraper:
             targets.note(known.key, known)

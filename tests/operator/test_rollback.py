@@ -265,7 +265,7 @@ def test_without_auto_rollback_a_broken_revision_stays(world: ApiCluster, namesp
     with serving(world, namespace) as operator:
         apply(world, service("keeps", namespace, rollout={"autoRollback": False, "strategy": "Drain"}))
         wait_reason(world, "keeps", namespace, "Ready")
-        assert get(world, "deployment", "keeps", namespace)["spec"]["strategy"] == {"type": "Recreate"}
+        assert get(world, "deployments", "keeps", namespace)["spec"]["strategy"] == {"type": "Recreate"}
         _break_next(world, "keeps")
         patch(world, "keeps", namespace, {"engine": {"maxBatchSize": 3}})
         wait_reason(world, "keeps", namespace, "InvalidConfiguration")
@@ -286,7 +286,7 @@ def test_with_a_free_gpu_a_revision_surges_and_the_strategy_stands_when_it_is_ta
             wait_reason(world, "gpu", namespace, "Ready")
             found = status(world, "gpu", namespace)["rollout"]
             assert found["strategy"] == "Surge" and "nvidia.com/gpu free" in found["why"]
-            deployment = get(world, "deployment", "gpu", namespace)["spec"]["strategy"]
+            deployment = get(world, "deployments", "gpu", namespace)["spec"]["strategy"]
             assert deployment["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     finally:
         remove_gpu_nodes(world, namespace)
