@@ -19,7 +19,7 @@ from gantline_runtime.parsers.tool_formats import TOOL_FORMATS
 from gantline_runtime.server.output_plan import ModelFormats, OutputPlan, plan_output
 from gantline_runtime.server.protocol_formats import NamedChoice, ResponseFormat, Tool, ToolChoice
 from gantline_runtime.server.structured import build_constraint
-from gantline_runtime.server.tools import plan_tool_use
+from gantline_runtime.server.tools import ToolUse, plan_tool_use
 from gantline_runtime.tokenizer import Tokenizer
 
 from tests.runtime.engine_support import VOCAB, FakeExecutor, drain, tokens_of
@@ -146,6 +146,18 @@ def test_reasoning_is_free_and_what_follows_is_held(model: Model) -> None:
     plan = plan_output(build_constraint(wanted, None), formats=formats, prompt="hello")
     found = [_parsed(plan, text) for text, reason in model.answers(plan, 8) if reason == "stop"]
     assert found and all(len(content) == 3 and content.isdigit() for content, _, _ in found)
+
+
+@pytest.mark.parametrize("use", [None, plan_tool_use(TOOLS, "required", parallel=False)], ids=["format", "call"])
+def test_where_the_template_has_ended_the_reasoning_an_answer_begins_with_what_is_held(model: Model, use: ToolUse | None) -> None:
+    """A random model would begin to reason again if it might."""
+    wanted = ResponseFormat.model_validate({"type": "regex_schema", "regex_schema": "[0-9]{3}"})
+    formats = ModelFormats.of(model.tokenizer, "hermes", "think")
+    constraint = build_constraint(wanted, None) if use is None else None
+    plan = plan_output(constraint, formats=formats, use=use, prompt="hello<think>\n\n</think>\n\n")
+    answers = [text for text, _ in model.answers(plan, 8)]
+    assert answers and not any(formats.reasoning.begin in text for text in answers if formats.reasoning is not None)
+    assert all(_parsed(plan, text)[1] == "" for text in answers)
 
 
 @pytest.fixture

@@ -24,6 +24,10 @@ class ReasoningFormat:
         """Whether the answer to `prompt` begins in the midst of reasoning."""
         return prompt.rstrip().endswith(self.begin)
 
+    def is_over(self, prompt: str) -> bool:
+        """Whether the template has ended the reasoning already, as it does where thinking is switched off."""
+        return prompt.rstrip().endswith(self.end)
+
 
 REASONING_FORMATS = {
     "think": ReasoningFormat("<think>", "</think>"),

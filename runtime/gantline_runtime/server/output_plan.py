@@ -112,7 +112,8 @@ PLAIN = OutputPlan()
 def plan_output(
     constraint: Constraint | None, *, formats: ModelFormats | None = None, use: ToolUse | None = None, prompt: str = "", min_tokens: int = 0
 ) -> OutputPlan:
-    """`constraint` is of the answer's content; `prompt` the rendered one, whose end tells whether the model reasons already.
+    """`constraint` is of the answer's content; `prompt` the rendered one, whose end tells whether the model reasons already, or
+    no more.
 
     Raises ApiError for a wish that cannot be fulfilled.
     """
@@ -123,7 +124,7 @@ def plan_output(
         if min_tokens:
             message = "min_tokens: where the answer ends is the grammar's to say. Leave it out."
             raise ApiError(400, message, code="invalid_value", param="min_tokens")
-        if formats is not None and formats.reasoning is not None:
+        if formats is not None and formats.reasoning is not None and not formats.reasoning.is_over(prompt):
             constraint = Constraint(_after_reasoning(constraint.format, formats, inside=inside), constraint.param)
     return OutputPlan(constraint, formats, use, inside)
 
