@@ -2,7 +2,7 @@
 
 Reads `tokenizer.json` with the `tokenizers` library alone. `transformers` would import torch: ten seconds and half a gigabyte in a
 process that needs neither. Only a checkpoint without `tokenizer.json` is converted by `transformers`. Encoding and decoding are safe from
-several threads at once, and encoding lets other threads run meanwhile.
+several threads at once, and let other threads run meanwhile: the library holds Python's lock except in its functions for batches.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens`, those that the tokenizer puts around a text (often one at its beginning)."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # `encode` keeps other threads waiting
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip: Iterable[int] = ()) -> str:
         """The text of `ids`, without the tokens in `skip`. Ids outside of the vocabulary give no text."""
         omitted = frozenset(skip)
         kept = [i for i in ids if i not in omitted] if omitted else list(ids)
-        return str(self._backend.decode(kept, skip_special_tokens=False))
+        (text,) = self._backend.decode_batch([kept], skip_special_tokens=False)  # as above
+        return str(text)
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from benchmarks.mixed_load import Load, wait_until_free
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import running
+
+
+def test_long_texts_keep_neither_short_ones_nor_probes_waiting(tmp_path: Path) -> None:
+    """Several take all of their processor for seconds; who asks with a few words is answered before any of them."""
+    with running(write_model(tmp_path / "m"), "--drain-delay=0") as server, ThreadPoolExecutor(4) as pool:
+        long = [pool.submit(httpx.post, f"{server.url}/tokenize", json={"prompt": "a list is " * 800_000}, timeout=300) for _ in range(4)]
+        time.sleep(1.0)
+        for _ in range(3):
+            assert server.post("/v1/completions", {"prompt": "ab", "max_tokens": 1}).status_code == 200
+            assert server.get("/health").status_code == 200
+        assert not any(request.done() for request in long[1:]), "they are still at it"
+        assert [request.result().json()["count"] for request in long] == [8_000_001] * 4
 
 
 @pytest.mark.parametrize("workers", [1, 2])

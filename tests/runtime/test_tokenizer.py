@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,20 @@ def test_a_checkpoints_files_give_tokens_names_and_template(tmp_path: Path) -> N
     assert tokenizer.special_ids == frozenset(range(256, 256 + len(SPECIAL)))
     assert tokenizer.chat_template is not None and "assistant" in tokenizer.chat_template
     assert tokenizer.encode("a")[0] == 256 and tokenizer.encode("a", add_special_tokens=False) == tokenizer.encode("a")[1:]
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_other_threads_run_while_a_long_text_is_encoded_or_decoded(direction: str) -> None:
+    """Or the server's event loop, and with it all streams and probes, would wait for as long."""
+    tokenizer, text = Tokenizer(byte_tokenizer()), "a list is " * 100_000
+    ids = tokenizer.encode(text)
+    work = (lambda: tokenizer.encode(text)) if direction == "encode" else (lambda: tokenizer.decode(ids))
+    with ThreadPoolExecutor(1) as pool:
+        done, turns = pool.submit(work), 0
+        while not done.done():
+            time.sleep(0.001)
+            turns += 1
+    assert turns > 10
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ async def _start(
 
 
 async def _echo(service: Service, model: Model, prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else await service.in_thread(lambda: model.tokenizer.decode(prompt))
+    return prompt if isinstance(prompt, str) else await service.decode(prompt)
 
 
 class _CompletionWriter(AnswerWriter):

@@ -37,6 +37,9 @@ __all__ = ["Model", "Service", "Ticket", "new_request_id"]
 
 T = TypeVar("T")
 
+_LONG = 1 << 18
+"""Characters, or tokens: some tenths of a second."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -71,13 +74,16 @@ class Service:
         self.idle = asyncio.Event()
         """Set while no request is admitted."""
         self.idle.set()
-        # Encoding lets other threads run; two keep a long prompt from delaying the short ones, more would only compete with the engine.
+        # Encoding lets other threads run; more of them would only compete with the engine.
         self._pool = ThreadPoolExecutor(max_workers=max(2, min(8, (os.cpu_count() or 2) // 2)), thread_name_prefix="tokenizer")
+        self._long_pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer-long")
+        """For what takes seconds, so that nothing short is behind it."""
 
     async def close(self) -> None:
         if self.model is not None and self.model.renderer is not None:
             await self.model.renderer.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._long_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def seconds_without_progress(self) -> float:
         """How long the engine has not got on; 0 while it loads and warms up, which the startup probe bounds."""
@@ -173,7 +179,7 @@ class Service:
         if param is not None and len(text) > self.session_len * tokenizer.max_token_chars:
             message = f"The prompt has {len(text)} characters; they cannot fit the {self.session_len} tokens of the model's context."
             raise ApiError(400, message, code="context_length_exceeded", param=param)
-        return await self.in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await self.in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), size=len(text))
 
     async def build_sampling(self, fields: SamplingFields, *, max_new_tokens: int, num_logprobs: int | None) -> SamplingParams:
         """What the engine is told of `fields`. Raises ApiError for what this model cannot do."""
@@ -187,8 +193,15 @@ class Service:
         words = await self.in_thread(lambda: spell_bad_words(fields.bad_words, tokenizer))
         return msgspec.structs.replace(params, bad_words=words)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def decode(self, tokens: Sequence[int]) -> str:
+        assert self.model is not None
+        tokenizer = self.model.tokenizer
+        return await self.in_thread(lambda: tokenizer.decode(tokens), size=len(tokens))
+
+    async def in_thread(self, work: Callable[[], T], *, size: int = 0) -> T:
+        """The result of `work`; `size` is that of the text, or the tokens, that it takes."""
+        pool = self._long_pool if size > _LONG else self._pool
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     # ---- requests to the engine
 

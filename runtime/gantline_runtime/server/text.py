@@ -32,6 +32,5 @@ async def detokenize(request: Request) -> Response:
     model = service.check_state()
     fields = await parse_body(request, DetokenizeRequest, service.config.max_body_bytes)
     service.check_model_name(fields.model)
-    for token in fields.tokens:
-        require_token(token, model.tokenizer.vocab_size, "tokens")
-    return json_response({"prompt": await service.in_thread(lambda: model.tokenizer.decode(fields.tokens))})
+    require_token(max(fields.tokens, default=0), model.tokenizer.vocab_size, "tokens")
+    return json_response({"prompt": await service.decode(fields.tokens)})
