@@ -35,7 +35,7 @@ SECTIONS: Sections = {
             noValue="nobody asks",
         ),
         now(
-            "Between tokens, p95",
+            "Token gap, p95",
             "s",
             quantiles("inter_token_latency_seconds")["p95"],
             "Nineteen of twenty pauses between two tokens were shorter.",
@@ -116,7 +116,7 @@ SECTIONS: Sections = {
             most=1,
         ),
         lines(
-            "Prompt tokens that the prefix cache had",
+            "Prefix cache hits",
             "percentunit",
             {"hits": f"{rate('prefix_cache_hits_total')} / {rate('prefix_cache_queries_total')}"},
             "Share of prompt tokens that were not computed again.",

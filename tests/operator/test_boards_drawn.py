@@ -32,6 +32,8 @@ pytestmark = pytest.mark.skipif(
 PICTURES = ROOT / "build" / "dashboards"
 QUIET = {"Pods replaced since a GPU failed": "there is no GPU that could fail"}
 """Panels without data here, and why."""
+WIDE_PX, NARROW_PX = 1600, 1280
+"""A desktop's window, and a laptop's or one with Grafana's menu beside the panels."""
 CHOSEN: dict[str, dict[str, list[str]]] = {"fleet": {}, "service": {"namespace": [NAMESPACE], "service": ["chat"]}}
 """Boards, and what is chosen in them: one service, as whoever looks after it would."""
 
@@ -65,11 +67,16 @@ def _faulty() -> dict[str, Any]:
     unit, kind, option, none, wrong, cut, override, over = panels
     unit["fieldConfig"]["defaults"]["unit"] = "furlongs"
     kind["type"] = "graph"
-    option["options"]["stack"] = True
+    option["options"] |= {"stack": True, "tooltip": {"mode": "all"}}
     none["targets"] = [{**none["targets"][0], "expr": "gantline_nothing"}]
     wrong["targets"] = [{**wrong["targets"][0], "expr": "sum(gantline_state{$unheard})"}]
     cut["title"] = "A title of very many words, " * 4
-    override["fieldConfig"]["overrides"] = [{"matcher": {"id": "bySmell", "options": ""}, "properties": [{"id": "shine", "value": 1}]}]
+    override["fieldConfig"]["overrides"] = [
+        {
+            "matcher": {"id": "bySmell", "options": ""},
+            "properties": [{"id": "shine", "value": 1}, {"id": "color", "value": {"mode": "fixed", "fixedColor": "reddish"}}],
+        }
+    ]
     over["gridPos"] = {**override["gridPos"], "y": override["gridPos"]["y"] + 2}
     for number, panel in enumerate(panels):
         panel["title"] = panel["title"] if panel is cut else f"faulty {number}"
@@ -80,27 +87,34 @@ def _draw_all(drawings: list[Drawing], files: dict[str, Path], folder: Path) -> 
     PICTURES.mkdir(parents=True, exist_ok=True)
     program = shutil.which("chromium") or "chromium"
     with serving_pages(files, drawings) as url, browser(program, folder) as page:
-        return {drawing.name: draw(page, url, drawing, PICTURES / f"{drawing.name}.png") for drawing in drawings}
+        return {
+            f"{drawing.name}, {width} px": draw(page, url, drawing, PICTURES / f"{drawing.name}-{width}.png", width_px=width)
+            for drawing in drawings
+            for width in (WIDE_PX, NARROW_PX)
+        }
 
 
+@pytest.mark.parametrize("width", [WIDE_PX, NARROW_PX])
 @pytest.mark.parametrize("name", CHOSEN)
-def test_every_panel_is_drawn_with_data_and_without_complaint(name: str, found: dict[str, list[str]]) -> None:
+def test_every_panel_is_drawn_with_data_and_without_complaint(name: str, width: int, found: dict[str, list[str]]) -> None:
     known = {f"{title}: no data" for title in QUIET}
-    assert [what for what in found[name] if what not in known] == []
-    assert (PICTURES / f"{name}.png").stat().st_size > 50_000
+    assert [what for what in found[f"{name}, {width} px"] if what not in known] == []
+    assert (PICTURES / f"{name}-{width}.png").stat().st_size > 50_000
 
 
 def test_faults_are_found_out(found: dict[str, list[str]]) -> None:
-    said = "\n".join(found["faulty"])
+    said = "\n".join(found[f"faulty, {WIDE_PX} px"])
     for fault in (
         "faulty 0: unknown unit furlongs",
         "faulty 1: unknown panel type graph",
         "faulty 2: unknown option stack",
+        "faulty 2: unknown value all of options.tooltip.mode",
         "faulty 3: no data",
         "faulty 4: Error: unknown variable $unheard",
         "very many words, : cut: ",
         "faulty 6: unknown matcher bySmell",
         "faulty 6: unknown field property shine",
+        "faulty 6: unknown colour reddish",
         "board: faulty 6 lies over faulty 7",
     ):
         assert fault in said

@@ -71,9 +71,9 @@ class Page:
         raise AssertionError(f"{expression} has no value after {timeout_s:.0f} s; {self.complaints}")
 
     def screenshot(self, path: Path) -> None:
-        """Of the page's body, however long it is."""
-        box = "(({width, height}) => ({width, height}))(document.body.getBoundingClientRect())"
-        clip = {"x": 0, "y": 0, "scale": 1, **self.wait_value(box)}
+        """Down to the end of what the page shows, however long that is."""
+        bottom = self.wait_value("document.querySelector('.grid')?.getBoundingClientRect().bottom ?? innerHeight")
+        clip = {"x": 0, "y": 0, "scale": 1, "width": self.wait_value("innerWidth"), "height": bottom + 16}
         image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
         path.write_bytes(base64.b64decode(image))
 

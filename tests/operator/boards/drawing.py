@@ -17,7 +17,7 @@ __all__ = ["Drawing", "draw", "serving_pages"]
 
 Object = dict[str, Any]
 HTML = Path(__file__).parent / "page" / "index.html"
-WIDTH_PX, HEIGHT_PX = 1600, 3000
+HEIGHT_PX = 3000
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
@@ -72,10 +72,10 @@ def serving_pages(files: Mapping[str, Path], drawings: list[Drawing]) -> Iterato
         server.server_close()
 
 
-def draw(page: Page, url: str, drawing: Drawing, image: Path) -> list[str]:
+def draw(page: Page, url: str, drawing: Drawing, image: Path, *, width_px: int) -> list[str]:
     """What is wrong, by panel. The picture is made in any case."""
     page.complaints.clear()
-    page.open(f"{url}/?{drawing.name}", WIDTH_PX, HEIGHT_PX)
+    page.open(f"{url}/?{drawing.name}", width_px, HEIGHT_PX)
     found = page.wait_value("window.findings")
     page.screenshot(image)
     return [*(f"{panel or 'board'}: {what}" for panel, what in found), *page.complaints]

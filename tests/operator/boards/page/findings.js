@@ -1,5 +1,6 @@
 // What is wrong with a dashboard as it stands on the page.
-import { fieldMatchers, getValueFormats, standardTransformersRegistry } from '@grafana/data';
+import { fieldColorModeRegistry, fieldMatchers, fieldReducers, getValueFormats, standardTransformersRegistry } from '@grafana/data';
+import * as schema from '@grafana/schema';
 import { TYPES, propertiesOf } from './panels';
 
 const OPTIONS = {
@@ -9,9 +10,53 @@ const OPTIONS = {
   table: ['showHeader', 'cellHeight', 'sortBy', 'footer', 'frameIndex'],
 };
 
+const VALUES = {
+  'options.legend.displayMode': schema.LegendDisplayMode,
+  'options.legend.placement': ['bottom', 'right'],
+  'options.tooltip.mode': schema.TooltipDisplayMode,
+  'options.tooltip.sort': schema.SortOrder,
+  'options.colorMode': schema.BigValueColorMode,
+  'options.graphMode': schema.BigValueGraphMode,
+  'options.justifyMode': schema.BigValueJustifyMode,
+  'options.textMode': schema.BigValueTextMode,
+  'options.orientation': schema.VizOrientation,
+  'options.displayMode': schema.BarGaugeDisplayMode,
+  'options.valueMode': schema.BarGaugeValueMode,
+  'options.cellHeight': schema.TableCellHeight,
+  'fieldConfig.defaults.thresholds.mode': schema.ThresholdsMode,
+  'fieldConfig.defaults.custom.drawStyle': schema.GraphDrawStyle,
+  'fieldConfig.defaults.custom.lineInterpolation': schema.LineInterpolation,
+  'fieldConfig.defaults.custom.showPoints': schema.VisibilityMode,
+  'fieldConfig.defaults.custom.stacking.mode': schema.StackingMode,
+};
+
+function unknownValues(panel, theme) {
+  const found = [];
+  for (const [path, known] of Object.entries(VALUES)) {
+    const value = path.split('.').reduce((within, name) => within?.[name], panel);
+    if (value !== undefined && !Object.values(known).includes(value)) found.push(`unknown value ${value} of ${path}`);
+  }
+  for (const calc of panel.options.reduceOptions?.calcs ?? []) if (!fieldReducers.getIfExists(calc)) found.push(`unknown calculation ${calc}`);
+  const { color, thresholds } = panel.fieldConfig.defaults;
+  const rules = panel.fieldConfig.overrides.flatMap(({ properties }) => properties).filter(({ id }) => id === 'color').map(({ value }) => value);
+  for (const { mode, fixedColor } of [...(color ? [color] : []), ...rules]) {
+    if (!fieldColorModeRegistry.getIfExists(mode)) found.push(`unknown colour mode ${mode}`);
+    if (fixedColor && !isColor(fixedColor, theme)) found.push(`unknown colour ${fixedColor}`);
+  }
+  for (const step of thresholds?.steps ?? []) if (!isColor(step.color, theme)) found.push(`unknown colour ${step.color}`);
+  return found;
+}
+
+function isColor(name, theme) {
+  return CSS.supports('color', theme.visualization.getColorByName(name));
+}
+
 /** Of a panel's JSON: what Grafana would not know. */
-export function unknownParts(panel) {
-  if (!TYPES.includes(panel.type)) return [`unknown panel type ${panel.type}`];
+export function unknownParts(panel, theme) {
+  return TYPES.includes(panel.type) ? [...unknownNames(panel), ...unknownValues(panel, theme)] : [`unknown panel type ${panel.type}`];
+}
+
+function unknownNames(panel) {
   const found = Object.keys(panel.options).filter((name) => !OPTIONS[panel.type].includes(name)).map((name) => `unknown option ${name}`);
   const { standard, custom } = propertiesOf(panel.type);
   const { custom: ours = {}, ...defaults } = panel.fieldConfig.defaults;

@@ -61,7 +61,7 @@ function Board({ board, drawn, range, chosen, width, onDrawn }) {
 }
 
 async function load(panel, source, variables, width) {
-  findings.push(...unknownParts(panel).map((what) => [panel.title, what]));
+  findings.push(...unknownParts(panel, theme).map((what) => [panel.title, what]));
   try {
     const frames = await framesOf(panel, source, variables, place(panel.gridPos, width).width);
     const ready = await withFieldConfig(panel, frames, theme);
@@ -73,6 +73,17 @@ async function load(panel, source, variables, width) {
   }
 }
 
+/** `then`, once every panel has the icon that is loaded for its description, or it is clear that one will not come. */
+function waitForIcons(then, triesLeft = 50) {
+  return () => {
+    const bare = [...document.querySelectorAll('.panel')].filter((element) => !element.querySelector('svg'));
+    if (!bare.length) return then();
+    if (triesLeft) return setTimeout(waitForIcons(then, triesLeft - 1), 200);
+    findings.push(...bare.map(({ dataset }) => [dataset.title, 'has no description to point at']));
+    then();
+  };
+}
+
 async function main() {
   const { board, source, chosen } = await (await fetch(`/work${location.search}`)).json();
   const root = document.getElementById('root');
@@ -81,7 +92,7 @@ async function main() {
   const panels = board.panels.filter(({ type }) => type !== 'row');
   const drawn = Object.fromEntries(await Promise.all(panels.map(async (panel) => [panel.id, await load(panel, source, variables, width)])));
   await document.fonts.ready;
-  const settled = () => setTimeout(() => {
+  const look = () => {
     const elements = [...document.querySelectorAll('.grid > *')];
     for (const { id, title, type } of panels) {
       if (drawn[id].length && !showsSomething(type, document.querySelector(`[data-id="${id}"]`))) findings.push([title, 'shows nothing of its data']);
@@ -89,7 +100,8 @@ async function main() {
     for (const element of elements) findings.push(...cutText(element).map((what) => [element.dataset.title, what]));
     findings.push(...overlaps(elements).map((what) => ['', what]));
     window.findings = findings;
-  }, 1500);
+  };
+  const settled = () => setTimeout(waitForIcons(look), 1000);
   createRoot(root).render(<Board {...{ board, drawn, chosen, width }} range={source.range} onDrawn={settled} />);
 }
 
