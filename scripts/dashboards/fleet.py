@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.dashboards.colors import BAD_ABOVE_ZERO, BY_OUTCOME, BY_REASON, BY_RESULT, BY_STATUS, GOOD_AT_ZERO
-from scripts.dashboards.panels import Sections, bars, count, lines, now, stacked, table
+from scripts.dashboards.panels import Sections, count, lines, now, stacked, table
 from scripts.dashboards.queries import narrowed, of_all, per_minute, quantiles, rate, tokens
 
 _AWAKE = 'reason!~"Suspended|ScaledToZero"'
@@ -54,6 +54,7 @@ SECTIONS: Sections = {
             {"": f'gantline_condition{{S, type!~"Degraded|Progressing", {_AWAKE}}} == 0 or gantline_condition{{S, type="Degraded"}} == 1'},
             {"namespace": "Namespace", "service": "Service", "type": "Condition", "reason": "Reason"},
             "Conditions of now. docs/operations.md has each reason and its cure; `kubectl gantline explain` says more of one service.",
+            sort="Service",
             width=12,
             none="All services are as they should be",
         ),
@@ -62,7 +63,7 @@ SECTIONS: Sections = {
             "short",
             {"{{reason}}": 'count by (reason) (gantline_condition{S, type="Ready"})'},
             "Reasons of the condition Ready. A reason that stays and is neither Ready nor ScaledToZero is for somebody to look at.",
-            width=6,
+            width=12,
             whole=True,
             colors=BY_REASON,
             shades="red",
@@ -78,6 +79,7 @@ SECTIONS: Sections = {
             "short",
             {"{{namespace}}/{{service}}": f"count by (namespace, service) ({_AWAY})"},
             "Services without any pod that answers, over time, but for those that are suspended or asleep.",
+            width=6,
             whole=True,
             shades="red",
         ),
@@ -86,6 +88,7 @@ SECTIONS: Sections = {
             "short",
             {"{{namespace}}/{{service}}: {{reason}}": _DEGRADED},
             "Services of which something failed that a person should look at.",
+            width=6,
             whole=True,
             shades="orange",
         ),
@@ -94,6 +97,7 @@ SECTIONS: Sections = {
             "short",
             {"{{direction}}": of_all(per_minute("scalings_total", "direction"))},
             "By load. Up and down in turn for long: a target that the load swings around, see docs/autoscaling.md.",
+            width=6,
         ),
     ),
     "Gateway": (
@@ -178,13 +182,16 @@ SECTIONS: Sections = {
             "Bytes of model artefacts. Unused ones are removed when there is need of room, up to the most that a volume may hold.",
             width=6,
         ),
-        bars(
+        table(
             "Pods replaced since a GPU failed",
             "short",
-            {"{{node}}": "sum by (node) (gantline_gpu_failures_total)"},
+            {"Pods": "sum by (node) (gantline_gpu_failures_total)"},
+            {"node": "Node"},
             "By node, since the operator's start. Twice on one node: take it out of service.",
+            sort="Pods",
+            descending=True,
             width=6,
-            noValue="None since the operator's start",
+            none="None since the operator's start",
         ),
         count(
             "Operators that lead",

@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.dashboards.colors import NONE, Colors, Steps
 
-__all__ = ["Panel", "Sections", "bars", "count", "lines", "now", "stacked", "table"]
+__all__ = ["Panel", "Sections", "count", "lines", "now", "stacked", "table"]
 
 Object = dict[str, Any]
 Sections = Mapping[str, tuple["Panel", ...]]
@@ -83,27 +83,29 @@ def now(title: str, unit: str, query: str, about: str, steps: Steps = (("text", 
     return Panel(title, unit, {"now": query}, about, "stat", 4, 4, fields, options)
 
 
-def bars(title: str, unit: str, queries: Mapping[str, str], about: str, *, width: int = 8, **defaults: Any) -> Panel:
-    """A bar for each value of now: for what does not change over time."""
-    options = {**_LAST, "displayMode": "basic", "orientation": "horizontal", "showUnfilled": True, "valueMode": "color"}
-    fields = {"min": 0, "color": {"mode": "fixed", "fixedColor": "blue"}, **defaults}
-    return Panel(title, unit, queries, about, "bargauge", width, 8, fields, options, instant=True)
-
-
-def table(title: str, unit: str, queries: Mapping[str, str], labels: Mapping[str, str], about: str, *, width: int, none: str) -> Panel:
+def table(
+    title: str,
+    unit: str,
+    queries: Mapping[str, str],
+    labels: Mapping[str, str],
+    about: str,
+    *,
+    sort: str,
+    none: str,
+    width: int = 8,
+    descending: bool = False,
+) -> Panel:
     """The series of now, a row for each set of labels: columns are labels -> headings, then headings -> values of a query. A query without
-    heading only says which rows there are. `none` is said where there are no series."""
+    heading only says which rows there are. `sort` is a heading; `none` is said where there are no series."""
     letters = [chr(ord("A") + i) for i in range(len(queries))]
-    values = {
-        f"Value #{letter}" if len(queries) > 1 else "Value": heading for letter, heading in zip(letters, queries, strict=True) if heading
-    }
-    columns = {**labels, **values}
+    names = [f"Value #{letter}" for letter in letters] if len(queries) > 1 else ["Value"]
+    columns = {**labels, **{name: heading for name, heading in zip(names, queries, strict=True) if heading}}
     order = {"indexByName": {name: i for i, name in enumerate(columns)}, "renameByName": columns, "excludeByName": {}}
     transformations = [
         {"id": "merge", "options": {}},
         {"id": "filterFieldsByName", "options": {"include": {"names": list(columns)}}},
         {"id": "organize", "options": order},
-        {"id": "sortBy", "options": {"fields": {}, "sort": [{"field": list(labels.values())[-1] if values else labels["service"]}]}},
+        {"id": "sortBy", "options": {"fields": {}, "sort": [{"field": sort, "desc": descending}]}},
     ]
     defaults = {"noValue": none, "custom": {"align": "left"}}
     options = {"showHeader": True, "cellHeight": "sm"}

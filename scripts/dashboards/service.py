@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.dashboards.colors import BY_END, BY_STATE, BY_STATUS
-from scripts.dashboards.panels import Sections, bars, count, lines, now, stacked, table
+from scripts.dashboards.panels import Sections, count, lines, now, stacked, table
 from scripts.dashboards.queries import narrowed, per_minute, quantiles, rate
 
 _ASKED = 'route!~"/metrics|/health|/ready|/internal/.*"'
@@ -140,12 +140,16 @@ SECTIONS: Sections = {
             whole=True,
             colors=BY_STATE,
         ),
-        bars(
+        table(
             "Phases of the start",
             "s",
-            {"{{phase}}": "sort_desc(max by (phase) (gantline_startup_seconds{S}))"},
+            {"Time": "max by (phase) (gantline_startup_seconds{S})"},
+            {"phase": "Phase"},
             "The longest of the pods chosen. total is from the process's start until it was ready.",
+            sort="Time",
+            descending=True,
             width=12,
+            none="No server has told yet",
         ),
         table(
             "Memory of one device",
@@ -156,6 +160,7 @@ SECTIONS: Sections = {
             },
             {"part": "Part"},
             "What the operator's formula expects, beside what the engine took. The next plan for this model and device knows both.",
+            sort="Part",
             width=12,
             none="No server has told yet",
         ),

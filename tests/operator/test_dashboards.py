@@ -38,7 +38,6 @@ UNITS = {"short", "string", "s", "bytes", "percentunit", "reqps", "ops"}
 OPTIONS = {
     "timeseries": {"legend", "tooltip"},
     "stat": {"reduceOptions", "colorMode", "graphMode", "justifyMode", "orientation", "textMode"},
-    "bargauge": {"reduceOptions", "displayMode", "orientation", "showUnfilled", "valueMode"},
     "table": {"showHeader", "cellHeight"},
 }
 LONGEST_TITLE = {4: 18, 6: 32, 8: 46, 12: 70}

@@ -6,7 +6,6 @@ import { TYPES, propertiesOf } from './panels';
 const OPTIONS = {
   timeseries: ['legend', 'tooltip'],
   stat: ['reduceOptions', 'orientation', 'textMode', 'wideLayout', 'colorMode', 'graphMode', 'justifyMode', 'showPercentChange', 'text'],
-  bargauge: ['reduceOptions', 'orientation', 'displayMode', 'valueMode', 'namePlacement', 'showUnfilled', 'sizing', 'minVizWidth', 'minVizHeight', 'maxVizHeight', 'text'],
   table: ['showHeader', 'cellHeight', 'sortBy', 'footer', 'frameIndex'],
 };
 
@@ -20,8 +19,6 @@ const VALUES = {
   'options.justifyMode': schema.BigValueJustifyMode,
   'options.textMode': schema.BigValueTextMode,
   'options.orientation': schema.VizOrientation,
-  'options.displayMode': schema.BarGaugeDisplayMode,
-  'options.valueMode': schema.BarGaugeValueMode,
   'options.cellHeight': schema.TableCellHeight,
   'fieldConfig.defaults.thresholds.mode': schema.ThresholdsMode,
   'fieldConfig.defaults.custom.drawStyle': schema.GraphDrawStyle,
@@ -100,17 +97,23 @@ export function showsSomething(type, element) {
   });
 }
 
-/** Text that does not fit where it stands, and legends of which a part is out of sight. Tables may be longer than their panel. */
+/** Text that does not fit where it stands, and legends of which a part is out of sight. Tables, and legends of many series, may be longer than
+ * their panel. */
 export function cutText(element) {
   const found = [];
   for (const node of element.querySelectorAll('*')) {
     const style = getComputedStyle(node);
     const hides = style.overflowX !== 'visible' || style.overflowY !== 'visible';
     if (!hides || !node.innerText?.trim() || !node.clientWidth) continue;
-    if (node.scrollWidth > node.clientWidth + 1) found.push(`cut: ${text(node)} (${node.scrollWidth} > ${node.clientWidth} px wide)`);
-    else if (node.scrollHeight > node.clientHeight + 2 && !node.closest('[role=grid]')) found.push(`out of sight: ${text(node)} (${node.scrollHeight} > ${node.clientHeight} px high)`);
+    const scrollbar = node.matches('[role=grid]') ? 16 : 1; // of a long table, which its columns do not allow for at first
+    if (node.scrollWidth > node.clientWidth + scrollbar) found.push(`cut: ${text(node)} (${node.scrollWidth} > ${node.clientWidth} px wide)`);
+    else if (node.scrollHeight > node.clientHeight + 2 && !mayScroll(node)) found.push(`out of sight: ${text(node)} (${node.scrollHeight} > ${node.clientHeight} px high)`);
   }
   return [...new Set(found)];
+}
+
+function mayScroll(node) {
+  return node.closest('[role=grid]') || node.querySelectorAll('[data-testid^="data-testid VizLegend series"]').length > 6;
 }
 
 function text(node) {

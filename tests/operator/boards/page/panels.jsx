@@ -1,6 +1,6 @@
 // Panels, drawn by Grafana's own components. What Grafana's panel plugins set by default is set here by hand.
 import { FieldConfigOptionsRegistry, applyFieldOverrides, cacheFieldDisplayNames, dateTime, getDisplayValueAlignmentFactors, getFieldDisplayValues, transformDataFrame } from '@grafana/data';
-import { BarGauge, BigValue, PanelChrome, TimeSeries, VizRepeater, useTheme2 } from '@grafana/ui';
+import { BigValue, PanelChrome, TimeSeries, VizRepeater, useTheme2 } from '@grafana/ui';
 import { TableNG } from '@grafana/ui/unstable';
 import { firstValueFrom } from 'rxjs';
 
@@ -9,9 +9,8 @@ const CUSTOM = {
   timeseries: { drawStyle: 'line', lineInterpolation: 'linear', lineWidth: 1, fillOpacity: 0, gradientMode: 'none', showPoints: 'auto', pointSize: 5, spanNulls: false, stacking: { mode: 'none', group: 'A' }, axisPlacement: 'auto', axisLabel: '', axisSoftMin: undefined, axisSoftMax: undefined, thresholdsStyle: { mode: 'off' }, hideFrom: { viz: false, legend: false, tooltip: false } },
   table: { align: 'auto', width: undefined, minWidth: 50, cellOptions: { type: 'auto' }, inspect: false },
   stat: {},
-  bargauge: {},
 };
-const COLOR = { timeseries: { mode: 'palette-classic' }, stat: { mode: 'thresholds' }, bargauge: { mode: 'thresholds' }, table: { mode: 'thresholds' } };
+const COLOR = { timeseries: { mode: 'palette-classic' }, stat: { mode: 'thresholds' }, table: { mode: 'thresholds' } };
 const GREEN = { mode: 'absolute', steps: [{ value: null, color: 'green' }] };
 
 export const TYPES = Object.keys(CUSTOM);
@@ -66,32 +65,18 @@ function DrawnTimeSeries({ panel, frames, range, width, height }) {
   return <TimeSeries frames={withGaps(frames)} timeRange={timeRange} timeZone="utc" width={width} height={height} legend={panel.options.legend} options={panel.options} />;
 }
 
-function valuesOf({ panel, frames, theme, sparkline }) {
-  return getFieldDisplayValues({ data: frames, fieldConfig: fieldConfigOf(panel), reduceOptions: { values: false, ...panel.options.reduceOptions }, replaceVariables: (text) => text, theme, timeZone: 'utc', sparkline });
-}
-
-function Repeated({ width, height, orientation, source, getValues, draw }) {
-  return <VizRepeater {...{ width, height, source, getValues }} orientation={orientation ?? 'auto'} renderCounter={0} autoGrid renderValue={draw} getAlignmentFactors={(values) => getDisplayValueAlignmentFactors(values)} />;
-}
-
 function DrawnStat({ panel, frames, theme, width, height }) {
   const { graphMode = 'area', colorMode = 'value', justifyMode = 'auto', textMode = 'auto', orientation, text } = panel.options;
   const draw = ({ value, alignmentFactors, width, height, count }) => (
     <BigValue value={value.display} sparkline={value.sparkline} count={count} {...{ colorMode, graphMode, justifyMode, textMode, text, alignmentFactors, width, height, theme }} />
   );
-  return <Repeated {...{ width, height, orientation, draw }} source={frames} getValues={() => valuesOf({ panel, frames, theme, sparkline: graphMode !== 'none' })} />;
-}
-
-function DrawnBarGauge({ panel, frames, theme, width, height }) {
-  const { displayMode = 'gradient', orientation, showUnfilled = true, valueMode: valueDisplayMode, namePlacement, text } = panel.options;
-  const draw = ({ value, alignmentFactors, orientation, width, height }) => (
-    <BarGauge value={value.display} field={value.field} display={value.view?.getFieldDisplayProcessor(value.colIndex)} {...{ displayMode, orientation, showUnfilled, valueDisplayMode, namePlacement, text, alignmentFactors, width, height, theme }} itemSpacing={10} lcdCellWidth={8} />
-  );
-  return <Repeated {...{ width, height, orientation, draw }} source={frames} getValues={() => valuesOf({ panel, frames, theme })} />;
+  const reduced = { reduceOptions: { values: false, ...panel.options.reduceOptions }, sparkline: graphMode !== 'none' };
+  const getValues = () => getFieldDisplayValues({ data: frames, fieldConfig: fieldConfigOf(panel), replaceVariables: (text) => text, theme, timeZone: 'utc', ...reduced });
+  return <VizRepeater {...{ width, height, getValues }} source={frames} orientation={orientation ?? 'auto'} renderCounter={0} autoGrid renderValue={draw} getAlignmentFactors={getDisplayValueAlignmentFactors} />;
 }
 
 function DrawnTable({ panel, frames, width, height }) {
   return <TableNG data={frames[0]} width={width} height={height} noHeader={panel.options.showHeader === false} cellHeight={panel.options.cellHeight} initialSortBy={panel.options.sortBy} structureRev={1} />;
 }
 
-const DRAWN = { timeseries: DrawnTimeSeries, stat: DrawnStat, bargauge: DrawnBarGauge, table: DrawnTable };
+const DRAWN = { timeseries: DrawnTimeSeries, stat: DrawnStat, table: DrawnTable };
