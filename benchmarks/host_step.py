@@ -50,6 +50,7 @@ class FreeExecutor:
         self.failed = False
         self.capture_seconds: list[float] = []
         self.launch_seconds: list[float] = []
+        self.graph_tokens = ()
         self._classes = GraphClasses(
             max_sequences=config.max_batch_size, max_tokens=config.max_prefill_token_num, session_len=config.session_len
         )

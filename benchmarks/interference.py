@@ -51,7 +51,7 @@ class Pass:
     steps: int
     slowest: list[dict[str, Any]]
     """The steps with the longest times between tokens: how long, the step's number since the prompts arrived, and where its time went
-    (`step_trace.py`); of the next step what the host took to launch it."""
+    (`step_trace.py`)."""
     parts: dict[str, list[float]]
     """Of all steps: the median, 90 %, 99 % and the largest of each part."""
 
@@ -113,8 +113,8 @@ def run_pass(crowd: _Crowd, limit_ms: float | None, *, decoding: int, context: i
         last.update(dict.fromkeys(names, now))
     undisturbed = statistics.median(quiet)
     pacer.max_step_s = 2 * undisturbed if limit_ms is None else limit_ms / 1000
-    for i, prompt in enumerate(arriving):
-        crowd.add(f"prompt-{i}", prompt, 64)
+    for i in range(prompts):
+        crowd.add(f"prompt-{i}", arriving.pop(), 64)  # held by nobody afterwards, as in a service
     gaps, of_steps, first, began, steps = [], [], {}, crowd.clock(), 0
     trace = StepTrace(crowd.engine, crowd.clock)
     while len(first) < prompts and crowd.clock() - began < _MOST_SECONDS:
@@ -139,9 +139,11 @@ def run_pass(crowd: _Crowd, limit_ms: float | None, *, decoding: int, context: i
 
 
 def _described(trace: StepTrace, gap: float, number: int, at: int) -> dict[str, Any]:
-    following = trace.done[at + 1].host if at + 1 < len(trace.done) else {}
-    next_launch = round(following.get("schedule", 0.0) + following.get("launch", 0.0), 2)
-    return {"ms": round(1000 * gap, 1), "step": number, **trace.done[at].as_dict(), "next_launch": next_launch}
+    """`meanwhile`: what the host did between the step's launch and its end, for the next."""
+    following = trace.done[at + 1].as_dict() if at + 1 < len(trace.done) else {}
+    meanwhile = {name: following.get("host", {}).get(name, 0.0) for name in ("schedule", "launch", "tidy")}
+    disturbed = following.get("disturbed", {})
+    return {"ms": round(1000 * gap, 1), "step": number, **trace.done[at].as_dict(), "meanwhile": {**meanwhile, **disturbed}}
 
 
 def main() -> None:
@@ -169,6 +171,7 @@ def main() -> None:
     config = EngineConfig(backend=options.backend, session_len=session_len, max_batch_size=128, enable_prefix_caching=False)
     engine = LLMEngine(options.model, config)
     garbage.settle()  # as the engine's own process does
+    garbage.collect_by_hand()
     print(json.dumps({"load_seconds": round(engine.stats().load_seconds, 2)}), flush=True)
     _run_passes(_Crowd(engine, facts["vocab_size"]), options, rested=options.rested)
     engine.close()

@@ -115,6 +115,7 @@ class SimulatedExecutor:
         self.launch_seconds: deque[float] = deque(maxlen=9)
         sizes = {"max_sequences": config.max_batch_size, "max_tokens": config.max_prefill_token_num, "session_len": config.session_len}
         self._plan = GraphPlan(GraphClasses(**sizes)) if graphs else None
+        self.graph_tokens = self._plan.mixed_tokens if self._plan is not None else set()
         self._graphs: set[BatchShape] = set()
         self._warm: set[BatchShape] = set()
         self._sizes = token_sizes(config.max_prefill_token_num)
@@ -153,7 +154,7 @@ class SimulatedExecutor:
         if self.host.first and size not in self._seen:
             self._seen.add(size)
             self.now = max(self.now, self.busy_until) + self.host.first
-        if shape.capture and key in self._warm:
+        if shape.capture and (key in self._warm or (self._plan is not None and self._plan.is_wide(key))):
             self._capture(key)
         begins = max(self.now, self.busy_until)
         self.busy_until = begins + seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ _SHARES = (0.5, 0.9, 0.99, 1.0)
 
 @dataclass
 class TracedStep:
-    """Of the host: `schedule`, then `launch`, of which `pack`, `sampling`, `upload`, `forward` and `logits` are parts; `wait` for the end,
-    and `account`. Of the device, between events: `upload`, `forward`, `rest` (logits, sampling, copies), and `idle` before."""
+    """Of the host: `schedule`, then `launch`, of which `pack`, `sampling`, `upload`, `forward` and `logits` are parts; `tidy`, `wait`
+    for the end, `account`. Of the device, between events: `upload`, `forward`, `rest` (logits, sampling, copies), and `idle` before."""
 
     decodes: int
     prompt_tokens: int
@@ -58,7 +58,8 @@ class StepTrace:
     def __init__(self, engine: EngineLoop, clock: Callable[[], float] = time.perf_counter) -> None:
         self.done: list[TracedStep] = []
         self._clock = clock
-        self._in_flight: deque[TracedStep] = deque()
+        self._in_flight: dict[int, TracedStep] = {}
+        """By the identity of what `launch` gave."""
         self._current: TracedStep | None = None
         self._schedule_ms = 0.0
         self._gc_ms = 0.0
@@ -71,10 +72,12 @@ class StepTrace:
         self._wrap(executor, "launch", self._around_launch)
         self._wrap(executor, "read", self._around_read)
         self._wrap(engine, "_account", self._around_account)
+        self._wrap(engine, "_tidy", self._around_tidy)
         self._runner = getattr(executor, "_runner", None)
         self._on_gpu = self._runner is not None and self._runner.device.type == "cuda"
         self._in_graph = False
         self._launch_began = 0.0
+        self._launched: TracedStep | None = None
         if self._runner is not None:
             self._wrap_runner(executor, self._runner)
         gc.callbacks.append(self._on_gc)
@@ -95,6 +98,8 @@ class StepTrace:
                 delattr(owner, name)
             else:
                 setattr(owner, name, old)
+        if self._on_gpu:
+            torch.cuda.synchronize()
         self._measure_device()
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -148,7 +153,8 @@ class StepTrace:
         with self._part("launch"):
             pending = inner(step, *args)
         traced.disturbed = {name: value - before[name] for name, value in self._disturbances().items()}
-        self._in_flight.append(traced)
+        self._in_flight[id(pending)] = traced
+        self._launched = traced
         self._current = None
         return pending
 
@@ -202,20 +208,27 @@ class StepTrace:
         self._mark()
 
     def _around_read(self, inner: Callable[..., Any], pending: Any) -> Any:
-        if not self._in_flight:
-            return inner(pending)
-        traced = self._in_flight.popleft()
         began = self._clock()
         result = inner(pending)
-        traced.host["wait"] = 1000 * (self._clock() - began)
-        self.done.append(traced)
+        traced = self._in_flight.pop(id(pending), None)  # None: launched before the trace began
+        if traced is not None:
+            traced.host["wait"] = 1000 * (self._clock() - began)
+            self.done.append(traced)
         return result
 
+    def _around_tidy(self, inner: Callable[[], None]) -> None:
+        began, gc_ms = self._clock(), self._gc_ms
+        inner()
+        if self._launched is not None:
+            self._launched.host["tidy"] = 1000 * (self._clock() - began)
+            self._launched.disturbed["tidy_gc_ms"] = self._gc_ms - gc_ms
+
     def _around_account(self, inner: Callable[..., Any], *args: Any) -> Any:
-        began = self._clock()
+        began, gc_ms = self._clock(), self._gc_ms
         result = inner(*args)
         if self.done:
             self.done[-1].host["account"] = 1000 * (self._clock() - began)
+            self.done[-1].disturbed["account_gc_ms"] = self._gc_ms - gc_ms
         return result
 
     def _on_gc(self, phase: str, info: dict[str, int]) -> None:

@@ -8,12 +8,14 @@ A capture keeps the host busy for some tens of milliseconds, while the device ru
 - or where those launches take longer than the device: seldom, for the sake of the steps to come.
 
 Else the step runs without a graph: its launches hide behind the device's work on the step before.
+
+Where launches take longer than the limit, each class of mixed steps costs one step that is late, so the pacer is told to keep to few.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 
 from gantline_runtime.pacing import Pacer, StepLoad
@@ -46,10 +48,22 @@ class Captures(IntEnum):
 
 
 class CapturePacer:
-    """Decides from times alone; `capture_seconds` and `launch_seconds` (of steps without a graph) grow while it is in use."""
+    """Decides from times alone; `capture_seconds`, `launch_seconds` (of steps without a graph) and `graph_tokens` (of mixed steps that have
+    one) grow while it is in use."""
 
-    def __init__(self, pacer: Pacer, capture_seconds: Sequence[float], launch_seconds: Sequence[float]) -> None:
+    def __init__(
+        self,
+        pacer: Pacer,
+        capture_seconds: Sequence[float],
+        launch_seconds: Sequence[float],
+        graph_tokens: Collection[int],
+        *,
+        direct: bool,
+    ) -> None:
+        """`direct`: a wide class is captured without having run before (`StepGraphs`)."""
         self._pacer = pacer
+        self._direct = direct
+        self._graph_tokens = graph_tokens
         self._capture_seconds = capture_seconds
         self._launch_seconds = launch_seconds
         self._num_captures = 0
@@ -61,10 +75,13 @@ class CapturePacer:
             return Captures.ANY
         self._count_step()
         device, limit = self._pacer.predict(load), self._pacer.limit(load)
+        launch = statistics.median(self._launch_seconds) if self._launch_seconds else 0.0
+        self._pacer.graph_tokens = self._graph_tokens if launch > limit else None
         capture = statistics.median(self._capture_seconds[-_RECENT:]) if self._capture_seconds else None
         if capture is not None and device + capture <= limit:
             return Captures.ANY
-        launch = statistics.median(self._launch_seconds) if self._launch_seconds else 0.0
+        if self._direct and capture is not None and capture <= _HIDDEN * device:
+            return Captures.WIDE
         if launch <= _HIDDEN * device:
             return Captures.NONE
         if launch <= limit and self._steps_since < _SELDOM:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gantline_runtime import garbage
 from gantline_runtime.admission import Admission
 from gantline_runtime.batch import BatchLimits
 from gantline_runtime.capture_pacing import CapturePacer
@@ -142,6 +143,11 @@ class StepExecutor(Protocol):
     """How long the capture of each CUDA graph took."""
 
     @property
+    def graph_tokens(self) -> Collection[int]:
+        """Numbers of tokens of mixed steps that run as graphs (`GraphPlan.mixed_tokens`)."""
+        ...
+
+    @property
     def launch_seconds(self) -> Seq[float]:
         """How long the host launched the last steps without a graph."""
         ...
@@ -196,7 +202,9 @@ class EngineLoop:
             on_cpu=config.device == "cpu",
         )
         self.pacer = Pacer(config.max_step_ms / 1000)
-        self._captures = CapturePacer(self.pacer, executor.capture_seconds, executor.launch_seconds)
+        self._captures = CapturePacer(
+            self.pacer, executor.capture_seconds, executor.launch_seconds, executor.graph_tokens, direct=config.tp == 1
+        )
         capacity = executor.num_blocks * config.block_size
         most_tokens = config.max_waiting_tokens if config.max_waiting_tokens is not None else _QUEUED_CACHES * capacity
         self._admission = Admission(max_waiting=config.max_waiting, max_waiting_tokens=most_tokens)
@@ -282,11 +290,17 @@ class EngineLoop:
             step.captures = self._captures.allow(step.load)
             self._launch(step, outputs)
             self._counters.steps += 1
+            self._tidy()
         elif self._grammars is not None and not self._in_flight:
             self._grammars.wait(_IDLE_S)
         if self._in_flight and (step is None or len(self._in_flight) > self._executor.depth):
             outputs += self._take_results(self._in_flight.popleft())
         return outputs
+
+    def _tidy(self) -> None:
+        """What is to be done now and then, while the device works and nobody waits for tokens that are there."""
+        self.pacer.refit()
+        garbage.collect_if_due()
 
     def prepare(self) -> bool:
         """With nothing else to do: make one thing ready that later steps would have to, a CUDA graph. False if there is nothing left.

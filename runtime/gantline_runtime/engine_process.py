@@ -330,6 +330,7 @@ def _load(settings: EngineSettings, importing: threading.Thread) -> Callable[[Ca
         config = from_mapping(EngineConfig, settings.engine_config)
         engine: Engine = getattr(importlib.import_module(module), name)(settings.model_dir, config, on_progress=on_progress)
         garbage.settle()
+        garbage.collect_by_hand()
         return engine
 
     return load

@@ -101,6 +101,7 @@ class Executor:
         self.memory = self._report(checkpoint, plan)
         self.capture_seconds = self._runner.capture_seconds
         self.launch_seconds = self._runner.launch_seconds
+        self.graph_tokens = self._runner.graph_tokens
         self._table = SamplingTable(self.limits.max_slots)
         pinned, words = self.device.type == "cuda", self.limits.max_words
         self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=pinned) for _ in range(_NUM_BUFFERS)]

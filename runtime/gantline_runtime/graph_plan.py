@@ -1,10 +1,10 @@
 """Which batches run as CUDA graphs, and which graphs are made: decided from shapes, on the host of rank 0.
 
 A batch whose class (`graph_classes.py`) has a graph is padded to it. Where a step may capture, a class that is met for the second time is
-captured: the first time it runs without, which compiles and loads what it needs. Where a step has no time for that (`capture_pacing.py`),
-the batch is padded to a wider class that has a graph, of about as many tokens, since only these cost much when they are padding, or of
-more where launches take time; with none, it runs as it is. In idle times the widest class of each number of tokens is captured, so that
-there is one.
+captured: the first time it runs without, which loads what it needs and may be the only time; a wide class is captured at once. Where a step
+has no time for that (`capture_pacing.py`), the batch is padded to a wider class that has a graph, of about as many tokens, since only these
+cost much when they are padding, or of more where launches take time; with none, it runs as it is. In idle times the widest class of each
+number of tokens is captured, so that there is one.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class GraphPlan:
         """Found since the last capture."""
         self._foreseen = deque(classes.foreseen())
         self.may_capture = True
+        self.mixed_tokens: set[int] = set()
+        """Numbers of tokens for which a mixed batch of any contexts and decodes, and few prompts, has a graph."""
 
     def pad(self, shape: BatchShape, captures: Captures) -> BatchShape:
         """What a batch is to be padded to, with `capture` set where its graph is to be made; its own shape where it is to run as it is."""
@@ -73,9 +75,15 @@ class GraphPlan:
         """Note that `BatchShape.graph` has been captured."""
         self._captured.add(graph)
         self._covers.clear()
+        if not graph.is_decode and self.is_wide(graph):
+            self.mixed_tokens.add(graph.num_tokens)
         if len(self._captured) >= self._max_graphs and self.may_capture:
             self.may_capture = False
             log.warning("%d CUDA graphs are captured; batches of further classes run without", self._max_graphs)
+
+    def is_wide(self, graph: BatchShape) -> bool:
+        """Whether it is the class of its number of tokens that fits the most batches."""
+        return self._classes.widen(graph) == graph
 
     def give_up(self, graph: BatchShape, error: Exception) -> None:
         """Capture no more, since there was no memory for this one."""

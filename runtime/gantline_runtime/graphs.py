@@ -7,6 +7,7 @@ fixed tensors. Where even that is not enough no more are captured, and batches o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from gantline_runtime.batch import BatchShape
 from gantline_runtime.graph_plan import GraphPlan
 
 __all__ = ["StepGraphs", "take_product_workspace"]
+
+log = logging.getLogger(__name__)
 
 
 def take_product_workspace(device: torch.device) -> None:
@@ -36,13 +39,16 @@ class StepGraphs:
         device: torch.device,
         pool_bytes: int,
         launch_seconds: deque[float],
+        direct: bool,
     ) -> None:
         """`forward(shape)` runs a padded batch from fixed inputs to fixed outputs, and never waits for the device. `pool_bytes` are what
-        the activations of the largest class take. `launch_seconds` gets the host's time of each run without a graph."""
+        the activations of the largest class take. `launch_seconds` gets the host's time of each run without a graph. `direct`: wide classes
+        are captured without having run before, since a start has loaded all their kernels (`ModelRunner.load_kernels`)."""
         self.plan = plan
         self.capture_seconds: list[float] = []
         self._forward = forward
         self._launch_seconds = launch_seconds
+        self._direct = direct
         self._graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
         self._warm: set[BatchShape] = set()
         self._pool = torch.cuda.graph_pool_handle()
@@ -50,10 +56,10 @@ class StepGraphs:
         self._reserved = self._reserve(device, pool_bytes)
 
     def run(self, shape: BatchShape) -> None:
-        """Run a padded batch, by a graph if there is one by now. What has not run before runs without, and is captured afterwards if it is
-        to be: a capture can neither compile a kernel nor load one."""
+        """Run a padded batch, by a graph if there is one by now. A class whose kernels may not be there runs without first, and is captured
+        afterwards if it is to be: a capture can neither compile a kernel nor load one."""
         key = shape.graph
-        if shape.capture and key in self._warm:
+        if shape.capture and (key in self._warm or (self._direct and self.plan.is_wide(key))):
             self._capture_if_possible(shape)
         if key in self._graphs:
             self._graphs[key].replay()
@@ -61,9 +67,10 @@ class StepGraphs:
         started = time.perf_counter()
         self._forward(shape)
         self._launch_seconds.append(time.perf_counter() - started)
-        if shape.capture and key not in self._warm:
-            self._capture_if_possible(shape)
+        first = key not in self._warm
         self._warm.add(key)
+        if shape.capture and first:
+            self._capture_if_possible(shape)
 
     def release(self) -> None:
         """Destroy all; none can be run or captured afterwards. Waits for none that is under way: it may wait for a rank that is gone."""
@@ -76,6 +83,11 @@ class StepGraphs:
             self._graphs[shape.graph] = self._capture(shape)
         except torch.OutOfMemoryError as error:
             self.plan.give_up(shape.graph, error)
+        except RuntimeError as error:
+            if shape.graph in self._warm:
+                raise
+            log.warning("a CUDA graph could not be captured before its class had run: %s", error)
+            self._direct = False
         else:
             self.plan.captured(shape.graph)
 

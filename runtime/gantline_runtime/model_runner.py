@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -145,6 +145,8 @@ class ModelRunner:
         self._graph_pool_bytes = 0
         self.capture_seconds: list[float] = []
         """How long each CUDA graph took to capture."""
+        self.graph_tokens: Collection[int] = ()
+        """`GraphPlan.mixed_tokens`."""
         self.launch_seconds: deque[float] = deque(maxlen=_LAUNCHES)
         """How long the host launched the last forward passes without a graph."""
 
@@ -178,8 +180,10 @@ class ModelRunner:
                 device=self.device,
                 pool_bytes=self._graph_pool_bytes,
                 launch_seconds=self.launch_seconds,
+                direct=self.parallel.size == 1,  # a collective connects ranks when it first runs
             )
             self.capture_seconds = self._graphs.capture_seconds
+            self.graph_tokens = self._graphs.plan.mixed_tokens
             self._take_activations(limits, block_size)
 
     def close(self) -> None:

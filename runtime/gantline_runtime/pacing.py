@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +48,8 @@ _PROMPT_NEWS = 4
 _TRUSTED, _TURNS = 0.1, 8
 """Error, in times of a typical step of its size, up to which a step counts in full; past it the less the larger (Huber's loss, in so many
 turns). A step that compiled a kernel looks slow, and one whose successor did looks slow and the successor fast."""
+_SURPRISE = 4
+"""Steps with prompts that one counts for whose time was missed by more than `_TRUSTED`: contexts may have come that were never seen."""
 _RATIO_GAIN, _RECENT = 1 / 8, 8
 """Weight of the newest step in the mean ratio of what steps took to what was expected; steps that it is made from after a new fit."""
 _ERRORS, _LATE_SHARE, _LATE_BY = 128, 0.01, 1.05
@@ -98,6 +100,8 @@ class Pacer:
 
     def __init__(self, max_step_s: float) -> None:
         self.max_step_s = max_step_s
+        self.graph_tokens: Collection[int] | None = None
+        """Where launches without a CUDA graph take longer than a step may: the numbers of tokens that mixed steps have graphs of."""
         self._samples: dict[int, deque[tuple[float, ...]]] = {}
         """(terms, seconds) by size of prompt: 0 for none, else the number of bits of its tokens."""
         self._coefficients = Coefficients()
@@ -137,7 +141,7 @@ class Pacer:
         return c.base + c.decode * load.decodes + c.decode_context * load.decode_context
 
     def observe(self, load: StepLoad, seconds: float, *, at_most: bool = False) -> None:
-        """Learn from a step that is over. `at_most`: it was over earlier, nobody knows when."""
+        """Note how long a step took that is over; `refit` learns from it. `at_most`: it was over earlier, nobody knows when."""
         if seconds <= 0.0 or not math.isfinite(seconds):
             return
         expected = self.predict(load)
@@ -146,12 +150,17 @@ class Pacer:
                 self._first_chunk = max(self._first_chunk, 2 * load.prompt_tokens)
             return
         size = max(load.prompt_tokens, _MIN_CHUNK).bit_length() if load.prompt_tokens else 0
+        news = _PROMPT_NEWS if load.prompt_tokens else 1
         if expected > 0.0 and self._knows_prompts and load.prompt_tokens and load.decodes:
             self._follow(load, seconds)
+            news *= _SURPRISE if abs(seconds / expected - 1.0) > _TRUSTED else 1
         self._samples.setdefault(size, deque(maxlen=_KEPT if size else 4 * _KEPT)).append((*load.terms(), seconds))
         self._num_with_prompts += load.prompt_tokens > 0
         self._most_prompt_tokens = max(self._most_prompt_tokens, load.prompt_tokens)
-        self._until_fit -= _PROMPT_NEWS if load.prompt_tokens else 1
+        self._until_fit -= news
+
+    def refit(self) -> None:
+        """Fit anew if enough has been observed since the last time: 1 to 3 ms, for a moment when nobody waits for the caller."""
         if self._until_fit <= 0:
             self._fit()
 
@@ -200,7 +209,7 @@ class Pacer:
     def _room(self, load: StepLoad, start: int, wanted: int) -> int:
         """As `chunk`, but 0 where not even the least one has room."""
         if not self._knows_prompts:
-            return _cut(load, max(0, self._first_chunk - load.prompt_tokens), wanted)
+            return self._with_graph(load, _cut(load, max(0, self._first_chunk - load.prompt_tokens), wanted), wanted)
         most = min(wanted, 2 * self._most_prompt_tokens)  # no leaps into what was never seen
         count = _cut(load, min(most, self._fits(load, start, min(self._off.values(), default=1.0))), wanted)
         while count:  # from the largest class down, since each is wrong in a way of its own
@@ -208,7 +217,18 @@ class Pacer:
             if fits >= count:
                 break
             count = _cut(load, max(fits, count - 1) if count > _GRAIN else fits, wanted)
-        return count
+        return self._with_graph(load, count, wanted)
+
+    def _with_graph(self, load: StepLoad, count: int, wanted: int) -> int:
+        """Of a chunk that is cut to `count`, what fills the largest class that has a graph; or if that is less than half, what fills a
+        power of two, or whole 64 tokens, so that few classes are captured. A step's further prompt is left out if it fills none."""
+        if self.graph_tokens is None or not 0 < count < wanted:
+            return count
+        before = load.decodes + load.prompt_tokens
+        known = max((size for size in self.graph_tokens if size <= before + count), default=0)
+        power, grain = 1 << ((before + count).bit_length() - 1), (before + count) // _GRAIN * _GRAIN
+        sizes = (known, power) if load.prompt_tokens else (known, power, grain)
+        return next((size - before for size in sizes if 2 * (size - before) >= count), 0 if load.prompt_tokens else count)
 
     def _fits(self, load: StepLoad, start: int, off: float) -> int:
         """Tokens that there is time for where steps take `off` times what was fitted."""

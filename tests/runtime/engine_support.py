@@ -74,6 +74,7 @@ class FakeExecutor:
         self.memory = MemoryReport(0, 0, 0, 0, 0, 0, 0, 0, 0)
         self.failed = False
         self.capture_seconds: list[float] = []
+        self.graph_tokens = ()
         self.launch_seconds: list[float] = []
         self.closed = False
         classes = GraphClasses(max_sequences=config.max_batch_size, max_tokens=config.max_prefill_token_num, session_len=config.session_len)

@@ -116,6 +116,7 @@ class _EchoExecutor:
         self.limits: Any = SimpleNamespace(max_slots=config.max_batch_size, max_blocks=-(-config.session_len // config.block_size))
         self.memory: Any = _Memory()
         self.capture_seconds: list[float] = []
+        self.graph_tokens = ()
         self.launch_seconds: list[float] = []
         self.alphabet = {byte: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) for byte in [_byte_of(char)]}
 

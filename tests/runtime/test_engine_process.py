@@ -203,14 +203,15 @@ def test_a_long_temporary_folder_does_not_break_the_socket(monkeypatch: pytest.M
 
 
 def test_an_engine_that_is_loaded_is_out_of_the_garbage_collectors_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settled: list[None] = []
-    monkeypatch.setattr(garbage, "settle", lambda: settled.append(None))
+    settled: list[str] = []
+    monkeypatch.setattr(garbage, "settle", lambda: settled.append("settled"))
+    monkeypatch.setattr(garbage, "collect_by_hand", lambda: settled.append("by hand"))
     folder = str(write_model(tmp_path / "m"))
     settings = EngineSettings(endpoint="", parent_pid=0, model_dir=folder, engine_config={}, engine="tests.runtime.server_fakes:EchoEngine")
     importing = _begin_import("tests.runtime.server_fakes")
     assert isinstance(_load(settings, importing)(lambda _: None), EchoEngine)
     assert not importing.is_alive()
-    assert len(settled) == 1
+    assert settled == ["settled", "by hand"]
 
 
 def test_the_engine_is_launched_before_the_server_is_imported(tmp_path: Path) -> None:

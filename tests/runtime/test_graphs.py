@@ -58,16 +58,16 @@ def decodes(count: int) -> BatchShape:
     return BatchShape(count, count, count, count, 0, 1, 100)
 
 
-def make(forward: Callable[[BatchShape], None], max_graphs: int = 256) -> StepGraphs:
+def make(forward: Callable[[BatchShape], None], max_graphs: int = 256, *, direct: bool = False) -> StepGraphs:
     plan = GraphPlan(GraphClasses(max_sequences=64, max_tokens=512, session_len=4096), max_graphs=max_graphs)
-    return StepGraphs(forward, plan, device=torch.device("cpu"), pool_bytes=1 << 20, launch_seconds=deque(maxlen=9))
+    return StepGraphs(forward, plan, device=torch.device("cpu"), pool_bytes=1 << 20, launch_seconds=deque(maxlen=9), direct=direct)
 
 
 class Calls:
     def __init__(self) -> None:
         self.eager: list[BatchShape] = []
         self.recorded: list[BatchShape] = []
-        self.out_of_memory = False
+        self.out_of_memory = self.cannot = False
         self.collector_was_on: list[bool] = []
 
     def forward(self, shape: BatchShape) -> None:
@@ -75,6 +75,8 @@ class Calls:
             self.eager.append(shape)
         elif self.out_of_memory:
             raise torch.OutOfMemoryError("no memory is left")
+        elif self.cannot and shape not in self.eager:
+            raise RuntimeError("a kernel is loaded while a graph is captured")
         else:
             self.recorded.append(shape)
             self.collector_was_on.append(gc.isenabled())
@@ -106,6 +108,26 @@ def test_where_only_wide_classes_may_be_captured_the_step_runs_and_the_graph_is_
     assert calls.run(step_graphs, decodes(18), Captures.NONE)
     assert len(calls.eager) == 1
     assert [graph.replays for graph in step_graphs._graphs.values()] == [1]  # type: ignore[attr-defined]
+
+
+def test_a_wide_class_needs_no_run_before_its_capture_where_a_start_has_loaded_its_kernels() -> None:
+    calls = Calls()
+    step_graphs = make(calls.forward, direct=True)
+    assert calls.run(step_graphs, decodes(17), Captures.WIDE) and calls.run(step_graphs, decodes(18), Captures.NONE)
+    assert not calls.eager and len(calls.recorded) == 1
+    assert [graph.replays for graph in step_graphs._graphs.values()] == [2]  # type: ignore[attr-defined]
+    for _ in range(2):
+        calls.run(step_graphs, decodes(5))
+    assert len(calls.eager) == 1, "another class does"
+
+
+def test_a_capture_that_fails_for_want_of_a_run_before_it_is_made_after_one() -> None:
+    calls = Calls()
+    calls.cannot = True
+    step_graphs = make(calls.forward, direct=True)
+    for count in (17, 30):
+        assert calls.run(step_graphs, decodes(count), Captures.WIDE)
+    assert len(calls.eager) == len(calls.recorded) == 2
 
 
 def test_a_class_that_is_foreseen_is_captured_by_a_step_without_sequences() -> None:
