@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from gantline_runtime.batch import BatchLimits, BatchShape
 from gantline_runtime.checkpoint import open_checkpoint
+from gantline_runtime.device_memory import free_bytes
 from gantline_runtime.errors import GantlineError
 from gantline_runtime.layers.weights import BuildContext
-from gantline_runtime.memory import free_bytes
 from gantline_runtime.model_runner import ModelRunner
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.termination import Reason

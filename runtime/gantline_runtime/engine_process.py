@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -45,6 +46,7 @@ from gantline_runtime.engine_settings import EngineSettings
 from gantline_runtime.failures import describe_exception
 from gantline_runtime.gpu_opening import begin_opening
 from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
+from gantline_runtime.reading_ahead import begin_reading_ahead
 from gantline_runtime.torch_import import without_tracing
 
 __all__ = ["Engine", "EngineServer", "build_report", "main"]
@@ -341,6 +343,7 @@ def main(arguments: Sequence[str]) -> int:
     become_child(settings.parent_pid)
     logs.configure(settings.log_level, settings.log_format)
     begin_opening(str(settings.engine_config.get("device", "auto")))
+    begin_reading_ahead(Path(settings.model_dir))
     importing = _begin_import(settings.engine.partition(":")[0])
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)

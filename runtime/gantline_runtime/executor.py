@@ -20,11 +20,12 @@ from gantline_runtime import sizing
 from gantline_runtime.batch import BatchLimits, BatchShape, pack_batch, pack_padding
 from gantline_runtime.checkpoint import Checkpoint, ModelShape
 from gantline_runtime.config import EngineConfig
+from gantline_runtime.device_memory import allocated_bytes, context_bytes, free_bytes
 from gantline_runtime.distributed import WorkerGroup, WorkerPlan, join_group, leave_group, make_rendezvous
 from gantline_runtime.errors import CapacityError, ConfigurationError
 from gantline_runtime.kv_cache import CacheManager
 from gantline_runtime.loader import Progress
-from gantline_runtime.memory import allocated_bytes, available_cpus, context_bytes, free_bytes, resident_bytes
+from gantline_runtime.memory import available_cpus, resident_bytes
 from gantline_runtime.model_runner import ModelRunner, PendingTokens, StepResult
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prompt_reads import build_read_batch

@@ -1,4 +1,4 @@
-"""What the machine, or the container, leaves us: memory and processors."""
+"""What the machine, or the container, leaves us: memory and processors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,34 +6,9 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
-__all__ = ["allocated_bytes", "available_cpus", "available_host_bytes", "context_bytes", "free_bytes", "resident_bytes"]
+__all__ = ["available_cpus", "available_host_bytes", "resident_bytes"]
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
-
-
-def free_bytes(device: torch.device, *, shared_by: int = 1) -> int:
-    """Bytes that one rank may still allocate on `device`; on a CPU, `shared_by` ranks share what the host has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    return available_host_bytes() // shared_by
-
-
-def allocated_bytes(device: torch.device) -> int:
-    """Bytes of this process's tensors on a GPU; 0 for a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def context_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that are neither free nor in this process's pools of memory; 0 for a CPU."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
 
 
 def resident_bytes(*, proc: Path = Path("/proc")) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -14,8 +16,9 @@ from pathlib import Path
 import pytest
 from gantline_runtime.child_process import became_process_at
 from gantline_runtime.gpu_opening import open_first_gpu
+from gantline_runtime.reading_ahead import begin_reading_ahead, read_ahead
 
-from tests.runtime.server_process import REAL, ROOT, ServerProcess, running
+from tests.runtime.server_process import REAL, ROOT, ServerProcess, running, wait_until
 
 MODEL = ROOT / "examples" / "tiny-model"
 PHASES = ("launch", "import", "device", "workspace", "weights", "cache", "warm-up")
@@ -151,3 +154,34 @@ def test_the_gpu_is_opened_by_the_drivers_own_calls_and_a_refusal_is_left_to_tor
 
 def test_without_a_driver_no_gpu_is_opened() -> None:
     assert open_first_gpu("libcuda-that-is-not-there.so") is False
+
+
+def _cached_share(path: Path) -> float:
+    """Of a file's pages, those in the page cache."""
+    with path.open("rb") as file:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        size = path.stat().st_size
+        address = ctypes.c_void_p(libc.mmap(None, ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), ctypes.c_long(0)))
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        assert libc.mincore(address, ctypes.c_size_t(size), pages) == 0
+        libc.munmap(address, ctypes.c_size_t(size))
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+def test_weights_are_read_from_disk_while_the_engine_imports(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors", "c.bin"):
+        (tmp_path / name).write_bytes(os.urandom(8 << 20))
+        with (tmp_path / name).open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if _cached_share(tmp_path / "a.safetensors") > 0:
+        pytest.skip("a file system that lives in memory")
+    os.mkfifo(tmp_path / "0.safetensors")
+    assert read_ahead(tmp_path, 12 << 20) == 12 << 20
+    wait_until(lambda: _cached_share(tmp_path / "a.safetensors") == 1, what="the first file is in memory")
+    wait_until(lambda: _cached_share(tmp_path / "b.safetensors") >= 0.5, what="so much of the second")
+    assert _cached_share(tmp_path / "c.bin") == 0
+    begin_reading_ahead(tmp_path / "absent").join()
+    (tmp_path / "dangling.safetensors").symlink_to("nothing")
+    begin_reading_ahead(tmp_path).join()
