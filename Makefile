@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+CACHE := $(or $(GANTLINE_CACHE),$(HOME)/.cache/gantline)
 DEVCLUSTER := $(PYTHON) -m gantline_devcluster
 KUBECONFIG_GIVEN := $(if $(findstring command line,$(origin KUBECONFIG)),$(KUBECONFIG))
 
@@ -19,9 +20,10 @@ $(VENV)/.installed: requirements/all.txt requirements/tools.txt pyproject.toml s
 cluster-binaries: venv ## build Kubernetes and its parts into the cache (once for each version)
 	@$(DEVCLUSTER) build --set suite
 
+# What mypy knows of files that have not changed outlives the tree; as files, since trees may be checked at once.
 check: venv ## lint, types, import contracts
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --no-sqlite-cache --cache-dir "$(CACHE)/mypy"
 	$(VENV)/bin/lint-imports
 
 unit: venv ## the tests that need neither API server nor node

@@ -2,7 +2,7 @@
 
     check        lint, types, import contracts
     node         what owns the one-node cluster, one test after the other
-    api-server   what talks to a real API server; one worker, so one API server
+    api-server   what talks to a real API server; two workers with an API server each, since these tests wait half of the time
     rest         everything else, a worker more than there are cores since some wait, yielding to those that wait for somebody's deadline
 
 Each stream tells how far it is, and its output is printed whole when it ends. Arguments go to every pytest:
@@ -38,10 +38,10 @@ FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 def streams(arguments: list[str], files: list[str] | None = None) -> dict[str, list[str]]:
     """Each stream's command, over `files` or all of its tests. Where the marked tests live is held by tests/conftest.py."""
     workers = ["-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "worksteal"]
-    api_server = [f"tests/{part}" for part in API_SERVER]
+    api_server, apart = [f"tests/{part}" for part in API_SERVER], ["-n", "2", "--dist", "loadfile"]
     commands = {
         "node": [*PYTEST, *(files or ["tests/e2e", "tests/devcluster"]), "-m", "node and not gpu", *arguments],
-        "api-server": [*PYTEST, *(files or api_server), "-m", "apiserver and not node and not gpu", *arguments],
+        "api-server": [*PYTEST, *(files or api_server), *apart, "-m", "apiserver and not node and not gpu", *arguments],
         "rest": ["nice", "-n", "5", *PYTEST, *(files or ["tests"]), *workers, "-m", "not apiserver and not node and not gpu", *arguments],
     }
     return commands if arguments or files else {"check": ["make", "--no-print-directory", "check"], **commands}

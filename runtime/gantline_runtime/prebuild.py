@@ -223,7 +223,7 @@ def prebuild(
     reuse: Path | None = None,
     on_done: Callable[[ModelVariant, int, int, int], None] = lambda variant, target, done, total: None,
 ) -> None:
-    """Fill the folder `output`, as `gantline_kernels.prebuilt` reads it, by so many processes. Kernels that are in it are kept.
+    """Fill the folder `output`, as `gantline_kernels.prebuilt` reads it, by `jobs` processes at most. Kernels that are in it are kept.
 
     `reuse` names a folder that outlives `output`: what an earlier run left there is copied instead of compiled, and what is compiled is
     left there too. Names are hashes of all that decides about a kernel, so nothing in it is ever wrong, only no longer asked for.
@@ -237,7 +237,7 @@ def prebuild(
     work = [(variant, target, output, reuse) for variant in variants for target in targets]
     with tempfile.TemporaryDirectory() as scratch:
         context = multiprocessing.get_context("spawn")
-        with context.Pool(jobs, _begin_worker, (scratch,)) as pool:
+        with context.Pool(min(jobs, len(work)), _begin_worker, (scratch,)) as pool:
             for done, (variant, target) in enumerate(pool.imap_unordered(_prebuild_one, work), 1):
                 on_done(variant, target, done, len(work))
     _remove_claims(output)

@@ -1,7 +1,7 @@
 """The engine's greedy tokens are those of transformers, for every family and variant, however the engine is set.
 
 Prompts of 1 to 600 tokens and 64 new tokens each. GANTLINE_FULL_MATRIX=1 runs 200 of them, every setting with every configuration, and as
-many on two ranks; by default 56 (every edge of a block among them), and each family with two settings, its variants with one, so that
+many on two ranks; by default 40 (every edge of a block among them), and each family with two settings, its variants with one, so that
 every setting is met.
 """
 
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MAIN = ("llama", "mistral-window", "qwen2-tied", "qwen3")
 FULL = os.environ.get("GANTLINE_FULL_MATRIX") == "1"
 TINY_MODEL = Path(__file__).parents[2] / "examples/tiny-model"
-PROMPTS = 200 if FULL else 56
+PROMPTS = 200 if FULL else 40
 LONGEST = 600
 
 

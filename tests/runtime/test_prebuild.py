@@ -65,7 +65,7 @@ from pathlib import Path
 from gantline_runtime import prebuild
 from gantline_runtime.prebuilt_models import read_variants
 (variant,) = read_variants(Path(sys.argv[1]), [1])
-print(*sorted(launch.key for launch in prebuild.note_launches(variant, [90])))
+print(*sorted(launch.key for launch in prebuild.note_launches(variant, [80])))
 """
 
 
@@ -76,7 +76,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def serve(config: Path, *, can_compile: bool = False, steps: int = 60, **environment: str) -> tuple[dict[str, int], str]:
+def serve(config: Path, *, can_compile: bool = False, steps: int = 20, **environment: str) -> tuple[dict[str, int], str]:
     """Run steps drawn at random on a GPU that is not there -> (kernels by where they came from, standard error)."""
     done = run_python("-c", SERVE, str(config), "can compile" if can_compile else "cannot compile", str(steps), **environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -124,7 +124,7 @@ def test_what_a_folder_lacks_is_said_and_nothing_is_compiled_for_it(config: Path
     gone = next(path for path in sorted(kernels.iterdir()) if list(path.glob("_decode.json")))
     gone.rename(tmp_path / "gone")
     try:
-        less = run_python(*command, "80", "90", **environment)
+        less = run_python(*command, "80", "86", **environment)
     finally:
         (tmp_path / "gone").rename(gone)
     first, second = less.stdout.splitlines()
@@ -163,13 +163,10 @@ def test_without_them_kernels_are_compiled_and_kept_where_there_is_room(config: 
     assert second == {"image": 0, "cache": first["compiled"], "compiled": 0}
 
 
-def test_keys_depend_neither_on_the_process_nor_on_its_folders(config: Path, tmp_path: Path) -> None:
-    runs = [
-        run_python("-c", KEYS, str(config), HOME=home, TRITON_CACHE_DIR=cache, PYTHONHASHSEED=seed)
-        for home, cache, seed in (("/", "/proc/none", "1"), (str(tmp_path), str(tmp_path), "2"))
-    ]
-    assert runs[0].returncode == 0, runs[0].stderr[-4000:]
-    assert len(runs[0].stdout.split()) > 20 and runs[0].stdout == runs[1].stdout
+def test_keys_depend_neither_on_the_process_nor_on_its_folders(config: Path, kernels: Path, tmp_path: Path) -> None:
+    again = run_python("-c", KEYS, str(config), HOME=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="2")
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert again.stdout.split() == sorted(path.name for path in kernels.iterdir() if path.is_dir())
 
 
 FULL = os.environ.get("GANTLINE_FULL_MATRIX") == "1"
