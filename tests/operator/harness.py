@@ -168,6 +168,7 @@ def apply(cluster: ApiCluster, *objects: Object) -> None:
 
 def get(cluster: ApiCluster, plural: str, name: str, namespace: str) -> Object:
     """One object. Not by kubectl: tests ask until something is so, and a process for each question is what most of them would compute."""
+    assert plural.endswith("s"), f"{plural} is no plural"
     result: Object = cluster.client.get(f"{path_of(plural, namespace)}/{name}")
     return result
 

@@ -164,7 +164,7 @@ def test_after_an_outage_it_is_back_within_seconds_however_long_that_was(world: 
         watched = {"inferenceservices", *(plural for plural in KINDS)}
         assert asked >= watched, f"these wait for longer: {watched - asked}"
         back = time.monotonic()
-        wait(lambda: get(world, "deployment", "tiny", namespace)["spec"]["replicas"] == 2, timeout_s=30)
+        wait(lambda: get(world, "deployments", "tiny", namespace)["spec"]["replicas"] == 2, timeout_s=30)
         wait(lambda: any(pod["spec"].get("nodeName") for pod in server_pods(world, "other", namespace)), timeout_s=30)
         # 2 s until its watches are back, 5 until what it tried in vain is tried again; the rest is what a service takes.
         assert time.monotonic() - back < 10.0
@@ -206,7 +206,7 @@ def test_connections_that_fall_silent_are_given_up_and_made_anew(world: ApiClust
             assert not operator.dead.wait(ANSWER_S + SILENCE_S)
         wait(lambda: status(world, "other", namespace), timeout_s=30)
         assert_at_rest(world, namespace)
-        assert get(world, "deployment", "tiny", namespace)["spec"]["replicas"] == 2
+        assert get(world, "deployments", "tiny", namespace)["spec"]["replicas"] == 2
         world.kubectl("delete", "gisvc", "--all", "-n", namespace, "--wait=false")
         assert_gone(world, namespace)
 
