@@ -75,6 +75,7 @@ class Reason(StrEnum):
     METRICS_UNKNOWN = "MetricsUnknown"
     GATEWAY_MISSING = "GatewayMissing"
     CUSTOM_METRICS_MISSING = "CustomMetricsMissing"
+    HANDING_OVER = "HandingOver"
 
     # the plan
     INVALID_SPEC = "InvalidSpec"

@@ -27,6 +27,7 @@ _QUIET = {
     # What is under way, or waits for what is: no news, and no warning.
     Reason.INSPECTING, Reason.FETCHING, Reason.QUANTIZING, Reason.EVICTING, Reason.WAITING_FOR_MODEL, Reason.ROLLING_OUT,
     Reason.STARTING, Reason.NOT_AVAILABLE, Reason.SUSPENDED, Reason.PAUSED, Reason.SCALED_TO_ZERO, Reason.RETRYING,
+    Reason.HANDING_OVER,
 }  # fmt: skip
 _TELLING = ("ModelReady", "PlanResolved", "QuantizationReady", "Scheduled", "ScalingReady", "Degraded")
 _SUCCEEDED = {

@@ -47,6 +47,7 @@ __all__ = ["Reconcile"]
 _log = logging.getLogger(__name__)
 
 _REVISIONS = next(kind for kind in CHILD_KINDS if kind.kind == "ControllerRevision")
+_HAND_OVER_POLL_S = 1.0
 _KEPT_REVISIONS = 3
 """The current one, the one it replaces, and one more for a look back."""
 
@@ -240,7 +241,9 @@ class Reconcile(Preparation):
         generation = self.parent["metadata"].get("generation", 0)
         if self.memory.handed_over != generation and not self.paused:
             for kind in sorted(resources.AUTOSCALER_KINDS - {item["kind"] for item in wanted}):
-                await self._remove_autoscaler(kind)
+                if not await self._remove_autoscaler(kind):
+                    self._wait_for_hand_over(kind)
+                    return
             self.memory.handed_over = generation
         if not wanted or not (self._found.get("revision") or self.recorded.get("revision")):
             return
@@ -255,10 +258,21 @@ class Reconcile(Preparation):
         if missing and not problems:
             self._found["scaling_trouble"] = missing
 
-    async def _remove_autoscaler(self, kind: str) -> None:
+    async def _remove_autoscaler(self, kind: str) -> bool:
+        """Whether it is gone: its controller may have to end something first, and has a finalizer for that."""
         with contextlib.suppress(KindMissing, Forbidden):  # then there is none of ours
             if await self.children.look(kind, self.name) is not None:
                 await self.children.delete((kind, self.name))
+                return await self.children.look(kind, self.name) is None
+        return True
+
+    def _wait_for_hand_over(self, kind: str) -> None:
+        """Two owners of `replicas` would undo each other's writes, so nobody comes before the former one is gone."""
+        self.handing_over = True
+        message = f"{kind} {self.name} of the former controller is being deleted; replicas are left as they are until it is gone."
+        cure = "Where that controller was uninstalled, take the object's finalizers away." if kind == "ScaledObject" else ""
+        self._found["scaling_trouble"] = Trouble(Reason.HANDING_OVER, message, cure)
+        self._look_again(_HAND_OVER_POLL_S)
 
     def _missing_metrics(self, kind: str) -> Trouble | None:
         """What the installation lacks for others' autoscalers to know the load."""

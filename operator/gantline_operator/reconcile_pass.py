@@ -116,6 +116,8 @@ class Pass:
     pods: list[PodState] = field(default_factory=list)
     artefacts: dict[str, Object] = field(default_factory=dict)
     again_s: float | None = None
+    handing_over: bool = False
+    """Whether the autoscaler of another controller than the spec's is still there."""
     _found: dict[str, Any] = field(default_factory=dict)
     _wanted_jobs: set[str] = field(default_factory=set)
 
@@ -166,7 +168,7 @@ class Pass:
             generation=self.parent["metadata"].get("generation", 0),
             pods=tuple(pod for pod in self.server_pods if not pod.deleting),
             rolling=rollout is not None and (not rollout.seen or rollout.replicas > rollout.updated),
-            paused=self.paused or self.spec.suspend,
+            paused=self.paused or self.spec.suspend or self.handing_over,
         )
         self.cluster.scaling.note(self.key, target)
 

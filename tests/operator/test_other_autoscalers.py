@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -172,8 +173,20 @@ def test_others_follow_the_same_load_and_one_hands_over_to_the_next_without_a_tr
             wait(lambda: load()[0] == 503, what=load)
             assert get_http(f"http://127.0.0.1:{web}/load/{namespace}/another")[0] == 503
             assert b"gantline_scalings_total" in urllib.request.urlopen(f"http://127.0.0.1:{web}/metrics").read()
+            # KEDA ends its own autoscaler before its object goes: until then nobody else begins.
+            made.replicas[names[2]].silent = False
+            merge = "application/merge-patch+json"
+            api_cluster.client.call("PATCH", path, {"metadata": {"finalizers": ["finalizer.keda.sh"]}}, content_type=merge)
+            patch(api_cluster, NAME, namespace, {"scaling": {"controller": "HPA", "min": 1}})
+            wait_reason(api_cluster, NAME, namespace, "HandingOver", "ScalingReady")
+            time.sleep(2)
+            assert not autoscalers(api_cluster, namespace) and "deletionTimestamp" in api_cluster.client.get(path)["metadata"]
+            api_cluster.client.call("PATCH", path, {"metadata": {"finalizers": None}}, content_type=merge)
+            wait(lambda: autoscalers(api_cluster, namespace))
+            wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
+            assert not api_cluster.client.get(f"/apis/keda.sh/v1alpha1/namespaces/{namespace}/scaledobjects").get("items")
             patch(api_cluster, NAME, namespace, {"scaling": {"controller": "Gantline"}})
-            wait(lambda: not api_cluster.client.get(f"/apis/keda.sh/v1alpha1/namespaces/{namespace}/scaledobjects").get("items"))
+            wait(lambda: not autoscalers(api_cluster, namespace))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Target:
     """That serve, or will."""
     rolling: bool = False
     paused: bool = False
-    """Paused or suspended: nothing is to be changed."""
+    """Paused, suspended, or not yet Gantline's to scale: nothing is to be changed."""
 
     @property
     def key(self) -> str:
