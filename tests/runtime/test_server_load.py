@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from gantline_runtime.messages import PromptLogprobs
+from gantline_runtime.server.answers import AnswerWriter, WholeChoice
 
 from benchmarks.mixed_load import Load, wait_until_free
 from tests.runtime.server_fakes import write_model
@@ -25,6 +29,21 @@ def test_long_texts_keep_neither_short_ones_nor_probes_waiting(tmp_path: Path) -
             assert server.get("/health").status_code == 200
         assert not any(request.done() for request in long[1:]), "they are still at it"
         assert [request.result().json()["count"] for request in long] == [8_000_001] * 4
+
+
+class _Writer(AnswerWriter):
+    async def collect(self, first: Any) -> list[WholeChoice]:
+        scores = PromptLogprobs(start=1, chosen=[-0.5] * len(first), top_ids=[], top_logprobs=[], ranks=[])
+        return [WholeChoice(prompt_logprobs=[scores])]
+
+    def build_whole(self, choices: Any) -> dict[str, Any]:
+        return {"on_loop": threading.current_thread() is threading.main_thread()}
+
+
+@pytest.mark.parametrize(("scores", "on_loop"), [(10, True), (60_000, False)])
+async def test_an_answer_with_the_scores_of_a_long_prompt_is_written_beside_the_event_loop(scores: int, on_loop: bool) -> None:
+    writer = _Writer(None, None, {})  # type: ignore[arg-type]
+    assert await writer.whole([None] * scores) == {"on_loop": on_loop}  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -5,6 +5,7 @@ Bodies are those of OpenAI's API reference. A stream and a whole answer are put 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ __all__ = ["AnswerWriter", "WholeChoice", "answer", "chosen_logprob", "finite_lo
 
 _LOWEST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON cannot say."""
+_MANY_SCORES = 4096
+"""To write them takes a tenth of a second, in which nobody else is to wait."""
 
 
 @dataclass
@@ -50,6 +53,11 @@ class WholeChoice:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def num_scores(self) -> int:
+        """Tokens, of prompt and answer, whose log-probabilities are told."""
+        return len(self.entries) + sum(len(chunk.chosen) for chunk in self.prompt_logprobs)
 
 
 class AnswerWriter:
@@ -113,7 +121,10 @@ class AnswerWriter:
             yield self._event([], self.generation.usage())
 
     async def whole(self, first: Sequence[tuple[int, Delta]]) -> dict[str, Any]:
-        return self.build_whole(await self.collect(first))
+        choices = await self.collect(first)
+        if sum(choice.num_scores for choice in choices) > _MANY_SCORES:
+            return await asyncio.to_thread(self.build_whole, choices)
+        return self.build_whole(choices)
 
     def build_whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
         built = [self.build_choice(index, choice) for index, choice in enumerate(choices)]
