@@ -35,7 +35,7 @@ def metrics_table() -> str:
     metrics = Metrics("0")
     metrics.render(State.LOADING)
     parts = {"promised_bytes": {"weights": 0}, "reserved_bytes": {"weights": 0}}
-    metrics.engine(EngineReport(step_times={"schedule": 0.0}, about={"architecture": "", "implementation": ""}, **parts))
+    metrics.engine(EngineReport(step_times={"schedule": 0.0}, about={"architecture": "", "implementation": "", "reason": ""}, **parts))
     metrics.http("/health", "GET", 200)
     metrics.startup("weights", 0.0)
     rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]

@@ -46,5 +46,9 @@ class LLMEngine(EngineLoop):
             eos_token_ids=eos_token_ids,
             load_seconds=load_seconds,
             grammars=grammars,
-            about={"architecture": checkpoint.shape.architecture, "implementation": implementation},
+            about={
+                "architecture": checkpoint.shape.architecture,
+                "implementation": implementation,
+                "reason": checkpoint.shape.fallback_reason,
+            },
         )

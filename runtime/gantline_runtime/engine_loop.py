@@ -106,7 +106,7 @@ class EngineStats:
     """CUDA graphs so far."""
     longest_capture_s: float
     about: Mapping[str, str] = field(default_factory=dict)
-    """The model's class, and whose implementation runs it."""
+    """The model's class, whose implementation runs it, and why not ours."""
 
 
 @dataclass(frozen=True)

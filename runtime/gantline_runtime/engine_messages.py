@@ -78,7 +78,7 @@ class EngineReport(msgspec.Struct, tag="report", frozen=True, kw_only=True):
     kernels: dict[str, int] = {}
     """Triton's kernels that were loaded so far, by where they came from (`compilation.loaded_kernels`)."""
     about: dict[str, str] = {}
-    """`architecture`: the model's class; `implementation`: `gantline`, or `transformers` where Gantline has none of it."""
+    """`architecture`: the model's class; `implementation`: `gantline`, or `transformers`, for a `reason` that is empty otherwise."""
 
 
 class PrefixChanges(msgspec.Struct, tag="prefixes", frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from gantline_runtime import cli
 from gantline_runtime.checkpoint import open_checkpoint
+from gantline_runtime.checkpoint.shape import parse_shape
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import LLMEngine
 from gantline_runtime.engine_process import build_report
@@ -151,13 +152,35 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path: Path) -
             make_engine(folder)
 
 
-def test_inspect_says_that_transformers_runs_it_and_two_ranks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_that_transformers_runs_it_and_two_ranks_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_model("gemma2", tmp_path / "model", SERVED["gemma2"])
     assert cli.main(["inspect", str(folder)]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["family"], facts["architecture"], facts["numKvHeads"], facts["headDim"]) == ("transformers", "Gemma2ForCausalLM", 2, 16)
+    reason = "Gantline has no implementation of Gemma2ForCausalLM"
+    assert facts["fallbackReason"] == reason
     with pytest.raises(ConfigurationError, match="transformers' own implementation runs Gemma2ForCausalLM, on one device"):
         make_engine(folder, tp=2)
-    engine = make_engine(folder)
-    assert build_report(engine.stats()).about == {"architecture": "Gemma2ForCausalLM", "implementation": "transformers"}
+    with caplog.at_level("WARNING"):
+        engine = make_engine(folder)
+    assert [record.fields["reason"] for record in caplog.records if hasattr(record, "fields")] == [reason]
+    assert build_report(engine.stats()).about == {"architecture": "Gemma2ForCausalLM", "implementation": "transformers", "reason": reason}
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hidden_act": "gelu"}, "has the activation silu, not 'gelu'"),
+        ({}, ""),
+    ],
+)
+def test_a_model_of_a_family_of_ours_tells_what_ours_lacks(changes: dict[str, Any], why: str) -> None:
+    from transformers import AutoConfig
+
+    config = {**AutoConfig.for_model("llama", **_SMALL).to_dict(), "architectures": ["LlamaForCausalLM"]}
+    shape = parse_shape({**config, "rope_parameters": None, **changes})
+    assert (shape.family == "transformers") == bool(why) and why in shape.fallback_reason
+    assert not why or "LlamaForCausalLM" in shape.fallback_reason

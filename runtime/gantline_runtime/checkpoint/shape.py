@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gantline_runtime.checkpoint.files import quote
@@ -65,6 +65,8 @@ class ModelShape:
     mlp_bias: bool
     qk_norm: bool
     awq: AwqFormat | None
+    fallback_reason: str = ""
+    """Why transformers' own implementation runs it, where it does."""
 
 
 def parse_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -73,8 +75,9 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
     Raises CheckpointError: NotAModel, UnsupportedArchitecture, InvalidCheckpoint (a field missing or out of range), InvalidQuantization.
     """
     architecture = _parse_architecture(config)
-    if architecture not in FAMILIES or not _is_ordinary(config):
-        return _describe_by_transformers(config, architecture)
+    reason = _why_not_ours(config, architecture)
+    if reason:
+        return replace(_describe_by_transformers(config, architecture), fallback_reason=reason)
     family = FAMILIES[architecture]
     heads = _count(config, "num_attention_heads", 1 << 14)
     hidden = _count(config, "hidden_size", 1 << 20)
@@ -148,13 +151,21 @@ def _flag(config: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _is_ordinary(config: Mapping[str, Any]) -> bool:
-    """Whether our implementation of the family has the activation and the rotary embedding; their numbers are the engine's matter."""
+def _why_not_ours(config: Mapping[str, Any], architecture: str) -> str:
+    """What the model has that no implementation of ours has, among architecture, activation and rotary embedding; empty where nothing is
+    missing. Their numbers are the engine's matter."""
+    if architecture not in FAMILIES:
+        return f"Gantline has no implementation of {architecture[:100]}"
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(section, Mapping):
         raise CheckpointError("config.json: rope_parameters is no object", cure=_CONFIG_CURE)
     kind = section.get("rope_type", section.get("type", "default"))
-    return config.get("hidden_act", "silu") == "silu" and isinstance(kind, str) and kind in ROPE_TYPES
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        return f"Gantline's implementation of {architecture} has the activation silu, not {quote(activation)}"
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        return f"Gantline's implementation of {architecture} has no rotary embedding of the type {quote(kind)}"
+    return ""
 
 
 def _parse_head_dim(config: Mapping[str, Any], family: str, hidden: int, heads: int) -> int:

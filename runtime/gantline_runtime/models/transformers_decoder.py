@@ -46,8 +46,8 @@ class TransformersDecoder:
     """Whether decode steps may be captured as CUDA graphs: nobody promises that transformers' code never waits for the device."""
 
     def __init__(self, checkpoint: Checkpoint, build: BuildContext) -> None:
-        log.warning("Gantline has no implementation of this model; transformers' own runs it, slower", extra=logs.fields(
-            architecture=checkpoint.shape.architecture
+        log.warning("transformers' own implementation runs this model, slower than one of Gantline's", extra=logs.fields(
+            architecture=checkpoint.shape.architecture, reason=checkpoint.shape.fallback_reason
         ))  # fmt: skip
         self._build = build
         self._config = read_config(checkpoint.config)

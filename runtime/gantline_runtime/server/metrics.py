@@ -161,7 +161,7 @@ class _SharedCollector(Collector):
 
 def _of_engine(report: EngineReport) -> Iterable[Metric]:
     if report.about:
-        yield InfoMetricFamily("gantline_model", "The model's class, and whose implementation runs it.", value=report.about)
+        yield InfoMetricFamily("gantline_model", _MODEL, value=report.about)
     yield _gauge("num_requests_running", "Requests that the engine computes now.", report.num_running)
     yield _gauge("num_requests_waiting", "Requests that wait in the engine's queue.", report.num_waiting)
     yield _gauge("waiting_tokens", "Predicted tokens of the requests that wait.", report.num_waiting_tokens)
@@ -185,6 +185,7 @@ def _planned_bytes() -> float:
     return float(text) if text.isdecimal() and len(text) < 20 else 0.0
 
 
+_MODEL = "The model's class, whose implementation runs it, and why Gantline's does not."
 _SHARED_TOKENS = "Context tokens that requests behind one prefix did not read again in each step, since they were read once for all."
 _KERNELS = "Triton kernels loaded: `image`, made beforehand; `cache`, compiled by an earlier process; `compiled`, by this one."
 _STEP_PARTS = "Where the time of steps goes: of the host, and `device`, while the device has a step to run."
