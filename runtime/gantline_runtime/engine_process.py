@@ -46,7 +46,7 @@ from gantline_runtime.engine_settings import EngineSettings
 from gantline_runtime.failures import describe_exception
 from gantline_runtime.gpu_opening import begin_opening
 from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
-from gantline_runtime.reading_ahead import begin_reading_ahead
+from gantline_runtime.reading_ahead import ReadingAhead
 from gantline_runtime.torch_import import without_tracing
 
 __all__ = ["Engine", "EngineServer", "build_report", "main"]
@@ -325,9 +325,10 @@ def _begin_import(name: str) -> threading.Thread:
     return thread
 
 
-def _load(settings: EngineSettings, importing: threading.Thread) -> Callable[[Callable[[Any], None]], Engine]:
+def _load(settings: EngineSettings, importing: threading.Thread, ahead: ReadingAhead) -> Callable[[Callable[[Any], None]], Engine]:
     def load(on_progress: Callable[[Any], None]) -> Engine:
         importing.join()
+        ahead.stop()
         module, name = settings.engine.split(":")
         config = from_mapping(EngineConfig, settings.engine_config)
         engine: Engine = getattr(importlib.import_module(module), name)(settings.model_dir, config, on_progress=on_progress)
@@ -343,14 +344,14 @@ def main(arguments: Sequence[str]) -> int:
     become_child(settings.parent_pid)
     logs.configure(settings.log_level, settings.log_format)
     begin_opening(str(settings.engine_config.get("device", "auto")))
-    begin_reading_ahead(Path(settings.model_dir))
+    ahead = ReadingAhead(Path(settings.model_dir))
     importing = _begin_import(settings.engine.partition(":")[0])
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     socket.set_hwm(0)  # a ROUTER drops what exceeds its mark; the number of running requests bounds the queue instead
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.bind(settings.endpoint)
-    server = EngineServer(socket, _load(settings, importing), (became_process_at(settings.parent_pid), became_process_at()))
+    server = EngineServer(socket, _load(settings, importing, ahead), (became_process_at(settings.parent_pid), became_process_at()))
     code = 0
     try:
         server.run()

@@ -27,6 +27,7 @@ from gantline_runtime.engine_messages import (
 from gantline_runtime.engine_process import EngineServer, _begin_import, _load, _Phases
 from gantline_runtime.engine_settings import EngineSettings
 from gantline_runtime.messages import AbortRequest, EngineRequest, SamplingParams
+from gantline_runtime.reading_ahead import ReadingAhead
 
 from tests.runtime.server_fakes import EchoEngine, _Progress, write_model
 
@@ -209,7 +210,8 @@ def test_an_engine_that_is_loaded_is_out_of_the_garbage_collectors_sight(tmp_pat
     folder = str(write_model(tmp_path / "m"))
     settings = EngineSettings(endpoint="", parent_pid=0, model_dir=folder, engine_config={}, engine="tests.runtime.server_fakes:EchoEngine")
     importing = _begin_import("tests.runtime.server_fakes")
-    assert isinstance(_load(settings, importing)(lambda _: None), EchoEngine)
+    ahead = ReadingAhead(Path(folder))
+    assert isinstance(_load(settings, importing, ahead)(lambda _: None), EchoEngine)
     assert not importing.is_alive()
     assert settled == ["settled", "by hand"]
 

@@ -9,16 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gantline_runtime import reading_ahead
 from gantline_runtime.child_process import became_process_at
 from gantline_runtime.gpu_opening import open_first_gpu
-from gantline_runtime.reading_ahead import begin_reading_ahead, read_ahead
+from gantline_runtime.reading_ahead import ReadingAhead
 
-from tests.runtime.server_process import REAL, ROOT, ServerProcess, running, wait_until
+from tests.runtime.server_process import REAL, ROOT, ServerProcess, running
 
 MODEL = ROOT / "examples" / "tiny-model"
 PHASES = ("launch", "import", "device", "workspace", "weights", "cache", "warm-up")
@@ -169,19 +171,46 @@ def _cached_share(path: Path) -> float:
     return sum(page & 1 for page in pages) / len(pages)
 
 
-def test_weights_are_read_from_disk_while_the_engine_imports(tmp_path: Path) -> None:
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A folder of files that are on disk alone, and of what is no file."""
     for name in ("a.safetensors", "b.safetensors", "c.bin"):
-        (tmp_path / name).write_bytes(os.urandom(8 << 20))
+        (tmp_path / name).write_bytes(os.urandom(24 << 20))
         with (tmp_path / name).open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if _cached_share(tmp_path / "a.safetensors") > 0:
         pytest.skip("a file system that lives in memory")
     os.mkfifo(tmp_path / "0.safetensors")
-    assert read_ahead(tmp_path, 12 << 20) == 12 << 20
-    wait_until(lambda: _cached_share(tmp_path / "a.safetensors") == 1, what="the first file is in memory")
-    wait_until(lambda: _cached_share(tmp_path / "b.safetensors") >= 0.5, what="so much of the second")
-    assert _cached_share(tmp_path / "c.bin") == 0
-    begin_reading_ahead(tmp_path / "absent").join()
-    (tmp_path / "dangling.safetensors").symlink_to("nothing")
-    begin_reading_ahead(tmp_path).join()
+    return tmp_path
+
+
+def test_weights_are_read_from_disk_while_the_engine_imports(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_ahead, "_CHUNK_BYTES", 2 << 20)
+    ReadingAhead(weights, most_bytes=30 << 20).join()
+    assert _cached_share(weights / "a.safetensors") == 1
+    assert 0.2 < _cached_share(weights / "b.safetensors") < 1
+    assert _cached_share(weights / "c.bin") == 0
+    read, preadv = list[int](), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *given: (read.append(len(given[1][0])), preadv(*given))[1])
+    ReadingAhead(weights, most_bytes=24 << 20).join()
+    assert set(read) == {1}, "what is there is not read again"
+    ReadingAhead(weights).join()
+    assert _cached_share(weights / "b.safetensors") == 1
+
+
+def test_reading_ahead_ends_when_loading_begins_and_minds_no_file_that_cannot_be_read(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_ahead, "_CHUNK_BYTES", 1 << 20)
+    begun, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(reading_ahead, "_is_cached", lambda *_: bool(begun.set()) or not go_on.wait(60))
+    ahead = ReadingAhead(weights)
+    assert begun.wait(60)
+    ahead.stop()
+    go_on.set()
+    ahead.join()
+    assert _cached_share(weights / "a.safetensors") < 0.9
+    ReadingAhead(weights / "absent").join()
+    (weights / "1.safetensors").symlink_to("nothing")
+    ReadingAhead(weights).join()
