@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from gantline_kernels import prebuilt
 from gantline_kernels.absent_gpu import Chip
 from gantline_runtime import compilation, prebuild
@@ -145,6 +146,12 @@ def test_what_an_earlier_run_kept_is_copied_and_the_rest_is_compiled_and_kept(co
     assert {file.relative_to(made) for file in made.rglob("*") if file.is_file()} == files
     assert (made / marked).read_bytes() == b"copied"
     assert (made / gone).read_bytes() == (kept / gone).read_bytes() == (kernels / gone).read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_machine_with_a_gpu_makes_them_too(kernels: Path) -> None:
+    assert len(list(kernels.glob("*/*.cubin"))) >= 15
 
 
 def test_only_what_a_launch_needs_is_kept(kernels: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of models beforehand, on a machine without a GPU.
+"""Compile the Triton kernels of models beforehand; no GPU is needed, and none is used.
 
 A server started with $GANTLINE_TRITON_KERNELS naming the folder launches them without compiling; the `runtime` image carries such a folder.
 Kernels are found by types and sizes, never by weights, so a fine-tuned model is served by those of the model it was made from. With --check
@@ -8,9 +8,11 @@ nothing is made: it says which kernels of a model the folder in use lacks, as a 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 from gantline_runtime.prebuilt_models import MODELS, ModelVariant, read_variants, select_variants
 
@@ -38,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # else torch would ask this machine's GPUs for those that are not there
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from gantline_runtime.memory import available_cpus
     from gantline_runtime.prebuild import look_up, prebuild
 
