@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from gantline_runtime.server.api_error import ApiError, raw_answer
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __all__ = ["HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "Connection"]
@@ -15,6 +16,9 @@ HEAD_TIMEOUT_S = 30.0
 MAX_HEAD_BYTES = 64 * 1024
 """A head that has not ended after so many bytes, give or take one read from the socket, is given up."""
 
+_MOST_WAITING = 8
+"""Requests that one connection may have waiting behind the one that is answered, before no more are read."""
+
 
 class Connection(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
@@ -22,6 +26,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._answering: Any = None
+        """uvicorn's cycle of the request that is answered, while others wait behind it; it knows of the last that came alone."""
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -32,6 +38,8 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_bytes += len(data)
         super().data_received(data)
+        if 0 < len(self.pipeline) <= _MOST_WAITING and len(self.cycle.body) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()  # uvicorn stops at what follows a request, and would not see its client leave
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -40,11 +48,21 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        if not self.pipeline:
+            self._answering = self.cycle
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._answering = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def send_400_response(self, msg: str) -> None:
         """Called where httptools finds no HTTP/1 in what came, too."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from typing import Any
 
+import pytest
+
 from tests.gateway.gateway_process import GatewayProcess
-from tests.runtime.server_process import ServerProcess, read_metric, wait_until
+from tests.runtime.server_process import ServerProcess, connect, read_metric, wait_until
 
 _CLIENTS = 40
 
@@ -26,6 +29,22 @@ async def visit(url: str, body: dict[str, Any], stay_s: float) -> None:
                 pass
     except TimeoutError:
         writer.transport.abort()
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_client_that_leaves_is_noticed_whatever_it_sent_after_its_request(
+    shared: GatewayProcess, slow: ServerProcess, more: bytes
+) -> None:
+    body = json.dumps({"model": "slow", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3000}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connect(shared.url) as client:
+        client.sendall(head.encode() + body)
+        wait_until(lambda: slow.metric("gantline_num_requests_running") == 1, what="it runs")
+        for piece in (more, more):
+            client.sendall(piece)
+            time.sleep(0.2)
+    wait_until(lambda: slow.metric("gantline_num_requests_running") == 0, 10, what="the replica to run nothing")
+    shared.wait_demand("default/slow", running=0, held=0)
 
 
 async def test_clients_that_leave_at_random_leave_nothing_behind(shared: GatewayProcess, slow: ServerProcess) -> None:
