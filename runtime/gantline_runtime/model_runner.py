@@ -313,7 +313,7 @@ class ModelRunner:
         sizes = (self._shape, self.parallel.size, self._dtype.itemsize, block_size, num_sms(self.device.index))
         classes = _graph_classes(limits, block_size)
         for shape in loading_batches(classes, limits, block_size, lambda shape: attention_variant(*sizes, shape)):
-            self._model.load_kernels(*self._model_inputs(self._inputs, shape))
+            self._model.load_kernels(*self._model_inputs(self._inputs, shape)[:3])
         for rows in sample_sizes(limits):
             for kind in _LOADED_SAMPLINGS if rows in _ALL_SAMPLED else _LOADED_SAMPLINGS[:1]:
                 slots = torch.arange(rows, device=self.device)
@@ -324,7 +324,7 @@ class ModelRunner:
         """Have torch's allocator hold what steps without a graph take: taken from the device by those steps, it would delay them."""
         self._inputs.zero_()
         largest = prompt_batch(1, limits.max_tokens, limits.max_blocks * block_size)
-        self._model.load_kernels(*self._model_inputs(self._inputs, largest))
+        self._model.load_kernels(*self._model_inputs(self._inputs, largest)[:3])
         self._model.logits(self._hidden[: min(limits.max_slots - 1, limits.max_tokens)])
 
     def _run_largest(self, limits: BatchLimits, block_size: int) -> None:

@@ -50,8 +50,8 @@ class Model(Protocol):
         """Takes as much memory as `forward`, and gives as much, at a small part of its time if that can be; the values mean nothing."""
         ...
 
-    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
-        """Launch the kernels that `forward` would, at a small part of its time if that can be: so they are loaded."""
+    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext) -> None:
+        """Launch the kernels that `forward` would for all rows, at a small part of its time if that can be: so they are loaded."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None: ...

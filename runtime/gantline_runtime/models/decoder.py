@@ -176,11 +176,10 @@ class Decoder:
         """Token numbers [T] -> final hidden states of `rows` (None: all), normed."""
         return self._run(self.layers, ids, caches, context, rows)
 
-    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
-        """As `forward`, through one layer of each kind, then the last, which goes on with `rows` alone."""
+    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext) -> None:
+        """As `forward`, through one layer of each kind, with all rows."""
         kinds = dict(zip(self._config.windows, self.layers, strict=True))
-        layers = [*kinds.values(), self.layers[-1]]
-        self._run(layers, ids, caches[:1] * len(layers), context, rows)
+        self._run(list(kinds.values()), ids, caches[: len(kinds)], context, None)
 
     def forward_briefly(
         self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None

@@ -101,7 +101,7 @@ class TransformersDecoder:
         """As `forward`: what one layer is, the model's own code knows alone."""
         return self.forward(ids, caches, context, rows)
 
-    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext, rows: torch.Tensor | None) -> None:
+    def load_kernels(self, ids: torch.Tensor, caches: list[LayerCache], context: AttentionContext) -> None:
         """Nothing: what one layer is, the model's own code knows alone."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
