@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from enum import IntEnum
 
+from gantline_runtime.graph_sizes import most_padded
 from gantline_runtime.pacing import Pacer, StepLoad
 
 __all__ = ["CapturePacer", "Captures"]
@@ -26,6 +27,8 @@ _RECENT = 8
 """Captures, of which the median is what the next one is taken to last."""
 _HIDDEN = 0.8
 """Share of the device's time up to which launches hide behind it: scheduling and results take the host's time too."""
+_SPARE = 0.8
+"""Share of the limit up to which a step has time for padding."""
 _MOST_DELAY_S = 0.1
 """No step may be later than this for running without a graph and capturing one."""
 _SELDOM = 128
@@ -86,7 +89,14 @@ class CapturePacer:
             return Captures.NONE
         if launch <= limit and self._steps_since < _SELDOM:
             return Captures.LATER
+        if launch > limit and device <= _SPARE * limit and self._is_covered(load):
+            return Captures.LATER
         return Captures.WIDE if launch + (capture or 0.0) <= _MOST_DELAY_S else Captures.WIDE_AGAIN
+
+    def _is_covered(self, load: StepLoad) -> bool:
+        """Whether a mixed step, such as a prompt's end, can be padded to a graph that there is."""
+        tokens = load.decodes + load.prompt_tokens
+        return load.prompt_tokens > 0 and any(tokens <= size <= most_padded(tokens) for size in self._graph_tokens)
 
     def _count_step(self) -> None:
         self._steps_since += 1

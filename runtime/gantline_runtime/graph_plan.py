@@ -15,6 +15,7 @@ from collections import deque
 from gantline_runtime.batch import BatchShape
 from gantline_runtime.capture_pacing import Captures
 from gantline_runtime.graph_classes import GraphClasses
+from gantline_runtime.graph_sizes import most_padded
 from gantline_runtime.sizing import MAX_GRAPHS
 
 __all__ = ["GraphPlan"]
@@ -23,8 +24,8 @@ log = logging.getLogger(__name__)
 
 _FREE_TOKENS, _FREE_SHARE = 8, 1 / 16
 """Tokens of padding that are always taken for the sake of a graph: so many, or this share of the batch's."""
-_MOST_DECODES, _MOST_TOKENS = 2.0, 1.3
-"""Times a batch's tokens that its padded one may have where launches take time: decodes cost little beside the weights that are read."""
+_MOST_DECODES = 2.0
+"""Times a batch's tokens that its padded one may have where launches take time, if all decode; of mixed ones see `most_padded`."""
 
 
 class GraphPlan:
@@ -99,7 +100,7 @@ class GraphPlan:
 
 
 def _covers(wide: BatchShape, graph: BatchShape) -> bool:
-    most_tokens = _MOST_DECODES * graph.num_tokens if graph.is_decode else _MOST_TOKENS * graph.num_tokens
+    most_tokens = _MOST_DECODES * graph.num_tokens if graph.is_decode else most_padded(graph.num_tokens)
     return (
         wide.is_decode == graph.is_decode
         and graph.num_tokens <= wide.num_tokens <= most_tokens

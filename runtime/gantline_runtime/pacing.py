@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gantline_runtime.graph_sizes import token_step
+from gantline_runtime.graph_sizes import most_padded, token_step
 
 __all__ = ["Pacer", "StepLoad"]
 
@@ -54,6 +54,8 @@ _RATIO_GAIN, _RECENT = 1 / 8, 8
 """Weight of the newest step in the mean ratio of what steps took to what was expected; steps that it is made from after a new fit."""
 _ERRORS, _LATE_SHARE, _LATE_BY = 128, 0.01, 1.05
 """Of the last so many steps' ratios, less the mean of then: room is left so that this share exceeds the limit by that factor at most."""
+_UNSURE = 16
+"""So many ratios tell what may happen; with fewer, room is left for more: contexts come that were never seen."""
 _OF_CLASS, _LEAST_OFF, _MOST_OFF = 8, 0.95, 1.25
 """Last steps of as many tokens, from whose median ratio follows what is wrong with all such steps, and its bounds."""
 _MOST_RATIO, _MOST_ERROR = 1.5, 0.2
@@ -116,7 +118,7 @@ class Pacer:
         self._ratio = 1.0
         self._recent: deque[tuple[StepLoad, float]] = deque(maxlen=_RECENT)
         self._errors: deque[float] = deque(maxlen=_ERRORS)
-        self._error = 0.0
+        self._error = _MOST_ERROR
 
     @property
     def _knows_prompts(self) -> bool:
@@ -170,7 +172,8 @@ class Pacer:
         off = self._ratio_of(load, seconds) - self._ratio
         self._ratio += _RATIO_GAIN * off
         self._errors.append(off)
-        self._error = min(_MOST_ERROR, _largest(self._errors, _LATE_SHARE))
+        unsure = _MOST_ERROR * (1.0 - len(self._errors) / _UNSURE)
+        self._error = min(_MOST_ERROR, max(_largest(self._errors, _LATE_SHARE), unsure))
         steps = self._of_class.setdefault(_class_of(load), deque(maxlen=_OF_CLASS))
         steps.append((load, seconds))
         self._off[_class_of(load)] = self._median_off(steps)
@@ -221,10 +224,11 @@ class Pacer:
 
     def _with_graph(self, load: StepLoad, count: int, wanted: int) -> int:
         """Of a chunk that is cut to `count`, what fills the largest class that has a graph; or if that is less than half, what fills a
-        power of two, or whole 64 tokens, so that few classes are captured. A step's further prompt is left out if it fills none."""
-        if self.graph_tokens is None or not 0 < count < wanted:
-            return count
+        power of two, or whole 64 tokens, so that few classes are captured. A step's further prompt is left out if it fills none. Few
+        tokens that end a prompt are padded."""
         before = load.decodes + load.prompt_tokens
+        if self.graph_tokens is None or not count or (count >= wanted and before + count <= most_padded(0)):
+            return count
         known = max((size for size in self.graph_tokens if size <= before + count), default=0)
         power, grain = 1 << ((before + count).bit_length() - 1), (before + count) // _GRAIN * _GRAIN
         sizes = (known, power) if load.prompt_tokens else (known, power, grain)

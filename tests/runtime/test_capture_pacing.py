@@ -61,9 +61,17 @@ def test_where_launches_exceed_the_limit_the_pacer_keeps_to_few_numbers_of_token
     assert pacer.chunk(DECODES, 0, 8000) == 256 - 64
     graphs.add(320)
     assert pacer.chunk(DECODES, 0, 8000) == 320 - 64
-    assert pacer.chunk(DECODES, 0, 50) == 50, "a prompt's end is no matter of classes"
+    assert pacer.chunk(DECODES, 0, 50) == 50, "a prompt's end is padded"
     CapturePacer(pacer, [27e-3], [13e-3], graphs, direct=True).allow(DECODES)
     assert pacer.chunk(DECODES, 0, 8000) == chunk
+
+
+def test_where_launches_exceed_the_limit_a_prompts_end_is_padded_to_a_graph_that_there_is() -> None:
+    load = StepLoad(decodes=64, decode_context=64_000)
+    load.add_chunk(20_000, 60)
+    for graphs, expected in (({256}, Captures.LATER), ({512}, Captures.WIDE), (set[int](), Captures.WIDE)):
+        assert CapturePacer(taught(18, 9), [27e-3], [26e-3], graphs, direct=True).allow(load) is expected
+    assert CapturePacer(taught(18, 9), [27e-3], [26e-3], {256}, direct=True).allow(DECODES) is Captures.WIDE, "decodes alone"
 
 
 def test_where_nobody_decodes_nobody_waits() -> None:

@@ -63,10 +63,10 @@ def test_where_launches_take_time_a_graph_of_more_tokens_is_worth_the_padding_un
     plan = make_plan()
     for batch in (decodes(160), mixed(28, 130)):
         plan.captured(plan.pad(batch, Captures.WIDE).graph)
-    for batch, covered in ((decodes(90), True), (decodes(40), False), (mixed(10, 118), True), (mixed(10, 80), False)):
+    for batch, size in ((decodes(90), 160), (decodes(40), 40), (mixed(10, 118), 160), (mixed(10, 80), 128)):
         assert plan.pad(batch, Captures.NONE) == batch, "a graph would gain nothing"
         padded = plan.pad(batch, Captures.LATER)
-        assert (bool(padded.padded), padded.num_tokens == 160) == (covered, covered) and not padded.capture
+        assert (bool(padded.padded), padded.num_tokens) == (size != batch.num_tokens, size) and not padded.capture
         own = plan.pad(batch, Captures.WIDE)
         assert own.capture and own.num_tokens < 160
         plan.captured(own.graph)
