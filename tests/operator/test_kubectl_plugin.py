@@ -37,6 +37,7 @@ from tests.operator.harness import (
     remove_gpu_nodes,
     service,
     serving,
+    wait_events,
     wait_reason,
 )
 
@@ -85,8 +86,10 @@ def site(api_cluster: ApiCluster, tmp_path_factory: pytest.TempPathFactory) -> I
     place = gpu_nodes(api_cluster, namespace, "h100")
     with serving(api_cluster, namespace):
         apply(api_cluster, service("asked", namespace), service("asked-too", namespace), service("enormous", namespace, **place))
-        wait_reason(api_cluster, "asked", namespace, "Ready")
-        wait_reason(api_cluster, "asked-too", namespace, "Ready")
+        for name in ("asked", "asked-too"):
+            wait_reason(api_cluster, name, namespace, "Ready")
+            wait_reason(api_cluster, name, namespace, "Available", "Servable")  # of pods, which are listed before the Deployment is asked
+            wait_events(api_cluster, name, namespace, "RolloutCompleted")
         wait_reason(api_cluster, "enormous", namespace, "NeedsSeveralNodes")
     yield Site(api_cluster, namespace, folder)
     remove_gpu_nodes(api_cluster, namespace)
