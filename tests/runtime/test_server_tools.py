@@ -118,6 +118,32 @@ def test_the_template_gets_tools_calls_results_and_reasoning(ask: Any) -> None:
     assert with_tools > len(tokens) + 50
 
 
+@pytest.mark.parametrize(
+    "thought", [{"reasoning": "Hm."}, {"reasoning": "Hm.", "reasoning_content": None}, {"reasoning": "Hm.", "reasoning_content": "Hm."}]
+)
+def test_reasoning_comes_back_by_either_name(ask: Any, thought: dict[str, Any]) -> None:
+    told = [ask("", messages=_thinking(said)).usage.prompt_tokens for said in (thought, {"reasoning_content": "Hm."}, {})]
+    assert told[0] == told[1] > told[2]
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "assistant", "reasoning": "Hm.", "reasoning_content": "Ha."}, "differ"),
+        ({"role": "user", "reasoning": "Hm."}, "role assistant"),
+    ],
+)
+def test_reasoning_of_two_minds_or_of_others_is_refused_with_its_place(ask: Any, message: dict[str, Any], words: str) -> None:
+    messages = [*USER, {"content": "x", **message}]
+    refused = ask.server.post("/v1/chat/completions", {"model": "echo", "messages": messages})
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["param"] == "messages[1].reasoning" and words in error["message"]
+
+
+def _thinking(said: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*USER, {"role": "assistant", "content": "Cold.", **said}, *USER]
+
+
 @pytest.mark.parametrize(("effort", "thinks"), [("none", False), ("low", True)])
 def test_an_effort_switches_thinking(ask: Any, effort: str, thinks: bool) -> None:
     prompts = {thinking: ask("x", extra_body={"chat_template_kwargs": {"enable_thinking": thinking}}) for thinking in (True, False)}

@@ -183,6 +183,7 @@ class Message(Body):
     ] = []
     name: str | None = Field(None, max_length=256)
     reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="vLLM's newer name of `reasoning_content`.")
     tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS)
     tool_call_id: str | None = Field(None, max_length=256)
 
@@ -193,9 +194,18 @@ class Message(Body):
 
     @model_validator(mode="after")
     def _members_fit_the_role(self) -> Self:
-        for name, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+        owners = {"tool_calls": "assistant", "reasoning_content": "assistant", "reasoning": "assistant", "tool_call_id": "tool"}
+        for name, role in owners.items():
             if getattr(self, name) and self.role != role:
                 raise invalid(f"{name} belongs to messages of the role {role}, not {self.role}.", name)
+        return self
+
+    @model_validator(mode="after")
+    def _reasoning_has_two_names(self) -> Self:
+        if self.reasoning is not None:
+            if self.reasoning_content not in (None, self.reasoning):
+                raise invalid("reasoning and reasoning_content mean the same here and differ; give one.", "reasoning")
+            self.reasoning_content = self.reasoning
         return self
 
     def for_template(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
