@@ -1,7 +1,7 @@
-"""How near decoding is to what memory and matrix units allow: `python -m benchmarks.floor_share` prints a table in under two minutes.
+"""How near decoding is to what memory and matrix units allow: `python -m benchmarks.floor_share` prints a table in three minutes.
 
-One whole decode step (forward pass, logits, argmax) as a CUDA graph, for batch {1, 8, 32, 128, 512} x context {512, 8k, 32k} and two
-families of the size of Llama 3.1 8B and Qwen3 8B, weights random and made in place. Contexts that exceed the cache share its blocks, in
+One whole decode step (forward pass, logits, argmax) as a CUDA graph, for batch {1, 8, 32, 128, 512} x context {512, 8k, 32k} and models of
+the size of Llama 3.1 8B, Qwen3 8B, Qwen2.5 7B (7 queries to a key) and Llama 3.2 1B (head dimension 64), weights random and made in place. Contexts that exceed the cache share its blocks, in
 random order, so that as many bytes are read from memory as if each had its own.
 
 The floor of a step is that of its parts, one after the other: each linear layer the larger of its bytes over the read rate and its
@@ -37,7 +37,19 @@ QWEN3_8B: dict[str, object] = {
     "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
     "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
 }  # fmt: skip
-FAMILIES = {"Llama-3.1-8B": LLAMA_31_8B, "Qwen3-8B": QWEN3_8B}
+QWEN25_7B: dict[str, object] = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064, "max_position_embeddings": 32832, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151645,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+LLAMA_32_1B: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": True,
+    "bos_token_id": 128000, "eos_token_id": 128001, "torch_dtype": "bfloat16",
+}  # fmt: skip
+FAMILIES = {"Llama-3.1-8B": LLAMA_31_8B, "Qwen3-8B": QWEN3_8B, "Qwen2.5-7B": QWEN25_7B, "Llama-3.2-1B": LLAMA_32_1B}
 _BLOCK = 64
 _CACHE_BYTES = 24 << 30
 _PRODUCT_RATE = 700e12

@@ -14,8 +14,6 @@ __all__ = ["HopperDecodePlan", "fits_hopper_decode", "hopper_decode", "plan_hopp
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _DIMS = (64, 96, 128, 256)
-_TIMED_DIM = 128
-"""Timed with many sequences too; with other dimensions the kernel serves only as many as fill the multiprocessors once."""
 _MAX_GROUP = 16
 _MAX_PARTS = 128
 _MAX_PAIRS = 4096
@@ -51,7 +49,7 @@ def fits_hopper_decode(q: torch.Tensor, key_cache: torch.Tensor) -> bool:
     (batch, heads, dim), (_, kv_heads, block_size, _) = q.shape, key_cache.shape
     possible = q.dtype in _TYPES and key_cache.dtype == q.dtype and dim in _DIMS and heads // kv_heads <= _MAX_GROUP
     aligned = q.stride(0) % 8 == 0 and q.data_ptr() % 16 == 0 and block_size >= 16 and block_size & (block_size - 1) == 0
-    return possible and aligned and batch * kv_heads <= (_MAX_PAIRS if dim == _TIMED_DIM else devices.num_sms(q.device.index))
+    return possible and aligned and batch * kv_heads <= _MAX_PAIRS
 
 
 def hopper_decode(
