@@ -1,9 +1,8 @@
-"""How near decoding is to what memory and matrix units allow: `python -m benchmarks.floor_share` prints a table in three minutes.
+"""How near decoding is to what memory and matrix units allow: `python -m benchmarks.floor_share` prints its tables in a minute.
 
 One whole decode step (forward pass, logits, argmax) as a CUDA graph, for batch {1, 8, 32, 128, 512} x context {512, 8k, 32k} and models of
 the size of Llama 3.1 8B, Qwen3 8B, Qwen2.5 7B (7 queries to a key) and Llama 3.2 1B (head dimension 64), weights random and made in place.
-Contexts that exceed the cache share its blocks, in
-random order, so that as many bytes are read from memory as if each had its own.
+Contexts that exceed the cache share its blocks, in random order, so that as many bytes are read from memory as if each had its own.
 
 The floor of a step is that of its parts, one after the other: each linear layer the larger of its bytes over the read rate and its
 operations over 700 TFLOP/s (what long products reach), attention its cached bytes over the read rate. The read rate is measured in the same
@@ -41,8 +40,8 @@ QWEN3_8B: dict[str, object] = {
 QWEN25_7B: dict[str, object] = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
     "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064, "max_position_embeddings": 32832,
-    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 151643, "eos_token_id": 151645,
-    "torch_dtype": "bfloat16",
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 151643,
+    "eos_token_id": 151645, "torch_dtype": "bfloat16",
 }  # fmt: skip
 LLAMA_32_1B: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
