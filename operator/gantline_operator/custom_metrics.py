@@ -11,7 +11,6 @@ tells in the ConfigMap kube-system/extension-apiserver-authentication. The aggre
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import ssl
@@ -22,11 +21,13 @@ from typing import Any
 
 from aiohttp import web
 
+from gantline_operator.admitting_port import AdmittingPort
 from gantline_operator.autoscaling.loop import POD_METRICS, PodValue
+from gantline_operator.certificates.pairs import Pair
 from gantline_operator.certificates.trust import trust_of_api
 from gantline_operator.certificates.upkeep import Upkeep
-from gantline_operator.client import ApiError, Client, Object
-from gantline_operator.observe import CONFIG_MAPS
+from gantline_operator.client import Client, Object
+from gantline_operator.front_proxy import FrontProxy, FrontProxyWatch, read_front_proxy
 from gantline_operator.resources.naming import pod_selector
 from gantline_operator.settings import OperatorSettings
 
@@ -52,8 +53,8 @@ class CustomMetrics:
         self._values = values
         self._window_s = max(1, int(interval_s))
 
-    def application(self, names: Collection[str]) -> web.Application:
-        """For callers whose certificate has one of these common names; any where there are none."""
+    def application(self, names: Callable[[], Collection[str]]) -> web.Application:
+        """For callers whose certificate has one of these common names, asked for at each request; any where there are none."""
         application = web.Application(client_max_size=1 << 10, middlewares=[_admitting(names)])
         application.router.add_get(_ROOT, self._list)
         application.router.add_get(_ROOT + "/namespaces/{namespace}/pods/{name}/{metric}", self._pods)
@@ -89,11 +90,12 @@ class CustomMetrics:
         }
 
 
-def _admitting(names: Collection[str]) -> Any:
+def _admitting(names: Callable[[], Collection[str]]) -> Any:
     @web.middleware
     async def admit(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
         subject = (request.get_extra_info("peercert") or {}).get("subject", ())
-        if names and not any(key == "commonName" and value in names for part in subject for key, value in part):
+        allowed = names()
+        if allowed and not any(key == "commonName" and value in allowed for part in subject for key, value in part):
             return _failure(403, "Forbidden", "only the API server's aggregator may ask")
         return await handler(request)
 
@@ -121,77 +123,47 @@ def _failure(code: int, reason: str, message: str) -> web.Response:
 
 
 async def serve_custom_metrics(client: Client, metrics: CustomMetrics, settings: OperatorSettings) -> None:
-    """Serves until cancelled. While the authority or a certificate that is given is not there, it is tried again, and the log says so."""
-    while True:
-        try:
-            authority, names = await read_authority(client)
-            context = build_context(authority)
-            if not settings.custom_metrics_secret:
-                _load(context, Path(settings.custom_metrics_certificate))
-            break
-        except (ApiError, OSError, ValueError) as error:
-            _log.warning("custom.metrics.k8s.io is not served yet, trying again in %.0f s: %s", _RETRY_S, error)
-            await asyncio.sleep(_RETRY_S)
-    runner = web.AppRunner(metrics.application(names), access_log=None)
-    await runner.setup()
+    """Serves until cancelled, from when the API server names an authority. What it names later is for the next connections; while that
+    cannot be used, and the log says so, it stays as it was. Raises OSError where the port is taken."""
+    admitted = FrontProxy("")
+    port = AdmittingPort(metrics.application(lambda: admitted.names), settings.listen_address, settings.custom_metrics_port)
+    watch = FrontProxyWatch(client)
     try:
-        await web.TCPSite(runner, settings.listen_address, settings.custom_metrics_port, ssl_context=context).start()
-        await _keep_certificate(client, settings, context)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(watch.run())
+            tasks.create_task(_keep_certificate(client, settings, port))
+            while True:
+                data = await watch.next()
+                try:
+                    found = read_front_proxy(data)
+                    if found.authority != admitted.authority:
+                        await port.admit(found.authority)
+                    admitted = found
+                except (ValueError, ssl.SSLError) as error:
+                    _log.warning("Who may ask for custom.metrics.k8s.io stays as it was (%s): %s", admitted.names or "nobody", error)
     finally:
-        await runner.cleanup()
+        await port.close()
 
 
-async def _keep_certificate(client: Client, settings: OperatorSettings, context: ssl.SSLContext) -> None:
+async def _keep_certificate(client: Client, settings: OperatorSettings, port: AdmittingPort) -> None:
     """For ever. Only who leads serves this API, so what is the operator's own may always be renewed here."""
     if settings.custom_metrics_secret:
         group, _, version = API_VERSION.partition("/")
         trust = trust_of_api(f"{version}.{group}")
-        await Upkeep(client, settings.custom_metrics_secret, trust, settings.custom_metrics_hosts, context, lambda: True).run()
+        await Upkeep(client, settings.custom_metrics_secret, trust, settings.custom_metrics_hosts, port.use, lambda: True).run()
     else:
-        await _reload(context, Path(settings.custom_metrics_certificate))
+        await _follow_files(Path(settings.custom_metrics_certificate), port)
 
 
-async def read_authority(client: Client) -> tuple[str, list[str]]:
-    """The authority of the aggregator's client certificates, PEM, and the names that they may have (none: any).
-
-    Raises ApiError, and ValueError where the API server names no authority.
-    """
-    found = await client.get(CONFIG_MAPS, "kube-system", "extension-apiserver-authentication")
-    data = found.get("data") or {}
-    authority = data.get("requestheader-client-ca-file", "")
-    if not authority.strip():
-        raise ValueError("the API server names no authority for its aggregator: start it with --requestheader-client-ca-file")
-    return str(authority), [str(name) for name in json.loads(data.get("requestheader-allowed-names") or "[]")]
-
-
-def build_context(authority: str) -> ssl.SSLContext:
-    """TLS that admits only who shows a certificate of `authority`; it has none itself yet. Raises OSError for what is no authority."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=authority)
-    context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def _load(context: ssl.SSLContext, folder: Path) -> None:
-    """Raises OSError, also for what is no certificate."""
-    context.load_cert_chain(folder / "tls.crt", folder / "tls.key")
-
-
-async def _reload(context: ssl.SSLContext, folder: Path) -> None:
-    """Takes a renewed certificate for new connections, for ever."""
-    last = _stamp(folder)
+async def _follow_files(folder: Path, port: AdmittingPort) -> None:
+    """Takes the certificate there, and each that replaces it, for ever."""
+    used: Pair | None = None
     while True:
-        await asyncio.sleep(_RELOAD_S)
-        if (now := _stamp(folder)) == last:
-            continue
         try:
-            _load(context, folder)
-            last = now
-        except OSError as error:
-            _log.warning("The renewed certificate of custom.metrics.k8s.io cannot be used: %s", error)
-
-
-def _stamp(folder: Path) -> tuple[Any, ...]:
-    try:
-        return tuple((folder / name).stat().st_mtime_ns for name in ("tls.crt", "tls.key"))
-    except OSError:
-        return ()
+            pair = Pair("", (folder / "tls.crt").read_text(), (folder / "tls.key").read_text())
+            if pair != used:
+                port.use(pair)
+                used = pair
+        except (OSError, ValueError) as error:
+            _log.warning("The certificate of custom.metrics.k8s.io cannot be used: %s", error)
+        await asyncio.sleep(_RELOAD_S if used else _RETRY_S)

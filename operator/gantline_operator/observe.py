@@ -44,7 +44,7 @@ _INVENTORY_POLL_S = 60.0
 
 
 class Mirror(Generic[T]):
-    """All objects of one kind, reduced; of all namespaces or of one, those that a label selector finds or all.
+    """All objects of one kind, reduced; of all namespaces or of one, those that a label selector finds, the one of a name, or all.
 
     `reduce` answers what is kept of an object, None for nothing. `changed` is told of those that differ now, by uid: as they were and as
     they are, also where a new list tells of it. `items` is None until the first list, and while listing is refused.
@@ -59,6 +59,8 @@ class Mirror(Generic[T]):
         *,
         namespace: str | None = None,
         selector: str = "",
+        name: str = "",
+        refused_retry_s: float = _REFUSED_RETRY_S,
         watch_s: int = _WATCH_S,
     ) -> None:
         self.items: dict[str, T] | None = None
@@ -70,6 +72,9 @@ class Mirror(Generic[T]):
         self._changed = changed
         self._namespace = namespace
         self._query = {"labelSelector": selector} if selector else {}
+        if name:
+            self._query["fieldSelector"] = f"metadata.name={name}"
+        self._refused_retry_s = refused_retry_s
         self._watch_s = watch_s
 
     async def run(self) -> None:
@@ -86,7 +91,7 @@ class Mirror(Generic[T]):
             except (Forbidden, KindMissing) as error:
                 _log.warning("Not allowed to list %s, so that what they tell stays unknown: %s", self._resource.plural, error)
                 self._replace(None)
-                await asyncio.sleep(_REFUSED_RETRY_S * random.uniform(0.8, 1.2))
+                await asyncio.sleep(self._refused_retry_s * random.uniform(0.8, 1.2))
             except ApiError as error:
                 failures += 1
                 _log.info("Listing or watching %s failed, trying again: %s", self._resource.plural, error)

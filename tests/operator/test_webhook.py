@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
 from gantline_operator.certificates import upkeep
-from gantline_operator.certificates.pairs import make_pair, must_renew
+from gantline_operator.certificates.pairs import load_pair, make_pair, must_renew
 from gantline_operator.certificates.trust import trust_of_webhooks
 from gantline_operator.client import connect
 from gantline_operator.web import serving_http
@@ -198,7 +199,7 @@ async def test_a_replica_that_waits_makes_no_certificate_and_serves_the_leaders(
     def replica(leads: bool, hosts: tuple[str, ...]) -> upkeep.Upkeep:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         secret, trust = f"{site.namespace}/gantline-webhook", trust_of_webhooks(f"gantline-{site.namespace}")
-        return upkeep.Upkeep(client, secret, trust, hosts, context, lambda: leads)
+        return upkeep.Upkeep(client, secret, trust, hosts, partial(load_pair, context), lambda: leads)
 
     wait(lambda: site.kept().get("tls.crt"))
     kept = site.kept()["tls.crt"]

@@ -6,6 +6,9 @@ Nobody can sign another one, so a stolen Secret is worth what it is worth until 
 from __future__ import annotations
 
 import ipaddress
+import os
+import ssl
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-__all__ = ["LIFETIME", "Pair", "belongs_together", "make_pair", "must_renew", "read_authorities"]
+__all__ = ["LIFETIME", "Pair", "belongs_together", "load_pair", "make_pair", "must_renew", "read_authorities"]
 
 LIFETIME = timedelta(days=90)
 _AUTHORITY = "gantline authority"
@@ -57,6 +60,17 @@ def make_pair(hosts: Sequence[str], now: datetime, lifetime: timedelta = LIFETIM
     )
     secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return Pair(_pem(authority), _pem(certificate), secret.decode())
+
+
+def load_pair(context: ssl.SSLContext, pair: Pair) -> None:
+    """New connections of `context` are answered with it; those that are open go on. Raises ssl.SSLError for what is no certificate."""
+    descriptor, path = tempfile.mkstemp(prefix="gantline-certificate-")  # 0600; the ssl module reads keys from files only
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(pair.certificate + "\n" + pair.key)
+        context.load_cert_chain(path)
+    finally:
+        os.unlink(path)
 
 
 def must_renew(certificate: str, hosts: Sequence[str], now: datetime) -> bool:

@@ -13,10 +13,8 @@ import base64
 import binascii
 import contextlib
 import logging
-import os
 import random
 import ssl
-import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -37,17 +35,18 @@ _SOON_S, _POLL_S = 2.0, 60.0
 
 
 class Upkeep:
-    """`run` keeps `context` able to answer for `hosts`. It makes neither the Secret (`namespace/name`) nor what is told the authority: both
-    are the chart's. Who does not lead only loads what the Secret holds."""
+    """`run` keeps a server able to answer for `hosts`; `use` gets each certificate to answer with, and may raise ssl.SSLError. It makes
+    neither the Secret (`namespace/name`) nor what is told the authority: both are the chart's. Who does not lead only uses what the Secret
+    holds."""
 
     def __init__(
-        self, client: Client, secret: str, trust: Trust, hosts: Sequence[str], context: ssl.SSLContext, leads: Callable[[], bool]
+        self, client: Client, secret: str, trust: Trust, hosts: Sequence[str], use: Callable[[Pair], None], leads: Callable[[], bool]
     ) -> None:
         self._client = client
         self._namespace, _, self._secret = secret.partition("/")
         self._trust = trust
         self._hosts = hosts
-        self._context = context
+        self._use = use
         self._leads = leads
         self._loaded = ""
         self._published = ""
@@ -103,17 +102,9 @@ class Upkeep:
         self._published = authority
 
     def _load(self, pair: Pair) -> None:
-        """New connections are answered with it; those that are open go on."""
-        if pair.certificate == self._loaded:
-            return
-        descriptor, path = tempfile.mkstemp(prefix="gantline-certificate-")  # 0600; the ssl module reads keys from files only
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(pair.certificate + pair.key)
-            self._context.load_cert_chain(path)
-        finally:
-            os.unlink(path)
-        self._loaded = pair.certificate
+        if pair.certificate != self._loaded:
+            self._use(pair)
+            self._loaded = pair.certificate
 
 
 def _read(secret: Object) -> Pair:

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from gantline_operator.background import beside
+from gantline_operator.certificates.pairs import load_pair
 from gantline_operator.certificates.trust import trust_of_webhooks
 from gantline_operator.certificates.upkeep import Upkeep
 from gantline_operator.client import Client
@@ -27,7 +29,7 @@ async def serving_webhook(
     """In every replica; who leads also renews the certificate. A failure of ours that is no ApiError sets `stop` and is raised."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     trust = trust_of_webhooks(settings.webhook_configuration)
-    upkeep = Upkeep(client, settings.webhook_secret, trust, settings.webhook_hosts, context, leads)
+    upkeep = Upkeep(client, settings.webhook_secret, trust, settings.webhook_hosts, partial(load_pair, context), leads)
     judge = Reviewer(client, controller, settings.images).judge
 
     def count(result: str) -> None:
