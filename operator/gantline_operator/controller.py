@@ -190,9 +190,7 @@ class Controller:
             _log.exception("%s/%s: trying again in %.1f s", *key, delay_s)
         else:
             self.metrics.reconciles.labels("done").inc()
-            self.queue.forget(key)
-            if again_s is not None:
-                self.queue.add_after(key, again_s)
+            self.queue.succeed(key, again_s)
 
     async def reconcile(self, key: Key) -> float | None:
         """Seconds after which to look again; None if an event will do. Raises ApiError."""

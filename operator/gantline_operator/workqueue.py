@@ -8,7 +8,8 @@
                   when due
 
 `Schedule` is the bookkeeping: plain, without a clock of its own. `WorkQueue` adds a loop's time and a way to wait. Failures back off
-exponentially per key with jitter, so that a thousand services do not come back in one instant when the API server does.
+exponentially per key with jitter, so that a thousand services do not come back in one instant when the API server does. So does a key whose
+work asks to be done again at once, time after time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ RETURN_S = 2.0
 """Most seconds between two attempts of a watch to reach the API server. There are few watches, and nobody is served while they are away."""
 _BACKOFF_BASE_S = 0.25
 BACKOFF_CAP_S = 300.0
+_AT_ONCE_S = 0.5
+"""A key that is to come back sooner than this comes at once; whoever polls waits longer."""
+_FLOOR_S, _FLOOR_CAP_S = 0.05, 60.0
+"""Least delay of a key that comes back at once the first time, and after many times in a row."""
 
 
 def backoff_s(failures: int, jitter: float, *, base_s: float = _BACKOFF_BASE_S, cap_s: float = BACKOFF_CAP_S) -> float:
@@ -137,6 +142,7 @@ class WorkQueue(Generic[K]):
         self._jitter = jitter
         self._schedule: Schedule[K] = Schedule()
         self._failures: dict[K, int] = {}
+        self._at_once: dict[K, int] = {}
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     def add(self, key: K, rank: Rank = Rank.CHANGED) -> None:
@@ -155,9 +161,26 @@ class WorkQueue(Generic[K]):
         self.add_after(key, delay_s)
         return delay_s
 
-    def forget(self, key: K) -> None:
-        """The key did well: its next failure is its first."""
+    def succeed(self, key: K, again_s: float | None) -> None:
+        """The key did well: its next failure is its first. It comes back after `again_s`, None: when something is added for it.
+
+        A step that has to be followed by another one at once is followed by it; work that asks for that time after time gets nowhere, and
+        waits twice as long each time until it asks for less. Neither a failure in between nor an event ends that, and an event does not
+        wait for it.
+        """
         self._failures.pop(key, None)
+        if again_s is None or again_s >= _AT_ONCE_S:
+            self._at_once.pop(key, None)
+        else:
+            self._at_once[key] = times = self._at_once.get(key, 0) + 1
+            again_s = max(backoff_s(times, 1.0, base_s=_FLOOR_S, cap_s=_FLOOR_CAP_S), again_s)
+        if again_s is not None:
+            self.add_after(key, again_s)
+
+    def forget(self, key: K) -> None:
+        """There is no such key any more."""
+        self._failures.pop(key, None)
+        self._at_once.pop(key, None)
 
     def failures(self, key: K) -> int:
         return self._failures.get(key, 0)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Callable
 
 import pytest
+from gantline_operator.client import Client
+from gantline_operator.controller import Controller
+from gantline_operator.settings import OperatorSettings
 from gantline_operator.workqueue import Rank, Schedule, WorkQueue, backoff_s
 from hypothesis import given
 from hypothesis import strategies as st
+from kubernetes.aio.client import Configuration
 
 
 def test_a_key_added_many_times_is_handed_out_once() -> None:
@@ -159,5 +165,78 @@ async def test_failures_wait_longer_each_time_until_forgotten() -> None:
     queue: WorkQueue[str] = WorkQueue(clock=lambda: 0.0, jitter=lambda: 1.0)
     assert [queue.retry("a") for _ in range(3)] == [0.25, 0.5, 1.0]
     assert queue.retry("a", at_least_s=30.0) == 30.0, "the server's Retry-After is the least"
-    queue.forget("a")
+    queue.succeed("a", None)
     assert queue.retry("a") == 0.25
+
+
+class Returning:
+    """One key, worked on whenever it is due."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.queue: WorkQueue[str] = WorkQueue(clock=lambda: self.now, jitter=lambda: 1.0)
+
+    def succeed(self, again_s: float | None) -> float | None:
+        """Seconds after which it comes back, at which time it is then."""
+        return self._pass(lambda: self.queue.succeed("a", again_s))
+
+    def fail(self) -> float | None:
+        return self._pass(lambda: self.queue.retry("a"))
+
+    def _pass(self, end: Callable[[], object]) -> float | None:
+        schedule = self.queue._schedule
+        schedule.add("a", self.now)
+        assert schedule.pop(self.now) == "a"
+        end()
+        schedule.done("a", self.now)
+        due = schedule.next_due()
+        if due is None:
+            return None
+        waited_s, self.now = due - self.now, due
+        return round(waited_s, 3)
+
+
+@pytest.mark.parametrize("asked_s", [0.0, -5.0, 0.001, math.nan])
+def test_work_that_asks_for_more_at_once_time_after_time_waits_longer_each_time(asked_s: float) -> None:
+    key = Returning()
+    assert [key.succeed(asked_s) for _ in range(6)] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6]
+    for _ in range(20):
+        key.succeed(asked_s)
+    assert key.succeed(asked_s) == 60.0
+    assert key.fail() == 0.25
+    assert key.succeed(asked_s) == 60.0, "a failure in between is no progress"
+
+
+@pytest.mark.parametrize("calm_s", [None, 0.5, 300.0])
+def test_a_step_that_is_followed_by_another_one_is_followed_at_once_and_polls_keep_their_pace(calm_s: float | None) -> None:
+    key = Returning()
+    for _ in range(5):
+        assert key.succeed(0.0) == 0.05
+        assert key.succeed(0.3) == 0.3, "what is asked for is the least"
+        assert [key.succeed(calm_s) for _ in range(3)] == [calm_s] * 3
+
+
+def test_an_event_does_not_wait_for_work_that_came_back_too_often() -> None:
+    key = Returning()
+    for _ in range(20):
+        key.succeed(0.0)
+    key.queue.succeed("a", 0.0)
+    key.queue.add("a")
+    assert key.queue._schedule.pop(key.now) == "a"
+
+
+async def test_a_reconcile_that_is_never_done_does_not_keep_a_worker_busy() -> None:
+    controller = Controller(Client(Configuration()), OperatorSettings(), "test")
+    looked: list[tuple[str, str]] = []
+
+    async def reconcile(key: tuple[str, str]) -> float | None:
+        looked.append(key)
+        return 0.0
+
+    controller.reconcile = reconcile  # type: ignore[method-assign]
+    controller.queue.add(("default", "restless"))
+    worker = asyncio.create_task(controller._work(0))
+    await asyncio.sleep(1.0)
+    worker.cancel()
+    await asyncio.gather(worker, return_exceptions=True)
+    assert 3 <= len(looked) <= 6, "at 0, 0.05, 0.15, 0.35 and 0.75 s"
