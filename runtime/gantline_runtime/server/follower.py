@@ -103,9 +103,11 @@ class Follower:
                 self._lifecycle.drain(delay_s)
             case CutOff():
                 self._engine.fail_all(EngineUnavailable("the server is shutting down", Reason.DRAINED))
+                self._front.cut_off()
             case Die(reason=reason, message=message):
                 self._lifecycle.enter(State.DEAD)
                 self._engine.declare_dead(TerminationMessage(Reason(reason), message))
+                self._front.cut_off()
             case Stop():
                 self._stopped = True
 

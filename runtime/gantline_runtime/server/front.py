@@ -14,16 +14,13 @@ from gantline_runtime.config import ServerConfig
 from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.app import create_app
 from gantline_runtime.server.connection import MAX_HEAD_BYTES, Connection
-from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, allow_many_connections, bind_socket, url_of
+from gantline_runtime.server.listening import FLUSH_S, KEEP_ALIVE_S, HttpServer, allow_many_connections, bind_socket, url_of
 from gantline_runtime.server.reloading import Reloader
 from gantline_runtime.server.service import Service
 from gantline_runtime.server.tls import Certificate
 from gantline_runtime.server.tracing import Tracing
 
-__all__ = ["FLUSH_S", "Front"]
-
-FLUSH_S = 2.0
-"""For last answers and error events to reach their clients."""
+__all__ = ["Front"]
 
 
 class Front:
@@ -58,6 +55,10 @@ class Front:
     def url(self) -> str:
         return url_of(self.socket, uses_tls=self._uses_tls)
 
+    def cut_off(self) -> None:
+        """Every request has got its end: clients have `FLUSH_S` to take it, then their connections are cut."""
+        self._http.abort_soon()
+
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Answer requests inside of the block; what is still open at its end gets a moment to be sent."""
@@ -83,5 +84,5 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        timeout_graceful_shutdown=int(FLUSH_S),
+        timeout_graceful_shutdown=int(FLUSH_S) + 1,  # when connections have been cut already
     )

@@ -28,9 +28,9 @@ from gantline_runtime.engine_launch import EngineProcess
 from gantline_runtime.engine_messages import EngineProgress, EngineReady
 from gantline_runtime.server import smoke
 from gantline_runtime.server.followers import Followers
-from gantline_runtime.server.front import FLUSH_S, Front
+from gantline_runtime.server.front import Front
 from gantline_runtime.server.lifecycle import Lifecycle, State
-from gantline_runtime.server.listening import bind_socket
+from gantline_runtime.server.listening import FLUSH_S, bind_socket
 from gantline_runtime.server.loading import load_model
 from gantline_runtime.server.metrics import Metrics
 from gantline_runtime.server.service import Model, Service
@@ -190,6 +190,7 @@ class Runner:
         """The engine or an API process is gone: give every open request an error, and let the errors reach the clients."""
         self.lifecycle.enter(State.DEAD)
         self._engine.fail_all(EngineUnavailable(message.message, message.reason))
+        self._front.cut_off()
         await self._followers.tell(Die(message.reason.value, message.message))
         await self._wait_until_idle(FLUSH_S)
         return message
@@ -209,6 +210,7 @@ class Runner:
             return await self._die(self._death.result())
         unfinished = self._num_admitted
         self._engine.fail_all(EngineUnavailable("the server is shutting down", Reason.DRAINED))
+        self._front.cut_off()
         await self._followers.tell(CutOff())
         await self._wait_until_idle(FLUSH_S, hurry=False)
         log.info("drained", extra=logs.fields(unfinished=unfinished, seconds=round(time.monotonic() - began, 1)))
