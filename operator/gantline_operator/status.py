@@ -353,6 +353,8 @@ def _obstacles(found: Findings, blocking: Sequence[Condition], scheduled: Condit
     elif not rollout.complete:
         reason = Reason.ROLLING_OUT if rollout.replicas > rollout.updated else Reason.STARTING
         yield reason, f"{rollout.ready} of {rollout.wanted} replicas ready, {rollout.updated} of the current revision."
+    elif not found.servable:  # the Deployment was read at another moment than its pods
+        yield Reason.STARTING, "No pod answers yet, or any more."
 
 
 def _serving_trouble(found: Findings) -> Trouble | None:

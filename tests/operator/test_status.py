@@ -159,6 +159,7 @@ NEW = replace(SERVING, pods=[], rollout=None, revision="", current=False, model=
         (STARTING, {"Ready": "Starting", "Servable": "NotAvailable", "Progressing": "Starting"}),
         (replace(SERVING, rollout=Rollout(True, 2, 3, 1, 3)), {"Ready": "RollingOut", "Servable": "Available"}),
         (replace(SERVING, rollout=Rollout(False, 1, 1, 1, 1)), {"Ready": "RollingOut"}),
+        (replace(SERVING, pods=[pod(ready=False)]), {"Ready": "Starting", "Servable": "NotAvailable"}),
         (
             replace(STARTING, pods=[pod(ready=False, node="", trouble=WAITS)]),
             {"Ready": "WaitingForCapacity", "Scheduled": "WaitingForCapacity"},
