@@ -128,21 +128,19 @@ async def serve_custom_metrics(client: Client, metrics: CustomMetrics, settings:
     admitted = FrontProxy("")
     port = AdmittingPort(metrics.application(lambda: admitted.names), settings.listen_address, settings.custom_metrics_port)
     watch = FrontProxyWatch(client)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(watch.run())
-            tasks.create_task(_keep_certificate(client, settings, port))
-            while True:
-                data = await watch.next()
-                try:
-                    found = read_front_proxy(data)
-                    if found.authority != admitted.authority:
-                        await port.admit(found.authority)
-                    admitted = found
-                except (ValueError, ssl.SSLError) as error:
-                    _log.warning("Who may ask for custom.metrics.k8s.io stays as it was (%s): %s", admitted.names or "nobody", error)
-    finally:
-        await port.close()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch.run())
+        tasks.create_task(port.run())
+        tasks.create_task(_keep_certificate(client, settings, port))
+        while True:
+            data = await watch.next()
+            try:
+                found = read_front_proxy(data)
+                if found.authority != admitted.authority:
+                    port.admit(found.authority)
+                admitted = found
+            except (ValueError, ssl.SSLError) as error:
+                _log.warning("Who may ask for custom.metrics.k8s.io stays as it was (%s): %s", admitted.names or "nobody", error)
 
 
 async def _keep_certificate(client: Client, settings: OperatorSettings, port: AdmittingPort) -> None:

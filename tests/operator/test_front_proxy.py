@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from gantline_devcluster.api_only import ApiCluster
+from gantline_devcluster.api_only import ApiCluster, free_port
+from gantline_operator.admitting_port import AdmittingPort
+from gantline_operator.certificates.pairs import make_pair
 from gantline_operator.custom_metrics import API_VERSION
 from gantline_operator.front_proxy import read_front_proxy
 
@@ -144,6 +148,29 @@ def test_a_new_authority_is_admitted_and_a_removed_one_refused_while_the_operato
         wait(lambda: answer(port, new)[0] == 0)
         assert answer(port, new, session)[0] == 0
         assert answer(port, old)[0] == 200
+
+
+async def test_no_connection_is_lost_while_authorities_change(tmp_path: Path) -> None:
+    authority, other = Authority(tmp_path, "one"), Authority(tmp_path, "other")
+    number, client = free_port(), authority.client("front-proxy")
+    port = AdmittingPort(web.Application(), "127.0.0.1", number)
+    port.use(make_pair(["127.0.0.1"], datetime.now(UTC)))
+    port.admit(authority.certificate)
+
+    async def change() -> None:
+        while True:
+            port.admit(authority.certificate + other.certificate)
+            await asyncio.sleep(0)
+            port.admit(other.certificate + authority.certificate)
+            await asyncio.sleep(0)
+
+    running = [asyncio.create_task(port.run()), asyncio.create_task(change())]
+    await asyncio.sleep(0.1)
+    found = await asyncio.gather(*(asyncio.to_thread(answer, number, client) for _ in range(40)))
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    assert [status for status, _ in found] == [404] * 40
 
 
 def get(connection: http.client.HTTPSConnection) -> tuple[int, str | None]:
