@@ -96,6 +96,9 @@ class ServerConfig:
     request_timeout: float | None = _option(
         None, "Most seconds that an answer may take, from its admission; a request's `timeout` may shorten it. auto: no limit."
     )
+    stall_timeout: float = _option(
+        30.0, "Seconds for which a client may take nothing of an answer that waits for it, before it is cut off."
+    )
     tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31"] = _option(
         "auto", "How the model writes tool calls. auto: by its chat template."
     )
@@ -121,6 +124,7 @@ class ServerConfig:
         _require(0 <= self.drain_delay <= 600, "drain_delay", self.drain_delay, "0 to 600 seconds")
         limit = self.request_timeout
         _require(limit is None or 0.0 < limit <= 86400, "request_timeout", limit, "more than 0, at most 86400 seconds")
+        _require(1.0 <= self.stall_timeout <= 86400, "stall_timeout", self.stall_timeout, "1 to 86400 seconds")
         _require(1.0 <= self.step_timeout <= 86400, "step_timeout", self.step_timeout, "1 to 86400 seconds")
         _require(1024 <= self.max_body_bytes <= 1 << 30, "max_body_bytes", self.max_body_bytes, "1 KiB to 1 GiB")
 

@@ -1,7 +1,7 @@
 """The API process's end of the engine: sends requests to its process, hands out tokens, and notices when it dies or is stuck.
 
 A `RequestGroup` holds the requests that one client waits for (the choices of one answer). It never blocks the reader: tokens that nobody
-has taken yet wait in the group, bounded by the requests' own limits. `close()` aborts what is unfinished, which frees its blocks.
+has taken yet wait in the group, up to `MOST_UNTAKEN_TOKENS`. `close()` aborts what is unfinished, which frees its blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from gantline_runtime.failures import OutOfMemoryKills, describe_exit
 from gantline_runtime.messages import AbortRequest, EngineRequest, TokenOutput
 from gantline_runtime.termination import Reason, TerminationMessage
 
-__all__ = ["EngineClient", "EngineUnavailable", "RequestFailed", "RequestGroup"]
+__all__ = ["MOST_UNTAKEN_TOKENS", "EngineClient", "EngineUnavailable", "RequestFailed", "RequestGroup"]
+
+MOST_UNTAKEN_TOKENS = 1 << 15
+"""Of one client's answer, all its choices together: 10 MB here, 45 MB with 20 log-probabilities each."""
 
 log = logging.getLogger("gantline.server")
 
@@ -48,7 +51,7 @@ class EngineUnavailable(Exception):
 
 class RequestFailed(Exception):
     """This request alone was refused or given up. `code` is `queue_full` (then `retry_after_s` says when to try again), `invalid`,
-    `invalid_grammar`, `deadline` or `error`."""
+    `invalid_grammar`, `deadline`, `client_too_slow` or `error`."""
 
     def __init__(self, message: str, code: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -63,6 +66,7 @@ class RequestGroup:
         self._client = client
         self._running: set[str] = set()
         self._pending: list[TokenOutput] = []
+        self._num_untaken = 0
         self._failure: Exception | None = None
         self._arrived = asyncio.Event()
 
@@ -77,7 +81,7 @@ class RequestGroup:
         Not to be called when every request has ended and all outputs were taken: it would wait for ever.
         """
         await self._arrived.wait()
-        outputs, self._pending = self._pending, []
+        outputs, self._pending, self._num_untaken = self._pending, [], 0
         if self._failure is None:
             self._arrived.clear()
         elif not outputs:
@@ -102,7 +106,11 @@ class RequestGroup:
         if output.finish_reason is not None:
             self._running.discard(output.request_id)
         self._pending.append(output)
+        self._num_untaken += len(output.token_ids)
         self._arrived.set()
+        if self._num_untaken > MOST_UNTAKEN_TOKENS and self._running:
+            cause = f"The client was more than {MOST_UNTAKEN_TOKENS} tokens behind its answer, which was given up."
+            self.fail(RequestFailed(cause, "client_too_slow"))
 
     def fail(self, error: Exception) -> None:
         """End all that is unfinished with `error`; what has arrived is still handed out."""

@@ -6,7 +6,7 @@
         context_length_exceeded, invalid_template
     401 missing_api_key, invalid_api_key
     404 not_found, model_not_found     405 method_not_allowed
-    408 request_timeout                413 body_too_large         415 unsupported_media_type
+    408 request_timeout, client_too_slow   413 body_too_large         415 unsupported_media_type
     429 queue_full (Retry-After)       500 internal_error, engine_error     504 deadline_exceeded
     503 not_ready, draining, shutting_down, engine_dead, engine_stuck (Retry-After)
 """
@@ -63,6 +63,8 @@ def translate(error: Exception) -> ApiError | None:
             return queue_full(str(error), error.retry_after_s)
         case RequestFailed(code="deadline"):
             return ApiError(504, str(error), code="deadline_exceeded")
+        case RequestFailed(code="client_too_slow"):
+            return ApiError(408, str(error), code="client_too_slow")
         case RequestFailed(code="invalid"):
             return ApiError(400, str(error), code="invalid_value")
         case RequestFailed():

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from gantline_runtime.config import ServerConfig
 from gantline_runtime.server.api_keys import ApiKeys
 from gantline_runtime.server.app import create_app
-from gantline_runtime.server.connection import MAX_HEAD_BYTES, Connection
+from gantline_runtime.server.connection import MAX_HEAD_BYTES, connection_class
 from gantline_runtime.server.listening import FLUSH_S, KEEP_ALIVE_S, HttpServer, allow_many_connections, bind_socket, url_of
 from gantline_runtime.server.reloading import Reloader
 from gantline_runtime.server.service import Service
@@ -44,7 +44,7 @@ class Front:
             cors_origins=config.cors_origin_list,
             tracing=self._tracing,
         )
-        self._http = HttpServer(_uvicorn_config(app))
+        self._http = HttpServer(_uvicorn_config(app, config))
         if config.tls_cert is not None and config.tls_key is not None:
             certificate = Certificate(Path(config.tls_cert), Path(config.tls_key))
             self._reloader.watch(certificate.paths, certificate.reload)
@@ -73,10 +73,10 @@ class Front:
                 await self._tracing.close()
 
 
-def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=connection_class(config.stall_timeout),
         ws="none",
         lifespan="off",
         log_config=None,

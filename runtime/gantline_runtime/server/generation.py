@@ -106,7 +106,7 @@ class Generation:
         try:
             arrived = await self._group.next()
         except (EngineUnavailable, RequestFailed) as error:
-            self._failed = True
+            self._failed = not (isinstance(error, RequestFailed) and error.code == "client_too_slow")
             if isinstance(error, RequestFailed) and error.code == "invalid_grammar":
                 param = self._grammar_param
                 raise ApiError(400, f"{param}: {error}.", code="invalid_value", param=param) from None

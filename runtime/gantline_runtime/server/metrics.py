@@ -64,7 +64,7 @@ class Metrics:
         self.generation_tokens = Counter("gantline_generation_tokens", "Tokens generated.", registry=own)
         self._finished = Counter(
             "gantline_request_success",
-            "Choices that ended, by reason: stop, length, abort (the client left), error.",
+            "Choices that ended, by reason: stop, length, abort (the client left or did not read), error.",
             ["finished_reason"],
             registry=own,
         )
