@@ -31,6 +31,7 @@ from tests.operator.test_other_autoscalers import custom_metrics
 CONFIG_MAP = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication"
 AUTHORITY, NAMES = "requestheader-client-ca-file", "requestheader-allowed-names"
 LIST = f"/apis/{API_VERSION}"
+_CONNECTIONS = 300
 
 
 class Authority:
@@ -166,11 +167,11 @@ async def test_no_connection_is_lost_while_authorities_change(tmp_path: Path) ->
 
     running = [asyncio.create_task(port.run()), asyncio.create_task(change())]
     await asyncio.sleep(0.1)
-    found = await asyncio.gather(*(asyncio.to_thread(answer, number, client) for _ in range(40)))
+    found = await asyncio.gather(*(asyncio.to_thread(answer, number, client) for _ in range(_CONNECTIONS)))
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    assert [status for status, _ in found] == [404] * 40
+    assert [status for status, _ in found] == [404] * _CONNECTIONS
 
 
 def get(connection: http.client.HTTPSConnection) -> tuple[int, str | None]:
