@@ -39,6 +39,7 @@ STEPS = (
     Step("startup", 40, "-m benchmarks.startup --model {model}"),
     Step("engine-tests", 160, "-m pytest -q -p no:cacheprovider -m gpu tests/runtime/test_gpu_engine.py"),
     Step("invariance-tests", 100, "-m pytest -q -p no:cacheprovider -m gpu tests/runtime/test_gpu_invariance.py"),
+    Step("prebuild-tests", 60, "-m pytest -q -p no:cacheprovider -m gpu tests/runtime/test_prebuild.py"),
     Step("kernel-tests", 330, "-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_gpu.py"),
     Step("interference", 130, "-m benchmarks.interference --model {model} --limits 50 twice"),
     Step("grammar", 90, "-m benchmarks.grammar --model {model}"),

@@ -233,11 +233,12 @@ def wait_reason(cluster: ApiCluster, name: str, namespace: str, wanted: str, kin
 
 
 def versions(cluster: ApiCluster, namespace: str) -> dict[str, str]:
-    """resourceVersions of all that the operator could touch."""
+    """resourceVersions of all that the operator could touch: not of events of others, such as a scheduler that tries again."""
     found = {}
     for plural in (*KINDS, "inferenceservices", "events"):
         for item in items(cluster, plural, namespace):
-            if item["metadata"]["name"] not in ("default", "kube-root-ca.crt"):
+            ours = plural != "events" or item["reportingController"] == "gantline.io/operator"
+            if ours and item["metadata"]["name"] not in ("default", "kube-root-ca.crt"):
                 found[f"{plural}/{item['metadata']['name']}"] = item["metadata"]["resourceVersion"]
     return found
 

@@ -38,7 +38,7 @@ def test_an_answer_that_takes_too_long_ends_with_504_and_its_work_with_it(slow: 
     assert response.status_code == 504 and response.json()["error"]["code"] == "deadline_exceeded"
     assert 0.4 < time.monotonic() - began < 3
     _wait_until_idle(slow)
-    assert slow.metric("gantline_kv_cache_usage_perc") == 0
+    wait_until(lambda: slow.metric("gantline_kv_cache_usage_perc") == 0, what="its blocks are free")  # a step in flight may hold them
 
 
 def test_a_stream_that_takes_too_long_keeps_what_it_has_and_ends_with_an_error_event(slow: ServerProcess) -> None:
