@@ -237,7 +237,7 @@ def versions(cluster: ApiCluster, namespace: str) -> dict[str, str]:
     found = {}
     for plural in (*KINDS, "inferenceservices", "events"):
         for item in items(cluster, plural, namespace):
-            ours = plural != "events" or item["reportingController"] == "gantline.io/operator"
+            ours = plural != "events" or item.get("reportingController") == "gantline.io/operator"
             if ours and item["metadata"]["name"] not in ("default", "kube-root-ca.crt"):
                 found[f"{plural}/{item['metadata']['name']}"] = item["metadata"]["resourceVersion"]
     return found
