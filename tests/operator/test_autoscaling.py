@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from gantline_devcluster.api_only import ApiCluster
@@ -88,13 +89,14 @@ def test_unknown_load_holds_replicas_and_says_so(api_cluster: ApiCluster, namesp
         wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
         patch(api_cluster, NAME, namespace, {"scaling": {"min": 1}})
         wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
-        # All load is gone, but one replica says nothing any more.
+        # One replica says nothing any more, and then all load of the other is gone.
         made.replicas[names[0]].silent = True
-        made.replicas[names[1]].running = 0
         held = wait_reason(api_cluster, NAME, namespace, "MetricsUnknown", "ScalingReady")
         assert held["status"] == "False" and "held as they are" in held["message"]
         before = versions(api_cluster, namespace)
         writes = len(operator.writes)
+        made.replicas[names[1]].running = 0
+        time.sleep(1.0)  # several looks
         assert versions(api_cluster, namespace) == before and made.replicas_wanted() == 2
         # It answers again: now it is known that nobody asks.
         made.replicas[names[0]].silent, made.replicas[names[0]].running = False, 0
