@@ -134,8 +134,8 @@ def test_extras_reach_the_engine(server: ServerProcess) -> None:
         ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
         ({"prompt": {"id": "p"}}, "unsupported_parameter", "prompt"),
         ({"max_tool_calls": 1}, "unsupported_parameter", "max_tool_calls"),
-        ({"include": ["reasoning.encrypted_content"]}, "unsupported_parameter", "include[0]"),
-        ({"reasoning": {"summary": "auto"}}, "unsupported_parameter", "reasoning.summary"),
+        ({"include": ["file_search_call.results"]}, "unsupported_parameter", "include[0]"),
+        ({"reasoning": {"summary": "detailed"}}, "unsupported_parameter", "reasoning.summary"),
         ({"text": {"verbosity": "low"}}, "unsupported_parameter", "text.verbosity"),
         ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0]"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported_parameter", "input[0]"),
@@ -210,6 +210,28 @@ def test_thoughts_text_and_calls_are_items_and_come_back_as_input(thinking: Serv
     shorter = client.responses.create(model="echo", input=[items[0], items[-1]], tools=WEATHER)
     assert again.output_text == shorter.output_text == "So?" and again.usage is not None and shorter.usage is not None
     assert again.usage.input_tokens > shorter.usage.input_tokens + len("The weather…Let me see.3 degrees")
+
+
+def test_what_agents_ask_for_to_keep_reasoning_without_storage_is_given_by_the_items_as_they_are(thinking: ServerProcess) -> None:
+    client = thinking.client()
+    settings: dict[str, Any] = {"store": False, "include": ["reasoning.encrypted_content"], "reasoning": {"summary": "auto"}}
+    with client.responses.stream(model="echo", input=f"{THOUGHT}Said.", **settings) as stream:
+        told = list(stream)
+        final = stream.get_final_response()
+    thoughts = [event.delta for event in told if event.type == "response.reasoning_text.delta"]
+    assert "".join(thoughts) == "The weather…" and [item.type for item in final.output] == ["reasoning", "message"]
+    logprobs = final.output[1].content[0].logprobs  # type: ignore[union-attr,index]
+    assert not logprobs, "nobody asked for them"
+
+    def num_input_tokens(thought: dict[str, Any]) -> int:
+        items: list[Any] = [{"role": "user", "content": "a"}, {"type": "reasoning", "id": "rs_1", **thought}, final.output[1]]
+        usage = client.responses.create(model="echo", input=[*items, {"role": "user", "content": "b"}], **settings).usage
+        assert usage is not None
+        return usage.input_tokens
+
+    text, none = {"text": "The weather"}, num_input_tokens({"summary": [], "content": None})
+    assert num_input_tokens({"summary": [], "content": [{"type": "reasoning_text", **text}]}) >= none + len("The weather")
+    assert num_input_tokens({"summary": [{"type": "summary_text", **text}]}) >= none + len("The weather"), "as others summarize it"
 
 
 @pytest.mark.parametrize("answer", [CALL, f"{CALL}\n{CALL}", f"{THOUGHT}Let me see.\n{CALL}", f"{THOUGHT}No call.", "plain"])

@@ -17,6 +17,8 @@ from gantline_runtime.server.protocol import MAX_MESSAGES, MAX_TOKENS, MAX_TOP_L
 __all__ = ["ResponsesRequest"]
 
 _LOGPROBS = "message.output_text.logprobs"
+_ENCRYPTED = "reasoning.encrypted_content"
+"""What clients of OpenAI's ask for where answers are not stored, to give the reasoning back. Here it stands in the items as it is."""
 _NOT_STORED = "This server stores no answers; give the earlier items as input."
 _ECHOED_ITEM = ("id", "status", "phase", "namespace", "caller")
 """Members of items that clients send back as they got them; none of them is part of the prompt."""
@@ -76,7 +78,8 @@ class _Item(Body):
         if isinstance(kind, str) and kind not in ("message", "function_call", "function_call_output", "reasoning"):
             raise unsupported_value(f"Input of type {kind[:40]!r}", "Messages, function calls and their outputs, and reasoning are.")
         if kind == "reasoning":
-            body = {**body, "content": [{"type": "text", "text": part.get("text")} for part in _dicts(body.get("content"))]}
+            told = body.get("content") or body.get("summary")  # other servers give a summary alone
+            body = {**body, "content": [{"type": "text", "text": part.get("text")} for part in _dicts(told)]}
             return drop_harmless(body, {"encrypted_content": ()}, _ECHOED_ITEM)
         return drop_harmless(body, {}, _ECHOED_ITEM)
 
@@ -125,7 +128,7 @@ class _Reasoning(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        return drop_harmless(body, {"summary": (), "generate_summary": (), "context": ("auto",), "mode": ("standard",)}, ())
+        return drop_harmless(body, {"summary": ("auto",), "generate_summary": ("auto",), "context": ("auto",), "mode": ("standard",)}, ())
 
 
 class _FunctionTool(Body):
@@ -147,7 +150,7 @@ class _FunctionTool(Body):
 
 
 def _check_included(value: Any) -> Any:
-    if isinstance(value, str) and value != _LOGPROBS:
+    if isinstance(value, str) and value not in (_LOGPROBS, _ENCRYPTED):
         raise unsupported_value(f"To include {value[:64]!r}", f"Only {_LOGPROBS} is.")
     return value
 
@@ -158,7 +161,9 @@ class ResponsesRequest(SamplingFields):
     ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    include: list[Annotated[Literal["message.output_text.logprobs"], BeforeValidator(_check_included)]] = Field([], max_length=8)
+    include: list[Annotated[Literal["message.output_text.logprobs", "reasoning.encrypted_content"], BeforeValidator(_check_included)]] = (
+        Field([], max_length=8)
+    )
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     text: _TextSettings = Field(default_factory=lambda: _TextSettings.model_validate({}))
     reasoning: _Reasoning = Field(default_factory=lambda: _Reasoning.model_validate({}))
@@ -186,7 +191,7 @@ class ResponsesRequest(SamplingFields):
         body: dict[str, Any] = {**shared, "messages": self._messages(), "chat_template_kwargs": self.chat_template_kwargs}
         if self.max_output_tokens is not None:
             body["max_completion_tokens"] = self.max_output_tokens
-        if self.top_logprobs or self.include:
+        if self.top_logprobs or _LOGPROBS in self.include:
             body |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.text.format.type != "text":
             body["response_format"] = self.text.format.for_chat()
