@@ -58,9 +58,7 @@ def write_stub(library: Path, functions: Iterable[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, stub = Path(folder, "stub.c"), Path(folder, "stub.so")
         source.write_text(SOURCE.format(functions=lines))
-        subprocess.run(
-            ["gcc", "-w", "-O1", "-s", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", stub, source], check=True
-        )
+        subprocess.run(["gcc", "-w", "-O1", "-s", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", stub, source], check=True)
         data = stub.read_bytes()
     library.unlink()
     library.write_bytes(data)

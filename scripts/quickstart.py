@@ -373,8 +373,7 @@ def print_next(tools: Tools, base: str) -> None:
         f"  kubectl logs -n {NAMESPACE} deployment/gantline\n{forwarded}"
         f"  curl -s {base}/v1/completions -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{SERVICE}", "prompt": "The licence", "max_tokens": 24}}\'\n'
-        f"  curl -s {base}/v1/models\n"
-        + ("  make down\n" if tools.embedded else f"  kubectl delete -f {EXAMPLE.relative_to(ROOT)}\n")
+        f"  curl -s {base}/v1/models\n" + ("  make down\n" if tools.embedded else f"  kubectl delete -f {EXAMPLE.relative_to(ROOT)}\n")
     )
 
 

@@ -50,9 +50,7 @@ class ApiCluster:
     `oldest` (default: whether GANTLINE_KUBERNETES is `oldest`) runs the oldest release that upstream supports.
     """
 
-    def __init__(
-        self, *, controllers: bool = True, scheduler: bool | None = None, kwok: bool = False, oldest: bool | None = None
-    ) -> None:
+    def __init__(self, *, controllers: bool = True, scheduler: bool | None = None, kwok: bool = False, oldest: bool | None = None) -> None:
         self._controllers = controllers
         self._scheduler = kwok if scheduler is None else scheduler
         self._kwok = kwok

@@ -119,8 +119,11 @@ KEDA_MANIFESTS = Module(
         **{
             f"keda-{name}.yaml": f"config/crd/bases/{name}.yaml"
             for name in (
-                "keda.sh_scaledjobs", "keda.sh_triggerauthentications", "keda.sh_clustertriggerauthentications",
-                "eventing.keda.sh_cloudeventsources", "eventing.keda.sh_clustercloudeventsources",
+                "keda.sh_scaledjobs",
+                "keda.sh_triggerauthentications",
+                "keda.sh_clustertriggerauthentications",
+                "eventing.keda.sh_cloudeventsources",
+                "eventing.keda.sh_clustercloudeventsources",
             )
         },
         **{

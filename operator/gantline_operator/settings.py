@@ -138,9 +138,7 @@ class OperatorSettings:
         _names, (), "Names or addresses by which the API server reaches the webhook, separated by commas; its certificate is made for them."
     )
     webhook_secret: str = _setting(_object_name, "", "namespace/name of the Secret that keeps the webhook's certificate for all replicas.")
-    webhook_configuration: str = _setting(
-        _text, "", "Name of the ValidatingWebhookConfiguration that is told the certificate's authority."
-    )
+    webhook_configuration: str = _setting(_text, "", "Name of the ValidatingWebhookConfiguration that is told the certificate's authority.")
     listen_address: str = _setting(_text, "0.0.0.0", "Address that both ports listen on.")
     workers: int = _setting(_number(1, 64), 8, "Services reconciled at once.")
     resync_seconds: int = _setting(

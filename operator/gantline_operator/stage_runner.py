@@ -179,6 +179,7 @@ class _StageRejected(Exception):
         super().__init__(rejected.message)
         self.rejected = rejected
 
+
 def read_progress(log: str) -> str:
     """The latest line of a stage's log (JSON lines) that tells a share and the seconds left, or what is waited for, in words; empty where
     none does.
