@@ -37,6 +37,7 @@ from benchmarks.workloads import Workload
 
 _WARM_UP_REQUESTS = 64
 _FIRST_TOKEN_RUNS = 5
+_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -179,19 +180,35 @@ def _commit() -> str:
     return known or os.environ.get("GANTLINE_COMMIT", "unknown")
 
 
+def _unlike_others(options: argparse.Namespace) -> str:
+    """Why these rows cannot stand beside others in the file: other settings, or another kind of GPU; nothing if they can."""
+    if options.http:
+        return "--http records nothing"
+    if options.eager or options.max_step_ms is not None or options.backend not in ("auto", "cuda"):
+        return "--eager, --max-step-ms and other backends than cuda make them others"
+    if options.repeats < _REPEATS:
+        return f"they are medians of {_REPEATS} repeats or more"
+    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    gpus = {row["versions"].get("gpu", "none").split(",")[0] for row in known.values()}
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"those in {options.out} are of {', '.join(sorted(gpus))}, this is {here}" if gpus - {here} else ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--workload", nargs="+", choices=workloads.NAMES, default=["chat"])
     parser.add_argument("--backend", choices=("auto", "cuda", "triton", "torch"), default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=_REPEATS)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--max-step-ms", type=float, help="default: none, but the server's own with --http")
     parser.add_argument("--http", action="store_true", help="through `gantline serve`, every request an HTTP stream; nothing is recorded")
     parser.add_argument("--text", action="store_true", help="with --http: prompts of text, for a checkpoint with a real tokenizer")
     parser.add_argument("--api-workers", type=int, default=1, help="with --http")
-    parser.add_argument("--out", type=Path, help="write the accepted rows into this JSON file")
+    parser.add_argument("--out", type=Path, help="write the accepted rows into this JSON file, of one kind of GPU and these defaults")
     options = parser.parse_args()
+    if options.out and (cause := _unlike_others(options)):
+        parser.error(f"--out keeps rows that are compared with each other, and {cause}; leave out --out")
     config = EngineConfig(backend=options.backend, dtype="bfloat16", max_batch_size=256, max_waiting=4096, eager_mode=options.eager)
     if options.max_step_ms is not None or not options.http:  # without a server nobody reads a stream
         config = replace(config, max_step_ms=options.max_step_ms or 0.0)
