@@ -194,6 +194,13 @@ def test_a_seeded_request_gives_the_same_tokens_whatever_runs_beside_it_and_even
     assert alone != tokens_of(outputs_of(model, [other])["subject"])
 
 
+def test_a_temperature_next_to_zero_takes_the_likeliest_token(model: Path) -> None:
+    """Logits over 1e-38 leave float32: what came was no number, and the vocabulary's last token was taken."""
+    kinds = [{"temperature": degree, **more} for degree in (0.0, 1e-6, 1e-38, 1e-45) for more in ({}, {"top_p": 0.9})]
+    made = outputs_of(model, [request(str(i), [5, 6, 7], count=20, seed=i, **kind) for i, kind in enumerate(kinds)])
+    assert len({tuple(tokens_of(parts)) for parts in made.values()}) == 1
+
+
 def test_requests_without_a_seed_differ(model: Path) -> None:
     made = outputs_of(model, [request(str(i), [5, 6], count=30, temperature=1.5) for i in range(4)])
     assert len({tuple(tokens_of(o)) for o in made.values()}) == 4

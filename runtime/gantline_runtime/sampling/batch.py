@@ -21,6 +21,8 @@ __all__ = ["Edits", "SamplingBatch", "SamplingTable", "TokenMask"]
 
 _RANDOM, _FILTERED, _PENALIZED, _EDITED, _LOGPROBS = 1, 2, 4, 8, 16
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_LEAST_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken, as with 0: logits over a smaller one leave float32, and only ties would be drawn anyway."""
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -101,10 +103,13 @@ class SamplingTable:
             self._floats[name][slot] = getattr(params, name)
         self._top_k[slot] = params.top_k
         self._seeds[slot] = sequence.seed
+        random = params.temperature >= _LEAST_TEMPERATURE
+        if not random:
+            self._floats["temperature"][slot] = 0.0
         filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         penalized = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         flags = 0
-        if params.temperature > 0.0:
+        if random:
             flags |= _RANDOM | (_FILTERED if filtered else 0)
         if penalized:
             flags |= _PENALIZED
