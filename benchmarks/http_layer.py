@@ -57,7 +57,7 @@ class InstantEngine:
         if request.sampling.num_logprobs is not None:
             self._scored.add(request.request_id)
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, num_tokens: int | None = None) -> bool:
         self._scored.discard(request_id)
         return self._left.pop(request_id, None) is not None
 

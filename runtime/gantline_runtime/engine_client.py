@@ -88,11 +88,11 @@ class RequestGroup:
             raise self._failure
         return outputs
 
-    def abort(self, request_id: str) -> None:
-        """End one request; nothing more comes of it, unless it has arrived already."""
+    def abort(self, request_id: str, num_tokens: int | None = None) -> None:
+        """End one request; nothing more comes of it, unless it has arrived already. `num_tokens` as in `AbortRequest`."""
         if request_id in self._running:
             self._running.discard(request_id)
-            self._client._abort(request_id)
+            self._client._abort(request_id, num_tokens)
 
     def close(self) -> None:
         """Abort all that is unfinished."""
@@ -216,9 +216,9 @@ class EngineClient:
         self._groups[request.request_id] = group
         self._post(self._encoder.encode(request))
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, num_tokens: int | None) -> None:
         if self._groups.pop(request_id, None) is not None and not self.died.done() and not self._socket.closed:
-            self._post(self._encoder.encode(AbortRequest(request_id)))
+            self._post(self._encoder.encode(AbortRequest(request_id, num_tokens)))
 
     def seconds_without_progress(self) -> float:
         """Seconds since the engine was last heard of, beyond what it announced, or since it last got on with its work, by its own word. It

@@ -263,11 +263,13 @@ class EngineLoop:
         if request.pooling is not None and (request.sampling.max_new_tokens or request.num_prompt_logprobs is not None):
             raise RequestRejected("a request with pooling has no other output")
 
-    def abort(self, request_id: str) -> bool:
-        """End a request early; no output follows. False if there is none of that name. Its blocks are free after at most one more step."""
+    def abort(self, request_id: str, num_tokens: int | None = None) -> bool:
+        """End a request early; no output follows. False if there is none of that name. Its blocks are free after at most one more step.
+
+        `num_tokens`: its answer has ended with so many, and what was sampled after them is as if it had never been."""
         if self._grammars is not None:
             self._grammars.drop(request_id)
-        return self._scheduler.abort(request_id)
+        return self._scheduler.abort(request_id, num_tokens)
 
     def has_work(self) -> bool:
         """Whether `step` has something to do: requests, a step in flight, or a dead rank to report."""

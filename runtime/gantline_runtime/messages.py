@@ -79,6 +79,8 @@ class EngineRequest(msgspec.Struct, tag="request", frozen=True, kw_only=True):
 
 class AbortRequest(msgspec.Struct, tag="abort", frozen=True):
     request_id: str
+    num_tokens: int | None = None
+    """Where its answer has ended, by a stop string: the tokens that were sampled after so many do not count. None: the client left."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

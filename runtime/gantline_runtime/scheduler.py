@@ -102,12 +102,17 @@ class Scheduler:
         self.sequences[sequence.request_id] = sequence
         self.waiting.add(sequence)
 
-    def abort(self, request_id: str) -> bool:
-        """End a request; no output follows. Its blocks are free at once, or when the step in flight is over."""
+    def abort(self, request_id: str, num_tokens: int | None = None) -> bool:
+        """End a request; no output follows. Its blocks are free at once, or when the step in flight is over.
+
+        `num_tokens`: its answer has ended with so many, and the prefix cache keeps none of those after them."""
         sequence = self.sequences.get(request_id)
         if sequence is None:
             return False
         sequence.finish_reason = "abort"
+        if num_tokens is not None and num_tokens < sequence.num_generated:
+            self.cache.disown(sequence, sequence.prompt_len + num_tokens)
+            del sequence.tokens[sequence.prompt_len + num_tokens :]
         self._finish(sequence)
         return True
 

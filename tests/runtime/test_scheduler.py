@@ -237,6 +237,26 @@ def test_an_aborted_request_frees_its_blocks_when_its_step_is_over_and_sends_not
     assert_idle(engine)
 
 
+@DEPTHS
+@pytest.mark.parametrize("counted", [0, 11, 12, 13, 28, 59])
+def test_tokens_after_the_end_that_the_client_s_side_found_are_not_cached(depth: int, counted: int) -> None:
+    """A stop string is found some steps late: by then blocks of what came after it may be full, or findable."""
+    engine, _ = fake_engine(depth=depth)
+    prompt = list(range(100, 120))
+    engine.add_request(request("a", prompt, count=200))
+    known: list[int] = []
+    while len(known) < 60:
+        known += [token for output in engine.step() for token in output.token_ids]
+    assert engine.abort("a", counted)
+    engine.check_integrity()
+    drain(engine)
+    engine.add_request(request("again", prompt + expected_tokens(prompt, 60) + [1], count=5))
+    outputs = drain(engine)["again"]
+    assert outputs[0].num_cached_tokens == (20 + counted) // 16 * 16
+    assert tokens_of(outputs) == expected_tokens(prompt + known + [1], 5)
+    assert_idle(engine)
+
+
 def test_blocks_of_a_finished_request_stay_until_no_step_in_flight_can_write_them() -> None:
     engine, _ = fake_engine(depth=1)
     prompt = [5, 6, 7]

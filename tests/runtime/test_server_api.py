@@ -138,6 +138,19 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(server: ServerProce
     assert "".join(pieces) == "one. "
 
 
+def test_what_was_sampled_after_a_stop_string_is_neither_counted_nor_cached(tmp_path: Path) -> None:
+    """The engine is a hundred tokens past it when the server finds it."""
+    answer = b"one. STOP" + b"z" * 100
+    model = write_model(tmp_path / "late", answer=list(answer), tokens_per_output=len(answer), endless=True)
+    with running(model, "--drain-delay=0") as server:
+        before = server.metric("gantline_generation_tokens_total")
+        first = server.post("/v1/completions", {"prompt": "q" * 60, "stop": "STOP", "max_tokens": 4000}).json()
+        assert (first["choices"][0]["text"], first["usage"]["completion_tokens"]) == ("one. ", 9)
+        assert server.metric("gantline_generation_tokens_total") - before == 9
+        again = server.post("/v1/completions", {"prompt": "q" * 60 + answer.decode(), "max_tokens": 1}).json()
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 64
+
+
 def test_extras_reach_the_engine(server: ServerProcess) -> None:
     extra = {"min_tokens": 7, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [0], "skip_special_tokens": False}
     answer = server.client().chat.completions.create(model="echo", messages=_user("abc"), max_tokens=9, extra_body=extra)

@@ -121,7 +121,8 @@ class CacheManager:
         sequence.num_published = 0
 
     def disown(self, sequence: Sequence, start: int) -> set[int]:
-        """Make the blocks from token `start` on unfindable: their keys and values were never written. Returns those blocks."""
+        """Make the blocks from token `start` on unfindable: their keys and values were never written, or are of tokens that do not count.
+        Returns those blocks."""
         lost = set(sequence.blocks[start // self.block_size :])
         for block in lost & self.prefix.known_blocks():
             self.prefix.forget(block)

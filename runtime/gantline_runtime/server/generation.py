@@ -127,7 +127,7 @@ class Generation:
         self._observe_tokens(choice, choice.output.num_tokens - before)
         reason = deltas[-1].finish_reason
         if reason is not None:
-            self._group.abort(choice.request_id)  # the engine does not know of stop strings
+            self._group.abort(choice.request_id, choice.output.num_tokens)  # the engine does not know of stop strings
             self._metrics.finished(reason, self._seconds())
             self._observe_answer(choice)
             if self._held:
