@@ -10,7 +10,7 @@ from typing import Any
 
 from gantline_runtime import logs
 from gantline_runtime.server.api_error import ApiError, json_response, respond
-from gantline_runtime.server.body import check_content_type, read_body
+from gantline_runtime.server.body import BodyLimits, check_content_type, read_body
 from gantline_runtime.server.callers import HEADER as CALLER
 from gantline_runtime.server.events import ClientLeft
 from gantline_runtime.server.request_ids import read_request_id
@@ -71,7 +71,7 @@ class Gateway:
     traffic: Traffic
     proxy: Proxy
     bodies: Bodies
-    max_body_bytes: int = 8 << 20
+    body_limits: BodyLimits = BodyLimits(8 << 20, timeout_s=60.0, silence_s=30.0)
     middleware: Sequence[ExchangeMiddleware] = ()
     visible: Visible = _visible_to_all
     takes_requests: bool = True
@@ -112,10 +112,10 @@ class Gateway:
         self._check_state()
         headers = Headers(scope=scope)
         check_content_type(headers)
-        share, cut = self.bodies.reserve(_expected_bytes(headers, self.max_body_bytes)), self.running.begin()
+        self.bodies.check_room(min(_declared_bytes(headers), self.body_limits.max_bytes))
+        share, cut = self.bodies.share(), self.running.begin()
         try:
-            body = await read_body(Request(scope, receive), self.max_body_bytes)
-            share.resize(len(body))
+            body = await read_body(Request(scope, receive), self.body_limits, share.grow)
             exchange = self._begin(scope, headers, body, Answer(scope, receive, send), share, began_at)
             await self._answer(exchange, scope, receive, cut)
         finally:
@@ -287,9 +287,9 @@ def _check_method(method: str, allowed: str) -> None:
         raise ApiError(405, f"Use {allowed} here.", code="method_not_allowed", headers={"Allow": allowed})
 
 
-def _expected_bytes(headers: Headers, most: int) -> int:
+def _declared_bytes(headers: Headers) -> int:
     declared = headers.get("content-length", "")
-    return min(int(declared[:20]), most) if declared.isdigit() else most
+    return int(declared[:20]) if declared.isdigit() else 0
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -12,19 +12,26 @@ class Bodies:
         self._max_bytes = max_bytes
         self.taken = 0
 
-    def reserve(self, size: int) -> BodyShare:
-        """Room for a body before it is read. Raises ApiError 503 where there is none."""
+    def share(self) -> BodyShare:
+        """Of a body of which nothing has come yet: what clients only announce takes no room from others."""
+        return BodyShare(self)
+
+    def check_room(self, size: int) -> None:
+        """Raises ApiError 503 where there is none for so many bytes more."""
         if self.taken + size > self._max_bytes:
             message = "The gateway has as many bodies of requests in memory as it may. Try again soon."
-            raise ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
-        return BodyShare(self, size)
+            raise ApiError(503, message, code="overloaded", headers={"Retry-After": "1", "Connection": "close"})
 
 
 class BodyShare:
     """What one body takes, until `release`."""
 
-    def __init__(self, bodies: Bodies, size: int) -> None:
+    def __init__(self, bodies: Bodies) -> None:
         self._bodies, self._size = bodies, 0
+
+    def grow(self, size: int) -> None:
+        """To `size` bytes, which have come. Raises ApiError 503 where there is no room for them."""
+        self._bodies.check_room(size - self._size)
         self.resize(size)
 
     def resize(self, size: int) -> None:

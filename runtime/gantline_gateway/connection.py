@@ -1,4 +1,5 @@
-"""uvicorn's fast connection, with bounds to a request's head: neither slow nor endless ones hold memory and a file of the process."""
+"""uvicorn's fast connection, with bounds to a request's head, to what of a body comes after its answer, and to clients that stop to read:
+neither slow nor endless ones hold memory and a file of the process."""
 
 from __future__ import annotations
 
@@ -6,13 +7,12 @@ import asyncio
 from typing import Any
 
 from gantline_runtime.server.api_error import ApiError, raw_answer
+from gantline_runtime.server.stalling import CutsStalled
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-__all__ = ["HEAD_TIMEOUT_S", "MAX_HEAD_BYTES", "Connection"]
+__all__ = ["MAX_HEAD_BYTES", "Connection", "connection_class"]
 
-HEAD_TIMEOUT_S = 30.0
-"""From the connection, or the head's first byte, to the head's end. Bodies have a limit of their own."""
 MAX_HEAD_BYTES = 64 * 1024
 """A head that has not ended after so many bytes, give or take one read from the socket, is given up."""
 
@@ -20,9 +20,14 @@ _MOST_WAITING = 8
 """Requests that one connection may have waiting behind the one that is answered, before no more are read."""
 
 
-class Connection(HttpToolsProtocol):
+class Connection(CutsStalled, HttpToolsProtocol):  # type: ignore[misc]  # what the other base knows of is alike
+    head_timeout_s = 30.0
+    """From the connection, or the head's first byte, to the head's end; also for what of a body comes after its answer. Bodies that are
+    read have a limit of their own."""
     _head_timer: asyncio.TimerHandle | None = None
+    _rest_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _in_body = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -40,6 +45,9 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if 0 < len(self.pipeline) <= _MOST_WAITING and len(self.cycle.body) <= HIGH_WATER_LIMIT:
             self.flow.resume_reading()  # uvicorn stops at what follows a request, and would not see its client leave
+        if self._head_timer is None and self._is_answered() and self.timeout_keep_alive_task is None:
+            # uvicorn ends it with any byte, and may begin none
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -48,17 +56,26 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        self._in_body = True
         if not self.pipeline:
             self._answering = self.cycle
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._end_rest()
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         if self.pipeline:
             self._answering = self.pipeline[-1][0]
         super().on_response_complete()
+        if self._in_body and self._is_answered() and self._rest_timer is None:
+            self._rest_timer = self.loop.call_later(self.head_timeout_s, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._end_rest()
         super().connection_lost(exc)
         if self._answering is not None and not self._answering.response_complete:
             self._answering.disconnected = True
@@ -71,11 +88,24 @@ class Connection(HttpToolsProtocol):
             self.transport.write(raw_answer(ApiError(400, message, code="invalid_http")))
         self.transport.close()
 
+    def _is_answered(self) -> bool:
+        return self.cycle is not None and self.cycle.response_complete
+
     def _expect_head(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+        self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.abort)
 
     def _end_head(self) -> None:
         self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _end_rest(self) -> None:
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
+
+
+def connection_class(*, head_timeout_s: float, stall_timeout_s: float) -> type[Connection]:
+    """`Connection` with these bounds; uvicorn makes its connections of a class."""
+    return type("Connection", (Connection,), {"head_timeout_s": head_timeout_s, "stall_timeout_s": stall_timeout_s})

@@ -21,6 +21,7 @@ import uvicorn
 import uvloop
 from gantline_runtime import logs, termination
 from gantline_runtime.errors import GantlineError
+from gantline_runtime.server.body import BodyLimits
 from gantline_runtime.server.cors import cross_origin
 from gantline_runtime.server.listening import KEEP_ALIVE_S, HttpServer, allow_many_connections, bind_socket, url_of
 from gantline_runtime.server.reloading import Reloader
@@ -32,7 +33,7 @@ from gantline_gateway.access import Access, KeyCheck
 from gantline_gateway.app import Gateway, build_app
 from gantline_gateway.bodies import Bodies
 from gantline_gateway.cluster_api import ClusterApi, connect
-from gantline_gateway.connection import Connection
+from gantline_gateway.connection import connection_class
 from gantline_gateway.demand import build_internal_app
 from gantline_gateway.directory import Directory
 from gantline_gateway.discovery import Discovery
@@ -80,7 +81,7 @@ class Process:
             self.traffic,
             proxy,
             Bodies(settings.body_bytes),
-            settings.max_body_bytes,
+            BodyLimits(settings.max_body_bytes, settings.body_timeout, settings.stall_timeout),
             middleware=[self.access.limit],
             visible=self.access.visible,
         )
@@ -99,7 +100,7 @@ class Process:
         internal = build_internal_app(self.directory, self.traffic, self.metrics, is_ready=lambda: self._is_ready)
         with self._signals():
             public = build_app(self.gateway, [Middleware(KeyCheck, access=self.access)], cross_origin(self._settings.cors_origins))
-            async with _serving(public, self._socket, self._tls), _serving(internal, self._internal_socket):
+            async with self._serving(public, self._socket, self._tls), self._serving(internal, self._internal_socket):
                 url = url_of(self._socket, uses_tls=self._tls is not None)
                 log.info("listening", extra=logs.fields(url=url, internal_url=url_of(self._internal_socket)))
                 finding, polling = asyncio.create_task(self._find_services()), asyncio.create_task(self._poller.run())
@@ -159,6 +160,31 @@ class Process:
         for task in tasks:
             task.cancel()
 
+    @contextlib.asynccontextmanager
+    async def _serving(self, app: ASGIApp, bound: socket.socket, tls: Certificate | None = None) -> AsyncIterator[None]:
+        config = uvicorn.Config(
+            app,
+            http=connection_class(head_timeout_s=self._settings.head_timeout, stall_timeout_s=self._settings.stall_timeout),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # nothing here asks whose address it is
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(_FLUSH_S),
+        )
+        if tls is not None:
+            config.load()
+            config.ssl = tls.context
+        server = HttpServer(config)
+        task = asyncio.create_task(server.serve(sockets=[bound]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await asyncio.gather(task, return_exceptions=True)
+
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
@@ -184,32 +210,6 @@ def _use_tls(settings: GatewaySettings, reloader: Reloader) -> Certificate | Non
     certificate = Certificate(settings.tls_cert, settings.tls_key)
     reloader.watch(certificate.paths, certificate.reload)
     return certificate
-
-
-@contextlib.asynccontextmanager
-async def _serving(app: ASGIApp, bound: socket.socket, tls: Certificate | None = None) -> AsyncIterator[None]:
-    config = uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nothing here asks whose address it is
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(_FLUSH_S),
-    )
-    if tls is not None:
-        config.load()
-        config.ssl = tls.context
-    server = HttpServer(config)
-    task = asyncio.create_task(server.serve(sockets=[bound]))
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,6 +64,15 @@ class GatewaySettings:
     body_bytes: int = setting(
         number(1024, 1 << 40), 128 << 20, "Bytes of all bodies in memory at once, of running and of waiting requests; more get a 503."
     )
+    head_timeout: float = setting(
+        seconds(0.1, 3600), 30.0, "Seconds in which a request's headers have to come, from the first of them or from the connection."
+    )
+    body_timeout: float = setting(seconds(0.1, 86400), 60.0, "Seconds in which a request's body has to come; slower ones get a 408.")
+    stall_timeout: float = setting(
+        seconds(0.1, 86400),
+        30.0,
+        "Seconds for which a client may send nothing of its body (then a 408), or take nothing of an answer that waits (it is cut off).",
+    )
     connect_timeout: float = setting(seconds(0.1, 60), 3.0, "Seconds in which a replica has to take a connection.")
     max_resets: int = setting(
         number(0, 10), 2, "How often a request is sent again after a replica's connection broke before the first byte of its answer."

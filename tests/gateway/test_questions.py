@@ -98,11 +98,13 @@ def test_a_retry_after_is_what_a_start_still_takes_and_never_at_once() -> None:
 
 def test_room_for_bodies_is_given_back_once() -> None:
     bodies = Bodies(100)
-    first = bodies.reserve(90)
+    first, second = bodies.share(), bodies.share()
+    first.grow(50)
+    first.grow(90)
     with pytest.raises(ApiError, match="in memory"):
-        bodies.reserve(20)
+        second.grow(20)
     first.resize(10)
-    second = bodies.reserve(90)
+    second.grow(90)
     for share in (first, first, second):
         share.release()
     assert bodies.taken == 0

@@ -56,6 +56,7 @@ INSTALLATIONS: dict[str, Object] = {
             "apiKeys": {"enabled": True},
             "tls": {"secretName": "gateway-tls"},
             "corsOrigins": ["https://app.example.com", "http://localhost:3000"],
+            "clients": {"headSeconds": 10, "bodySeconds": 300, "stallSeconds": 20},
             "drainSeconds": 300,
             "logLevel": "debug",
             "service": {"type": "LoadBalancer", "port": 8443, "annotations": {"example.com/lb": "internal"}},

@@ -57,6 +57,7 @@ def test_the_gateway_understands_every_setting_that_the_chart_gives(name: str) -
     assert settings.own_service == f"gantline-system/{NAME}" and settings.api_key_secrets == ("gantline-system" if keys else "")
     assert settings.tls_cert == (Path("/etc/gantline/tls/tls.crt") if keys else None)
     assert settings.cors_origins == (("https://app.example.com", "http://localhost:3000") if keys else ())
+    assert (settings.head_timeout, settings.body_timeout, settings.stall_timeout) == ((10, 300, 20) if keys else (30, 60, 30))
     assert settings.drain_timeout == (300 if keys else 120) and settings.log_level == ("debug" if keys else "info")
 
 

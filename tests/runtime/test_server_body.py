@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from gantline_runtime.server import body
+from gantline_runtime.server.body import BodyLimits, read_body
 from gantline_runtime.server.errors import ApiError, translate_validation
 from gantline_runtime.server.protocol import ChatRequest, CompletionRequest
 from gantline_runtime.server.sse import ClientLeft, encode_event
@@ -34,25 +34,27 @@ def _chunk(data: bytes, more: bool) -> Message:
 
 
 async def test_a_body_is_put_together_from_its_pieces() -> None:
-    assert await body.read_body(_request([_chunk(b"ab", True), _chunk(b"c", False)]), 3) == b"abc"
+    sizes: list[int] = []
+    assert await read_body(_request([_chunk(b"ab", True), _chunk(b"c", False)]), BodyLimits(3, 60, 60), sizes.append) == b"abc"
+    assert sizes[:2] == [2, 3]
 
 
-async def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.05)
-    with pytest.raises(ApiError) as caught:
-        await body.read_body(_request([_chunk(b"{", True)]), 100)
+@pytest.mark.parametrize(("limits", "cause"), [(BodyLimits(100, 0.05, 60), "within 0.05 s"), (BodyLimits(100, 60, 0.05), "for 0.05 s")])
+async def test_a_body_that_never_ends_is_given_up(limits: BodyLimits, cause: str) -> None:
+    with pytest.raises(ApiError, match=cause) as caught:
+        await read_body(_request([_chunk(b"{", True)]), limits)
     assert (caught.value.status, caught.value.code) == (408, "request_timeout")
 
 
 async def test_a_body_that_grows_beyond_its_bound_is_refused_before_it_has_arrived() -> None:
     with pytest.raises(ApiError) as caught:
-        await body.read_body(_request([_chunk(b"x" * 60, True), _chunk(b"x" * 60, True)]), 100)
+        await read_body(_request([_chunk(b"x" * 60, True), _chunk(b"x" * 60, True)]), BodyLimits(100, 60, 60))
     assert caught.value.status == 413
 
 
 async def test_a_client_that_leaves_while_sending_is_noticed() -> None:
     with pytest.raises(ClientLeft):
-        await body.read_body(_request([_chunk(b"{", True), {"type": "http.disconnect"}]), 100)
+        await read_body(_request([_chunk(b"{", True), {"type": "http.disconnect"}]), BodyLimits(100, 60, 60))
 
 
 def test_an_event_is_one_line_whatever_a_client_calls_a_line() -> None:

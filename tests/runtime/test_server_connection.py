@@ -76,6 +76,30 @@ async def test_a_head_that_does_not_come_ends_its_connection(port: int, pieces: 
     assert 0.3 < await _seconds_until_closed(port, *pieces) < 3.0
 
 
+async def test_what_of_a_body_comes_after_its_answer_has_an_end_too(port: int) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    for pieces in ((head,), (head, *(b"x" for _ in range(20)))):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        began = time.monotonic()
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.05)
+        with contextlib.suppress(ConnectionError):
+            assert (await asyncio.wait_for(reader.read(), 5)).startswith(ANSWER)
+        assert time.monotonic() - began < 3.0
+        writer.close()
+
+
+async def test_a_body_that_follows_its_answer_in_time_keeps_the_connection(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(2):
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b"x" * 500)
+        assert (await asyncio.wait_for(reader.readuntil(b"ok"), 5)).startswith(ANSWER)
+        writer.write(b"x" * 500)
+        await asyncio.sleep(0.6)
+    writer.close()
+
+
 async def test_a_slow_answer_and_a_rest_between_requests_are_no_slow_head(port: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for path in (b"/slow", b"/"):

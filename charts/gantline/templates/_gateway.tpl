@@ -82,6 +82,9 @@ true
 - {name: GANTLINE_GATEWAY_TLS_KEY, value: /etc/gantline/tls/tls.key}
 {{- end }}
 - {name: GANTLINE_GATEWAY_CORS_ORIGINS, value: {{ .Values.gateway.corsOrigins | join "," | quote }}}
+- {name: GANTLINE_GATEWAY_HEAD_TIMEOUT, value: {{ .Values.gateway.clients.headSeconds | int | quote }}}
+- {name: GANTLINE_GATEWAY_BODY_TIMEOUT, value: {{ .Values.gateway.clients.bodySeconds | int | quote }}}
+- {name: GANTLINE_GATEWAY_STALL_TIMEOUT, value: {{ .Values.gateway.clients.stallSeconds | int | quote }}}
 - {name: GANTLINE_GATEWAY_DRAIN_TIMEOUT, value: {{ .Values.gateway.drainSeconds | int | quote }}}
 - {name: GANTLINE_GATEWAY_LOG_LEVEL, value: {{ .Values.gateway.logLevel }}}
 {{- end -}}

@@ -23,6 +23,9 @@ gateway.replicas: 2
 gateway.apiKeys.enabled: false
 gateway.tls.secretName: ""
 gateway.corsOrigins: []
+gateway.clients.headSeconds: 30
+gateway.clients.bodySeconds: 60
+gateway.clients.stallSeconds: 30
 gateway.drainSeconds: 120
 gateway.logLevel: info
 gateway.service.type: ClusterIP

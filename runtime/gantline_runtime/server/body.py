@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -13,10 +14,20 @@ from gantline_runtime.prompt_prefixes import PromptPrefixes, read_prefixes
 from gantline_runtime.server.api_error import ApiError
 from gantline_runtime.server.events import ClientLeft
 
-__all__ = ["check_content_type", "parse_body", "parse_prompt_body", "read_body"]
+__all__ = ["BodyLimits", "check_content_type", "parse_body", "parse_prompt_body", "read_body"]
 
 BODY_TIMEOUT_S = 60.0
 """Clients that send a byte now and then must not hold connections and memory for ever."""
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    max_bytes: int
+    timeout_s: float
+    """For the whole body."""
+    silence_s: float
+    """Within that time, for the next byte."""
+
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -24,13 +35,13 @@ M = TypeVar("M", bound=BaseModel)
 async def parse_body(request: Request, model: type[M], limit: int) -> M:
     """Raises ApiError 408, 413 or 415, ClientLeft, or pydantic.ValidationError."""
     check_content_type(request.headers)
-    return model.model_validate_json(await read_body(request, limit))
+    return model.model_validate_json(await read_body(request, _limits(limit)))
 
 
 async def parse_prompt_body(request: Request, model: type[M], limit: int) -> tuple[M, list[PromptPrefixes]]:
     """As `parse_body`, and what each of the body's prompts begins with, as a gateway reads it from the same bytes."""
     check_content_type(request.headers)
-    data = await read_body(request, limit)
+    data = await read_body(request, _limits(limit))
     return model.model_validate_json(data), list(read_prefixes(data))
 
 
@@ -46,23 +57,36 @@ def check_content_type(headers: Mapping[str, str]) -> None:
         raise ApiError(415, cause, code="unsupported_media_type", headers={"Accept-Encoding": "identity"})
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, of at most `limit` bytes, which must arrive within `BODY_TIMEOUT_S`."""
-    too_large = ApiError(413, f"The body has more than {limit} bytes.", code="body_too_large", headers={"Connection": "close"})
+async def read_body(request: Request, limits: BodyLimits, on_growth: Callable[[int], None] | None = None) -> bytes:
+    """The whole body, within `limits`. `on_growth` is told how many bytes there are whenever more have come, and may refuse them by an
+    ApiError. Raises that, or ApiError 408 or 413, or ClientLeft."""
+    too_large = ApiError(413, f"The body has more than {limits.max_bytes} bytes.", code="body_too_large", headers={"Connection": "close"})
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared[:20]) > limit:
+    if declared.isdigit() and int(declared[:20]) > limits.max_bytes:
         raise too_large
     chunks, size = [], 0
+    loop = asyncio.get_running_loop()
+    latest = loop.time() + limits.timeout_s
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout_at(min(latest, loop.time() + limits.silence_s)) as bound:
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > limit:
+                if size > limits.max_bytes:
                     raise too_large
+                if on_growth is not None:
+                    on_growth(size)
                 chunks.append(chunk)
+                bound.reschedule(min(latest, loop.time() + limits.silence_s))
     except ClientDisconnect:
         raise ClientLeft from None
     except TimeoutError:
-        cause = f"The body did not arrive within {BODY_TIMEOUT_S:g} s."
+        late = loop.time() >= latest
+        cause = (
+            f"The body did not arrive within {limits.timeout_s:g} s." if late else f"Nothing more of it came for {limits.silence_s:g} s."
+        )
         raise ApiError(408, cause, code="request_timeout", headers={"Connection": "close"}) from None
     return b"".join(chunks)
+
+
+def _limits(max_bytes: int) -> BodyLimits:
+    return BodyLimits(max_bytes, BODY_TIMEOUT_S, BODY_TIMEOUT_S)
