@@ -1,19 +1,19 @@
 """The other ranks of a tensor-parallel engine: processes that load their part, then repeat every step that rank 0 sends.
 
-Rank 0 lives in the engine's own process. To each worker leads a pipe: control messages (pickled by our own parent, never by a peer)
-at the start, then one packed batch a step. Results need no way back: rank 0 samples, and the tokens reach the others as a collective.
-A worker ends when its pipe closes, so none outlives rank 0; rank 0 learns of a dead worker from its sentinel.
+Rank 0 lives in the engine's own process; `ranks.py` has started the others. To each worker leads a pipe: control messages (pickled by our
+own parent, never by a peer) at the start, then one packed batch a step. Results need no way back: rank 0 samples, and the tokens reach the
+others as a collective. A worker ends when its pipe closes, so none outlives rank 0; rank 0 learns of a dead worker from its pidfd.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import traceback
@@ -32,13 +32,13 @@ from gantline_runtime.errors import GantlineError
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.model_runner import ModelRunner
 from gantline_runtime.parallel import Parallel
+from gantline_runtime.ranks import Ranks
 from gantline_runtime.termination import Reason
 
-__all__ = ["RankError", "WorkerGroup", "WorkerPlan", "join_group", "leave_group", "make_rendezvous"]
+__all__ = ["RankError", "WorkerGroup", "WorkerPlan", "join_group", "leave_group", "make_rendezvous", "serve_rank"]
 
 _SHAPE_WORDS = len(BatchShape._fields) + len(BatchShape._fields) % 2
 """Header of a step: the fields of BatchShape, rounded up to an even number, since the batch begins with 64-bit words."""
-_STOP_TIMEOUT_S = 5.0
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
 
 
@@ -92,22 +92,20 @@ def leave_group(parallel: Parallel) -> None:
 class WorkerGroup:
     """Rank 0's handle on ranks 1 and up. Every method but `close` raises RankError when one of them is gone."""
 
-    def __init__(self, plan: WorkerPlan) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[multiprocessing.connection.Connection] = []
-        self._processes: list[Any] = []
+    def __init__(self, plan: WorkerPlan, ranks: Ranks | None = None) -> None:
+        """`ranks`, from now on this group's, may be on their way already; None starts them."""
+        self._ranks = ranks or Ranks(plan.size, plan.device_type)
+        self._pipes = [item.pipe for item in self._ranks.processes]
         self._closing = False
         self._rendezvous = plan.rendezvous
         self.failure: str | None = None
-        for rank in range(1, plan.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker_main, args=(rank, plan, theirs), name=f"gantline-rank-{rank}", daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
         self._watcher = threading.Thread(target=self._watch, name="gantline-rank-watch", daemon=True)
         self._watcher.start()
+        try:
+            self.send(plan)
+        except BaseException:
+            self.close()
+            raise
 
     def gather(self) -> list[Any]:
         """One control message from each rank. Raises what a rank reports as its error."""
@@ -131,29 +129,26 @@ class WorkerGroup:
 
     def check_soon(self, timeout_s: float = 2.0) -> None:
         """After a collective failed: wait a little for the death that caused it to become known, then raise RankError if there was one."""
-        multiprocessing.connection.wait([p.sentinel for p in self._processes], timeout=timeout_s)
+        multiprocessing.connection.wait([item.pidfd for item in self._ranks.processes], timeout=timeout_s)
         self._watcher.join(timeout=timeout_s)
         self.check()
 
     def close(self) -> None:
         self._closing = True
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(_STOP_TIMEOUT_S)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        self._ranks.close()
+        self._watcher.join()
+        self._ranks.forget()
         shutil.rmtree(Path(self._rendezvous).parent, ignore_errors=True)
 
     def _watch(self) -> None:
-        ready = multiprocessing.connection.wait([process.sentinel for process in self._processes])
+        ready = multiprocessing.connection.wait([item.pidfd for item in self._ranks.processes])
         if self._closing:
             return
-        for rank, process in enumerate(self._processes, 1):
-            if process.sentinel in ready:
-                process.join(1.0)
-                self.failure = f"rank {rank} {_last_words(self._pipes[rank - 1]) or _describe_exit(process.exitcode)}"
+        for item in self._ranks.processes:
+            if item.pidfd in ready:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    item.process.wait(1.0)
+                self.failure = f"rank {item.rank} {_last_words(item.pipe) or _describe_exit(item.process.returncode)}"
                 return
 
     def _receive(self, rank: int, pipe: multiprocessing.connection.Connection) -> Any:
@@ -201,13 +196,12 @@ def _describe_exit(code: int | None) -> str:
     return f"ended unexpectedly with exit code {code}"
 
 
-def _worker_main(rank: int, plan: WorkerPlan, pipe: multiprocessing.connection.Connection) -> None:
-    """Body of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; rank 0 decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining is rank 0's business, too
-    _end_with_parent()
-    torch.set_num_threads(plan.num_threads)
+def serve_rank(rank: int, pipe: multiprocessing.connection.Connection) -> None:
+    """What a rank's process does once it has imported: it ends in here."""
     try:
+        plan = pipe.recv()
+        assert isinstance(plan, WorkerPlan)
+        torch.set_num_threads(plan.num_threads)
         _serve_steps(rank, plan, pipe)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # rank 0 is gone, or done
@@ -242,18 +236,6 @@ def _report(pipe: multiprocessing.connection.Connection, error: Exception) -> No
         failure = _Failure(error.reason, str(error), error.cure)
     with contextlib.suppress(OSError):
         pipe.send(failure)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, whatever it is waiting for then."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(0)
-
-    threading.Thread(target=wait, name="gantline-parent-watch", daemon=True).start()
 
 
 def make_rendezvous() -> str:

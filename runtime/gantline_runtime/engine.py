@@ -13,6 +13,7 @@ from gantline_runtime.executor import Executor
 from gantline_runtime.generation import read_eos_token_ids
 from gantline_runtime.grammar.requests import Grammars
 from gantline_runtime.loader import Progress
+from gantline_runtime.ranks import Ranks
 from gantline_runtime.request import QueueFull, RequestRejected
 
 __all__ = ["EngineLoop", "EngineStats", "LLMEngine", "Progress", "QueueFull", "RequestRejected"]
@@ -21,15 +22,18 @@ __all__ = ["EngineLoop", "EngineStats", "LLMEngine", "Progress", "QueueFull", "R
 class LLMEngine(EngineLoop):
     """One model, on one GPU or several, or on a CPU."""
 
-    def __init__(self, model_dir: str | Path, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None) -> None:
-        """Loads the model and sizes the cache; `on_progress` hears of the weights' bytes.
+    def __init__(
+        self, model_dir: str | Path, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None, ranks: Ranks | None = None
+    ) -> None:
+        """Loads the model and sizes the cache; `on_progress` hears of the weights' bytes. `ranks`: processes of the other ranks that have
+        been started already, from now on this engine's.
 
         Raises CheckpointError, ConfigurationError, SourceError, CapacityError, or RankError.
         """
         started = time.monotonic()
         checkpoint = open_checkpoint(model_dir)
         eos_token_ids = read_eos_token_ids(checkpoint)
-        executor = Executor(Path(model_dir), checkpoint, config, on_progress)
+        executor = Executor(Path(model_dir), checkpoint, config, on_progress, ranks)
         load_seconds = time.monotonic() - started
         vocab_size = checkpoint.shape.vocab_size
         grammars = Grammars(

@@ -325,13 +325,27 @@ def _begin_import(name: str) -> threading.Thread:
     return thread
 
 
-def _load(settings: EngineSettings, importing: threading.Thread, ahead: ReadingAhead) -> Callable[[Callable[[Any], None]], Engine]:
+def _start_ranks(settings: EngineSettings) -> Any:
+    """The other ranks' processes, which import while this one does; None where there are none."""
+    size = settings.engine_config.get("tp", 1)
+    if not isinstance(size, int) or size == 1:
+        return None
+    from gantline_runtime.ranks import Ranks
+
+    return Ranks(size, str(settings.engine_config.get("device", "auto")))
+
+
+def _load(
+    settings: EngineSettings, importing: threading.Thread, ahead: ReadingAhead, ranks: Any
+) -> Callable[[Callable[[Any], None]], Engine]:
     def load(on_progress: Callable[[Any], None]) -> Engine:
         importing.join()
         ahead.stop()
         module, name = settings.engine.split(":")
         config = from_mapping(EngineConfig, settings.engine_config)
-        engine: Engine = getattr(importlib.import_module(module), name)(settings.model_dir, config, on_progress=on_progress)
+        build = getattr(importlib.import_module(module), name)
+        more = {} if ranks is None else {"ranks": ranks}
+        engine: Engine = build(settings.model_dir, config, on_progress=on_progress, **more)
         garbage.settle()
         garbage.collect_by_hand()
         return engine
@@ -343,6 +357,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = msgspec.json.decode(arguments[0], type=EngineSettings)
     become_child(settings.parent_pid)
     logs.configure(settings.log_level, settings.log_format)
+    ranks = _start_ranks(settings)
     begin_opening(str(settings.engine_config.get("device", "auto")))
     ahead = ReadingAhead(Path(settings.model_dir))
     importing = _begin_import(settings.engine.partition(":")[0])
@@ -351,7 +366,7 @@ def main(arguments: Sequence[str]) -> int:
     socket.set_hwm(0)  # a ROUTER drops what exceeds its mark; the number of running requests bounds the queue instead
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.bind(settings.endpoint)
-    server = EngineServer(socket, _load(settings, importing, ahead), (became_process_at(settings.parent_pid), became_process_at()))
+    server = EngineServer(socket, _load(settings, importing, ahead, ranks), (became_process_at(settings.parent_pid), became_process_at()))
     code = 0
     try:
         server.run()

@@ -29,6 +29,7 @@ from gantline_runtime.memory import available_cpus, resident_bytes
 from gantline_runtime.model_runner import ModelRunner, PendingTokens, StepResult
 from gantline_runtime.parallel import Parallel
 from gantline_runtime.prompt_reads import build_read_batch
+from gantline_runtime.ranks import Ranks
 from gantline_runtime.sampling import SamplingTable, TokenMask
 from gantline_runtime.scheduler import Step
 
@@ -63,8 +64,14 @@ class Executor:
     """After construction `config` has no `auto` left, and every rank waits for steps."""
 
     def __init__(
-        self, model_dir: Path, checkpoint: Checkpoint, config: EngineConfig, on_progress: Callable[[Progress], None] | None
+        self,
+        model_dir: Path,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        on_progress: Callable[[Progress], None] | None,
+        ranks: Ranks | None = None,
     ) -> None:
+        """`ranks`: the other ranks' processes where they have been started already."""
         report = on_progress or (lambda _: None)
         report(Progress("device", 0, 0))
         config = _resolve(config, checkpoint)
@@ -76,7 +83,7 @@ class Executor:
             torch.set_num_threads(plan.num_threads)
         if config.batch_invariant:
             _try_invariance(checkpoint.shape, plan.dtype, self.device, plan.backend)
-        self._workers = WorkerGroup(plan) if config.tp > 1 else None
+        self._workers = WorkerGroup(plan, ranks) if config.tp > 1 else None
         try:
             self._load(checkpoint, config, plan, report)
         except BaseException:

@@ -10,20 +10,20 @@ import ctypes
 import os
 import threading
 
-__all__ = ["begin_opening", "open_first_gpu"]
+__all__ = ["begin_opening", "open_gpu"]
 
 
-def begin_opening(device: str) -> threading.Thread | None:
-    """Open the first GPU in a thread of its own, unless `device` (as `EngineConfig.device`) is the CPU. Nobody needs to wait for it."""
+def begin_opening(device: str, number: int = 0) -> threading.Thread | None:
+    """Open GPU `number` in a thread of its own, unless `device` (as `EngineConfig.device`) is the CPU. Nobody needs to wait for it."""
     if device == "cpu":
         return None
-    thread = threading.Thread(target=open_first_gpu, name="gantline-open-gpu", daemon=True)
+    thread = threading.Thread(target=open_gpu, args=(number,), name="gantline-open-gpu", daemon=True)
     thread.start()
     return thread
 
 
-def open_first_gpu(library: str = "libcuda.so.1") -> bool:
-    """Make the primary context of the first NVIDIA GPU that this process may see; says whether there is one now."""
+def open_gpu(number: int = 0, library: str = "libcuda.so.1") -> bool:
+    """Make the primary context of NVIDIA GPU `number` among those that this process may see; says whether there is one now."""
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # which torch asks for as well, but the driver reads it once
     try:
         driver = ctypes.CDLL(library)
@@ -33,6 +33,6 @@ def open_first_gpu(library: str = "libcuda.so.1") -> bool:
     # ctypes lets Python go on during these calls.
     return (
         driver.cuInit(0) == 0
-        and driver.cuDeviceGet(ctypes.byref(device), 0) == 0
+        and driver.cuDeviceGet(ctypes.byref(device), number) == 0
         and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from gantline_runtime import reading_ahead
 from gantline_runtime.child_process import became_process_at
-from gantline_runtime.gpu_opening import open_first_gpu
+from gantline_runtime.gpu_opening import open_gpu
 from gantline_runtime.reading_ahead import ReadingAhead
 
 from tests.runtime.server_process import REAL, ROOT, ServerProcess, running
@@ -44,6 +44,24 @@ def test_the_phases_of_a_start_add_up_to_the_time_from_its_exec(server: tuple[Se
     assert seconds["total"] >= 0.6 * server[1] - 0.5, "it counts from the exec, imports and all"
     assert 0.5 * seconds["total"] <= sum(seconds[phase] for phase in PHASES) <= seconds["total"] + 0.05
     assert seconds["launch"] < seconds["listen"] < seconds["total"]
+
+
+def _rank_processes(parent: int) -> list[int]:
+    children = [int(pid) for task in Path(f"/proc/{parent}/task").iterdir() for pid in (task / "children").read_text().split()]
+    return [pid for pid in children if b"gantline_runtime.rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_all_ranks_import_at_once_and_answer_together(server: tuple[ServerProcess, float]) -> None:
+    """The second rank was started only when the first had imported."""
+    question = {"prompt": "The licence", "max_tokens": 8, "temperature": 0}
+    with running(MODEL, "--drain-delay=0", "--device=cpu", "--num-cache-blocks=64", "--tp=2", program=REAL) as two:
+        (rank,) = _rank_processes(two.engine_pid)
+        later = became_process_at(rank) - became_process_at(two.engine_pid)
+        importing = two.metric("gantline_startup_seconds", phase="import")
+        assert later < importing / 2, f"rank 1 started {later:.2f} s after rank 0, which imported for {importing:.2f} s"
+        answers = [asked.post("/v1/completions", question).json()["choices"][0]["text"] for asked in (server[0], two)]
+        assert answers[0] == answers[1]
+    assert not Path(f"/proc/{rank}").exists()
 
 
 NOT_BEFORE_READY = {
@@ -125,7 +143,7 @@ DRIVER = """
 #include <stdio.h>
 static int note(const char *text) { printf("%s\\n", text); fflush(stdout); return 0; }
 int cuInit(unsigned flags) { return note(flags ? "bad flags" : "cuInit"); }
-int cuDeviceGet(int *device, int ordinal) { *device = 40 + ordinal; return note("cuDeviceGet"); }
+int cuDeviceGet(int *device, int ordinal) { *device = 40 + ordinal; return note(ordinal == 3 ? "cuDeviceGet" : "bad ordinal"); }
 int cuDevicePrimaryCtxRetain(void **context, int device) {
     *context = context;
     return note(device == 40 ? "retained" : "bad device") + RETAINED;
@@ -144,10 +162,10 @@ def test_the_gpu_is_opened_by_the_drivers_own_calls_and_a_refusal_is_left_to_tor
     )
     program = (
         "import os\n"
-        "from gantline_runtime.gpu_opening import begin_opening, open_first_gpu\n"
-        "thread = begin_opening('auto')\n"
+        "from gantline_runtime.gpu_opening import begin_opening, open_gpu\n"
+        "thread = begin_opening('auto', 3)\n"
         "thread.join()\n"
-        "print(open_first_gpu(), begin_opening('cpu'), os.environ['CUDA_MODULE_LOADING'])\n"
+        "print(open_gpu(3), begin_opening('cpu'), os.environ['CUDA_MODULE_LOADING'])\n"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-u", "-c", program], capture_output=True, text=True, timeout=60, check=True, env=environment)
@@ -155,7 +173,7 @@ def test_the_gpu_is_opened_by_the_drivers_own_calls_and_a_refusal_is_left_to_tor
 
 
 def test_without_a_driver_no_gpu_is_opened() -> None:
-    assert open_first_gpu("libcuda-that-is-not-there.so") is False
+    assert open_gpu(0, "libcuda-that-is-not-there.so") is False
 
 
 def _cached_share(path: Path) -> float:
