@@ -3,6 +3,9 @@
 OpenSSL can add to what a context trusts, but takes nothing away, and resumes sessions without looking at the certificate again. So each
 authority gets a context of its own, and each connection the context that counts when it is accepted. asyncio's servers have one context
 for good, and one that is closed leaves a connection that it has just accepted without an answer; here the port is never closed in between.
+
+    authority added     whoever is connected gets one more answer, and connects anew
+    authority removed   whoever it admitted is cut off: at once, or after the answer that it is waiting for
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import ssl
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 
 from gantline_operator.certificates.pairs import Pair, load_pair
 
@@ -35,6 +40,9 @@ class AdmittingPort:
         self._runner = web.AppRunner(application, access_log=None)
         self._address, self._port = address, port
         self._context = _context("")
+        self._authorities: list[x509.Certificate] = []
+        self._answering: set[asyncio.BaseTransport | None] = set()
+        """Connections with a request that has no answer yet; each carries one at a time."""
         self._pair: Pair | None = None
         self._admits = asyncio.Event()
 
@@ -44,13 +52,24 @@ class AdmittingPort:
         self._pair = pair
 
     def admit(self, authority: str) -> None:
-        """New connections have to show a certificate of `authority` (PEM, one or more). Whoever is connected already gets one more answer
-        and has to connect anew. Raises ssl.SSLError for what is no authority, which changes nothing."""
+        """New connections have to show a certificate of `authority` (PEM, one or more). Whoever is connected already, by a certificate of
+        it, gets one more answer and has to connect anew; whoever is by another's is cut off. Raises ssl.SSLError for what is no authority,
+        which changes nothing."""
         context = _context(authority)
         if self._pair is not None:
             load_pair(context, self._pair)
-        self._context = context
+        self._context, self._authorities = context, _certificates(authority)
         self._admits.set()
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        for connection in self._runner.server.connections if self._runner.server is not None else ():
+            transport = connection.transport
+            if transport is not None and not self._admits_still(transport.get_extra_info("ssl_object")):
+                if transport in self._answering:
+                    connection.close()  # with the answer
+                else:
+                    connection.force_close()
 
     async def run(self) -> None:
         """Until cancelled; listens from the first `admit` on. Raises OSError where the port is taken."""
@@ -82,19 +101,32 @@ class AdmittingPort:
 
     @web.middleware
     async def _let_go(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        if self._is_former(request) and not self._admits_still(request.get_extra_info("ssl_object")):
+            refused = web.Response(status=403, text="the authority of this connection's certificate is not admitted any more")
+            refused.force_close()  # its handshake was under way when that changed
+            return refused
+        connection = request.transport
+        self._answering.add(connection)
         try:
             response = await handler(request)
         except web.HTTPException as failure:
             if self._is_former(request):
                 failure.force_close()
             raise
+        finally:
+            self._answering.discard(connection)
         if self._is_former(request):
             response.force_close()
         return response
 
     def _is_former(self, request: web.Request) -> bool:
-        """Whether it came over a connection that another authority admitted."""
+        """Whether it came over a connection that other authorities admitted."""
         return request.get_extra_info("sslcontext") is not self._context
+
+    def _admits_still(self, connection: ssl.SSLObject) -> bool:
+        """Whether one of today's authorities signed the certificate that was shown. One with another between them connects anew."""
+        shown = x509.load_der_x509_certificate(connection.getpeercert(binary_form=True) or b"")
+        return any(_is_signed_by(shown, authority) for authority in self._authorities)
 
 
 async def _accept(listening: socket.socket) -> socket.socket:
@@ -115,3 +147,19 @@ def _context(authority: str) -> ssl.SSLContext:
     if authority:
         context.load_verify_locations(cadata=authority)
     return context
+
+
+def _certificates(authority: str) -> list[x509.Certificate]:
+    """Of PEM that OpenSSL has read. What only OpenSSL can read admits nobody who is connected: they connect anew."""
+    try:
+        return x509.load_pem_x509_certificates(authority.encode())
+    except ValueError:
+        return []
+
+
+def _is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True

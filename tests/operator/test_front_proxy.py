@@ -144,8 +144,11 @@ def test_a_new_authority_is_admitted_and_a_removed_one_refused_while_the_operato
         tell(api_cluster, **{AUTHORITY: "no certificate"})
         wait(lambda: "stays as it was" in caplog.text)
         assert answer(port, new, session)[0] == 200
-        # It ends: the authority that is no longer told is refused, also to whoever would go on with a session.
+        # It ends: the authority that is no longer told is refused, also to whoever would go on with a session, or is connected.
+        open_before = http.client.HTTPSConnection("127.0.0.1", port, context=new, timeout=60)
+        assert get(open_before) == (200, None)
         tell(api_cluster, **before)
+        assert open_before.sock is not None and open_before.sock.recv(1) == b"", "cut off without a further request"
         wait(lambda: answer(port, new)[0] == 0)
         assert answer(port, new, session)[0] == 0
         assert answer(port, old)[0] == 200
@@ -172,6 +175,70 @@ async def test_no_connection_is_lost_while_authorities_change(tmp_path: Path) ->
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
     assert [status for status, _ in found] == [404] * _CONNECTIONS
+
+
+async def test_whoever_a_removed_authority_admitted_is_cut_off_after_what_it_is_waiting_for(tmp_path: Path) -> None:
+    removed, kept = Authority(tmp_path, "removed"), Authority(tmp_path, "kept")
+    number, asked, go_on = free_port(), asyncio.Event(), asyncio.Event()
+
+    async def slow(request: web.Request) -> web.Response:
+        asked.set()
+        await go_on.wait()
+        return web.Response(text="whole")
+
+    application = web.Application()
+    application.router.add_get("/slow", slow)
+    application.router.add_get("/quick", lambda request: asyncio.sleep(0, web.Response(text="whole")))
+    port = AdmittingPort(application, "127.0.0.1", number)
+    port.use(make_pair(["127.0.0.1"], datetime.now(UTC)))
+    port.admit(removed.certificate + kept.certificate)
+    running = asyncio.create_task(port.run())
+    await asyncio.sleep(0.1)
+    connect = lambda authority: asyncio.open_connection("127.0.0.1", number, ssl=authority.client("front-proxy"))
+    ask = lambda path: f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    connections = [await connect(authority) for authority in (removed, removed, kept)]
+    (idle, _), (waiting, to_waiting), (stays, to_stays) = connections
+    for reader, writer in connections:
+        writer.write(ask("/quick"))
+        assert b"whole" in await asyncio.wait_for(reader.readuntil(b"whole"), 10)
+    to_waiting.write(ask("/slow"))
+    await asyncio.wait_for(asked.wait(), 10)
+    port.admit(kept.certificate)
+    assert await asyncio.wait_for(idle.read(), 10) == b"", "no further answer"
+    go_on.set()
+    assert b"whole" in await asyncio.wait_for(waiting.read(), 10), "what was asked for before is answered, and the connection ends"
+    to_stays.write(ask("/quick"))
+    assert b"Connection: close" in await asyncio.wait_for(stays.read(), 10)
+    for _, writer in connections:
+        writer.close()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_connection_that_was_being_made_when_its_authority_was_removed_gets_no_metrics(tmp_path: Path) -> None:
+    removed, kept = Authority(tmp_path, "removed"), Authority(tmp_path, "kept")
+    number, served = free_port(), list[str]()
+
+    async def metrics(request: web.Request) -> web.Response:
+        served.append(request.path)
+        return web.Response()
+
+    application = web.Application()
+    application.router.add_get(LIST, metrics)
+    port = AdmittingPort(application, "127.0.0.1", number)
+    port.use(make_pair(["127.0.0.1"], datetime.now(UTC)))
+    port.admit(removed.certificate)
+    running = asyncio.create_task(port.run())
+    await asyncio.sleep(0.1)
+    with socket.create_connection(("127.0.0.1", number), 10) as plain:
+        await asyncio.sleep(0.1)  # accepted, and waiting for its handshake
+        port.admit(kept.certificate)
+        stream = await asyncio.to_thread(removed.client("front-proxy").wrap_socket, plain)
+        stream.sendall(f"GET {LIST} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert b" 403 " in await asyncio.to_thread(stream.recv, 64)
+    assert not served
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 def get(connection: http.client.HTTPSConnection) -> tuple[int, str | None]:
