@@ -203,7 +203,8 @@ def _variants(spec: InferenceServiceSpec, facts: ModelFacts) -> tuple[list[Varia
 
 
 def _no_own_implementation(facts: ModelFacts) -> Turned:
-    message = f"there is none of {facts.architecture}: transformers' own runs it over the paged cache, on one device, without CUDA graphs"
+    why = facts.fallback_reason or f"there is none of {facts.architecture}"
+    message = f"{why}: transformers' own runs it over the paged cache, on one device, without CUDA graphs"
     return Turned("Gantline's implementation", Reason.UNSUPPORTED_ARCHITECTURE, message)
 
 

@@ -72,6 +72,7 @@ class FactsStatus:
     image_folder: str | None = declare(
         Text(256), "Folder of an oci:// image that holds it, empty for its root. Absent for what is no image."
     )
+    fallback_reason: str | None = declare(Text(256), "Why transformers' own implementation runs it, where it does.")
 
 
 @dataclass(frozen=True, kw_only=True)

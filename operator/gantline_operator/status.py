@@ -447,7 +447,9 @@ def first_started(pods: Iterable[PodState], revision: str) -> PodState | None:
 def _model_summary(model: Mapping[str, Any]) -> str:
     size = int(model.get("weightBytes", 0))
     text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-    return f"{model.get('architecture', 'A model')} with {text} of weights."
+    why = model.get("fallbackReason")
+    runs = f" transformers' own implementation runs it: {why}." if why else ""
+    return f"{model.get('architecture', 'A model')} with {text} of weights.{runs}"
 
 
 def _pods(count: int) -> str:

@@ -72,6 +72,8 @@ class ModelFacts:
     image_folder: str | None = None
     """Folder of the image in which it lies, empty for the image's root, where the source is an image that a container runtime can mount;
     None: it is none."""
+    fallback_reason: str | None = None
+    """Why transformers' own implementation runs it, where it does; None also in facts of an earlier release."""
 
     @property
     def dtype_bytes(self) -> int:

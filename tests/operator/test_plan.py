@@ -433,6 +433,8 @@ def test_a_model_without_our_implementation_takes_one_gpu_and_the_plan_says_why(
     answer = accepted(facts, cluster_of("h100"))
     assert answer.engine.tp == 1
     assert any(row.reason is Reason.UNSUPPORTED_ARCHITECTURE and "OlmoForCausalLM" in row.message for row in answer.rejected)
+    answer = accepted(replace(facts, fallback_reason="Gantline's has the activation silu, not 'gelu'"), cluster_of("h100"))
+    assert any("the activation silu, not 'gelu': transformers' own runs it" in row.message for row in answer.rejected)
     refused = rejected(facts, cluster_of("h100"), engine={"tensorParallel": 2})
     assert refused.reason is Reason.ILLEGAL_TENSOR_PARALLEL and "on one device" in refused.message
 

@@ -39,6 +39,12 @@ from tests.operator.harness import (
 )
 
 BAD = ("NotAModel", "ModelNotFound", "UnsafeWeights", "InvalidCheckpoint", "UnsupportedArchitecture")
+FOREIGN = {
+    **TINY,
+    "architecture": "OlmoForCausalLM",
+    "family": "transformers",
+    "fallbackReason": "Gantline has no implementation of OlmoForCausalLM",
+}
 TROUBLES = {
     "pull": ("image-pull", "", "ImagePullFailed"),
     "oom": ("oom", "", "OutOfMemory"),
@@ -56,7 +62,7 @@ def world(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
         api_cluster,
         [
             *inspected(tiny=TINY, **dict.fromkeys(("big", "one", "two", "gated", "shared"), FACTS), **dict.fromkeys(TROUBLES, TINY)),
-            *inspected(remote={**FACTS, "revision": "abc123"}),
+            *inspected(remote={**FACTS, "revision": "abc123"}, foreign=FOREIGN),
             ("fetch", "remote", "complete", answer(artefact={"kind": "fetch", "bytes": FACTS["weightBytes"]}), {}),
             ("quantize", "remote", "complete", copied(), {}),
             ("quantize", "shared", "complete", copied(), {}),
@@ -107,6 +113,18 @@ def test_a_manifest_becomes_a_served_model_and_then_nothing_moves(cluster: ApiCl
     metadata = get(cluster, "inferenceservices", "tiny", namespace)["metadata"]
     assert "finalizers" not in metadata
     assert set(metadata.get("annotations", {})) <= {"kubectl.kubernetes.io/last-applied-configuration"}, "kopf keeps no notes on the object"
+
+
+def test_describe_says_why_a_model_runs_by_transformers_implementation(cluster: ApiCluster, namespace: str) -> None:
+    apply(cluster, service("foreign", namespace))
+    sentence = f"transformers' own implementation runs it: {FOREIGN['fallbackReason']}."
+    assert sentence in wait_reason(cluster, "foreign", namespace, "Inspected", "ModelReady")["message"]
+    wait_reason(cluster, "foreign", namespace, "Ready")
+    wait_events(cluster, "foreign", namespace, "ModelInspected")
+    described = cluster.kubectl("describe", "gisvc/foreign", "-n", namespace).stdout
+    status, _, told = described.partition("Events:")
+    assert sentence in status and sentence in told
+    assert "Fallback Reason:" in status
 
 
 def test_a_remote_model_is_fetched_quantized_and_served_from_the_cache(cluster: ApiCluster, namespace: str) -> None:

@@ -219,6 +219,7 @@ def _build_facts(shape: ModelShape, tensors: Mapping[str, TensorInfo], *, name: 
         dtype=shape.dtype or _main_dtype(tensors),
         weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         quantization=None if awq is None else Quantization(method="awq", bits=awq.bits, group_size=awq.group_size, version="gemm"),
+        fallback_reason=shape.fallback_reason or None,
     )
 
 

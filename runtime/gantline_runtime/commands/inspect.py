@@ -1,7 +1,6 @@
 """Read what a model is, without loading it: config.json and the safetensors headers, from a folder, a hub, a bucket or a registry.
 
-Prints the facts as JSON, with `fallbackReason` where transformers' own implementation runs the model. In a pod the facts go into the
-termination message as well, which is how the operator learns them.
+Prints the facts as JSON. In a pod they go into the termination message as well, which is how the operator learns them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ def run(args: argparse.Namespace) -> int:
     files, name, commit = open_source(parse_uri(args.uri), args.revision)
     found = read_checkpoint(files, name=name, revision=commit)
     facts = replace(found.facts, image_folder=getattr(files, "image_folder", None)).to_json()
-    reason = found.shape.fallback_reason
-    print(json.dumps({**facts, "fallbackReason": reason} if reason else facts, indent=2))
+    print(json.dumps(facts, indent=2))
     termination.write(termination.TerminationMessage(termination.Reason.COMPLETED, "The model was inspected.", facts=facts))
     return termination.exit_code(termination.Reason.COMPLETED)
