@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
+from gantline_devcluster.client import ApiError
 from gantline_operator.autoscaling.loop import Autoscaler
 from gantline_operator.client import Fenced, NotFound, connect
 from gantline_operator.leadership import LEASES, Leadership, LeadershipLost
@@ -201,10 +202,13 @@ def test_an_operator_that_waits_passes_on_what_only_the_leader_knows(
         except OSError as error:
             return str(error)
 
-    with Operator(api_cluster, replace(settings, address=known)):
+    second = replace(settings, identity="second", address="127.0.0.2", listen_address="127.0.0.2", custom_metrics_port=custom)
+    with Operator(api_cluster, replace(settings, identity="first", address=known)):
         wait(lambda: load(known) == "2.5")
-        with Operator(api_cluster, replace(settings, address="127.0.0.2", listen_address="127.0.0.2", custom_metrics_port=custom)):
-            wait(lambda: load("127.0.0.2") == "2.5", what=lambda: load("127.0.0.2"))
+        # Its port answers before it leads, and the Lease is whoever's asks first.
+        wait(lambda: holder(api_cluster, namespace) == "first", what=lambda: holder(api_cluster, namespace))
+        with Operator(api_cluster, second):
+            wait(lambda: load("127.0.0.2") == "2.5", what=lambda: (load("127.0.0.2"), holder(api_cluster, namespace)))
             with socket.create_server((known, custom)) as leader, socket.create_connection(("127.0.0.2", custom), timeout=60) as asking:
                 leader.settimeout(60)
                 asking.sendall(b"hello")
@@ -213,6 +217,17 @@ def test_an_operator_that_waits_passes_on_what_only_the_leader_knows(
                     assert answering.recv(5) == b"hello"
                     answering.sendall(b"who is there")
                 assert asking.recv(20) == b"who is there" and asking.recv(1) == b"", "an end is passed on, too"
+
+
+def holder(cluster: ApiCluster, namespace: str) -> str:
+    """Of the Lease; empty where there is none yet."""
+    try:
+        lease = cluster.client.get(f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/gantline")
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return ""
+    return str(lease["spec"].get("holderIdentity") or "")
 
 
 async def test_what_is_fenced_is_not_sent(api_cluster: ApiCluster, namespace: str) -> None:
