@@ -88,6 +88,7 @@ class CacheKeeping(StageRunner):
         """
         name, uid = claim["metadata"]["name"], claim["metadata"]["uid"]
         self._claim = claim
+        self.owner = replace(self.owner, cache_shared=resources.is_shared(claim))
         written = parse((claim["metadata"].get("annotations") or {}).get(LEDGER))
         self._ledger = written if written != Ledger() else Ledger(claim=uid)  # a claim that nothing was noted of need not be written to
         if written.claim not in ("", uid):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gantline_runtime.model_facts import ModelFacts
@@ -47,6 +48,8 @@ __all__ = ["Reconcile"]
 _log = logging.getLogger(__name__)
 
 _REVISIONS = next(kind for kind in CHILD_KINDS if kind.kind == "ControllerRevision")
+_BY_CLAIM = "sharedByClaim"
+"""Key of a revision's data that those of releases lack which did not ask the claim whether it is shared."""
 _HAND_OVER_POLL_S = 1.0
 _KEPT_REVISIONS = 3
 """The current one, the one it replaces, and one more for a look back."""
@@ -111,6 +114,7 @@ class Reconcile(Preparation):
         await self._retire_jobs()
 
     async def _roll_out(self, planned: Plan, location: ModelLocation) -> None:
+        location = self._as_it_began(planned, location)
         mark = resources.revision(self.owner, planned, location)
         self._found["one_node"] = location.one_node
         record = RolloutRecord.from_status(self.recorded.get("rollout"))
@@ -125,6 +129,14 @@ class Reconcile(Preparation):
         self._found["rollout_record"] = {**self._found["rollout_record"], **record.to_status()}
         if self._is_rolled_back(record, mark):
             self._look_again(0.0)  # the decision is written down first: a restart in between must come to the same
+
+    def _as_it_began(self, planned: Plan, location: ModelLocation) -> ModelLocation:
+        """Earlier releases took it from the spec whether the cache ties pods to one node. A revision of theirs stays as it is."""
+        other = replace(location, one_node=not location.one_node)
+        mark = resources.revision(self.owner, planned, other)
+        stored = self._revision(mark)
+        tried = (self.recorded.get("revision"), RolloutRecord.from_status(self.recorded.get("rollout")).failed)
+        return other if stored is not None and _BY_CLAIM not in stored["data"] and mark in tried else location
 
     def _is_rolled_back(self, record: RolloutRecord, mark: str) -> bool:
         """Whether another revision than `mark`, which the spec asks for, is to serve."""
@@ -180,7 +192,7 @@ class Reconcile(Preparation):
         if listed is None:
             template = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]
             parts = {"template": template, "objects": objects, "plan": to_status(planned), "strategy": strategy.to_stored()}
-            await self.children.ensure(self._build_revision(mark, data or parts))
+            await self.children.ensure(self._build_revision(mark, data or {**parts, _BY_CLAIM: True}))
         objects = [*self._surroundings(), *objects, *self._doors()]
         self._found |= {"revision": mark, "rollout_record": {"strategy": strategy.name, "why": strategy.why}}
         applied = await self.children.apply(objects)

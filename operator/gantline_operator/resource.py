@@ -284,7 +284,8 @@ class CacheSpec:
     )
     access_mode: str = declare(
         Choice(("ReadWriteOnce", "ReadWriteMany")),
-        "ReadWriteOnce keeps all replicas on one node; ReadWriteMany needs a storage that several nodes can mount.",
+        "Of the claim that is made. ReadWriteOnce keeps all replicas on one node; ReadWriteMany needs a storage that several nodes can"
+        " mount. A claim that is there, yours or one made before, goes by its own.",
         default="ReadWriteOnce",
     )
 

@@ -275,7 +275,7 @@ def _placement_trouble(found: Findings, unplaced: Sequence[PodState]) -> Trouble
     assert first.trouble is not None, "only pods with trouble are unplaced"
     placed = any(pod.node for pod in found.server_pods)
     if found.one_node and placed and first.role == "server" and first.trouble.reason is Reason.WAITING_FOR_CAPACITY:
-        cure = "Use a cache with accessMode ReadWriteMany, or fewer replicas."
+        cure = "Use a cache claim with the access mode ReadWriteMany, or fewer replicas."
         return Trouble(Reason.CACHE_NOT_SHAREABLE, f"The cache volume ties all replicas to one node: {first.trouble.message}", cure)
     return first.trouble
 

@@ -22,6 +22,7 @@ from gantline_operator.resources.context import (
     Settings,
     cache_location,
     image_location,
+    is_shared,
     source_location,
 )
 from gantline_operator.resources.inference_pool import inference_pool
@@ -101,6 +102,7 @@ __all__ = [
     "ingress",
     "inspect_hash",
     "inspect_job",
+    "is_shared",
     "job_name",
     "labels",
     "load_path",

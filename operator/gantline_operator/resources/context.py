@@ -19,9 +19,13 @@ __all__ = [
     "cache_location",
     "cache_mount",
     "image_location",
+    "is_shared",
     "source_location",
     "source_mounts",
 ]
+
+
+_SHARED = "ReadWriteMany"
 
 
 class MissingImage(LookupError):
@@ -30,13 +34,15 @@ class MissingImage(LookupError):
 
 @dataclass(frozen=True)
 class Parent:
-    """The service that owns what is built. `restarted_at` is its annotation gantline.io/restartedAt."""
+    """The service that owns what is built. `restarted_at` is its annotation gantline.io/restartedAt; `cache_shared`, whether several nodes
+    may mount the cache's claim, as the claim itself says (None: there is none yet, and the spec says how one is made)."""
 
     name: str
     namespace: str
     uid: str
     spec: InferenceServiceSpec
     restarted_at: str = ""
+    cache_shared: bool | None = None
 
     @property
     def owner(self) -> Object:
@@ -54,7 +60,8 @@ class Parent:
     @property
     def cache_on_one_node(self) -> bool:
         """Whether everything that mounts the cache has to run on one node."""
-        return self.spec.cache.access_mode != "ReadWriteMany"
+        asked = self.spec.cache.access_mode == _SHARED
+        return not (asked if self.cache_shared is None else self.cache_shared)
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,12 @@ def image_location(spec: InferenceServiceSpec, revision: str, folder: str, weigh
 def source_mounts(uri: str) -> tuple[Mount, ...]:
     location = source_location(uri)
     return location.mounts if location else ()
+
+
+def is_shared(claim: Object) -> bool:
+    """Whether several nodes may mount the claim at once. Its spec counts, which never changes, and not what its volume could do beside
+    that: a claim that is bound late would replace the pods that bound it."""
+    return _SHARED in ((claim.get("spec") or {}).get("accessModes") or ())
 
 
 def cache_mount(parent: Parent, *, read_only: bool) -> Mount:
