@@ -30,7 +30,7 @@ from gantline_operator.settings import OperatorSettings
 from gantline_operator.stages import Record
 from gantline_operator.status import Findings, build_status, read_rollout
 
-__all__ = ["CHILD_KINDS", "OPTIONAL_KINDS", "SERVICES", "Cluster", "Memory", "Pass", "is_paused", "sentence"]
+__all__ = ["CHILD_KINDS", "OPTIONAL_KINDS", "SERVICES", "Cluster", "Memory", "Pass", "is_paused", "policy_of", "sentence"]
 
 SERVICES = Resource("gantline.io/v1alpha1", "InferenceService", "inferenceservices")
 CHILD_KINDS = tuple(Resource(kind.api_version, kind.kind, kind.plural) for kind in resources.MANAGED_KINDS)
@@ -145,11 +145,8 @@ class Pass:
         return [pod for pod in self.pods if pod.role == "server"]
 
     def _read_policy(self) -> Policy | None:
-        plan = self._found.get("plan") or self.recorded.get("plan") or {}
-        interval_s = float(self.cluster.settings.scaling_interval_seconds)
-        startup = re.fullmatch(r"([0-9]{1,6})s", str((self.recorded.get("startup") or {}).get("total", "")))
-        startup_s = float(startup[1]) if startup else None
-        return build_policy(self.spec, max_batch=plan.get("maxBatchSize"), startup_s=startup_s, interval_s=interval_s)
+        known = {**self.recorded, "plan": self._found.get("plan") or self.recorded.get("plan")}
+        return policy_of(self.spec, known, self.cluster.settings)
 
     def _note_scaling(self) -> None:
         """Tells the autoscaling loop how the service is, as far as this pass went."""
@@ -258,6 +255,14 @@ async def _confirm_parent(client: Api, namespace: str, name: str, uid: str) -> N
     metadata = (await client.get(SERVICES, namespace, name))["metadata"]
     if metadata["uid"] != uid or "deletionTimestamp" in metadata:
         raise Conflict(f"InferenceService {namespace}/{name} is being deleted")
+
+
+def policy_of(spec: InferenceServiceSpec, status: Object, settings: OperatorSettings) -> Policy | None:
+    """How a service with this status is to be scaled; None where its spec does not say."""
+    startup = re.fullmatch(r"([0-9]{1,6})s", str((status.get("startup") or {}).get("total", "")))
+    startup_s = float(startup[1]) if startup else None
+    interval_s = float(settings.scaling_interval_seconds)
+    return build_policy(spec, max_batch=(status.get("plan") or {}).get("maxBatchSize"), startup_s=startup_s, interval_s=interval_s)
 
 
 def is_paused(annotations: Mapping[str, str]) -> bool:

@@ -20,11 +20,17 @@ from typing import Any
 
 from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
+from gantline_operator.resources import MANAGED_KINDS
 
+from tests.operator.definition import every_kind
 from tests.operator.harness import FACTS, SETTINGS, TINY, Operator, fates, gpu_nodes, inspected, install_crd, items, path_of, service
 from tests.operator.oracle import assert_at_rest
 
 __all__ = ["Churn"]
+
+_CONTROLLERS = ("HPA", "Gantline", "KEDA")
+_RESYNC_S = 20
+"""Between two looks at everything: what another did to a kind that is not watched is mended then."""
 
 
 @dataclass
@@ -42,6 +48,7 @@ class Churn:
         self._names = [f"churn{index}" for index in range(self.services)]
         self._generation = 0
         self._operator: Operator | None = None
+        self._settings = replace(SETTINGS, watch_namespaces=(self.namespace,), resync_seconds=_RESYNC_S, network_policies=True)
 
     def __enter__(self) -> Churn:
         models = {name: FACTS if self._on_gpu(name) else TINY for name in self._names}
@@ -67,7 +74,7 @@ class Churn:
         self._add_nodes()
         for item in items(self.cluster, "inferenceservices", self.namespace):
             self._patch_one(item["metadata"]["name"], {"suspend": False})
-        assert_at_rest(self.cluster, self.namespace, timeout_s=300)
+        assert_at_rest(self.cluster, self.namespace, settings=self._settings, timeout_s=300)
 
     @property
     def _events(self) -> list[tuple[Callable[[], None], int]]:
@@ -87,8 +94,16 @@ class Churn:
     def _create(self) -> None:
         name = self._chance.choice(self._names)
         place = {"accelerator": {"resource": "auto", "nodeSelector": {"for": self.namespace}}} if self._on_gpu(name) else {}
-        body = service(name, self.namespace, replicas=self._chance.randrange(3), **place)
+        body = service(name, self.namespace, **place, **self._wishes(name))
         self.cluster.client.post(path_of("inferenceservices", self.namespace), body)
+
+    def _wishes(self, name: str) -> dict[str, Any]:
+        """Each kind that is made for some services alone is made for some of these; autoscalers find no load, and hold."""
+        kind = int(name.removeprefix("churn")) % 4
+        wishes: dict[str, Any] = {"ingress": {"host": f"{name}.example.com"}} if self._chance.random() < 0.5 else {}
+        if kind < len(_CONTROLLERS):
+            return {**wishes, "scaling": {"controller": _CONTROLLERS[kind], "max": 4}}
+        return {**wishes, "replicas": self._chance.randrange(3)}
 
     def _update(self) -> None:
         self._patch({"engine": {"maxBatchSize": self._chance.randrange(2, 64)}})
@@ -106,7 +121,8 @@ class Churn:
         self._delete_one("pods")
 
     def _delete_child(self) -> None:
-        self._delete_one(self._chance.choice(("deployments", "services", "controllerrevisions", "serviceaccounts", "jobs")))
+        """Of those that the operator makes here; a kind that it does not watch is made again with the next resync."""
+        self._delete_one(self._chance.choice([kind.plural for kind in MANAGED_KINDS]))
 
     def _lose_node(self) -> None:
         nodes = self.cluster.client.get(f"/api/v1/nodes?labelSelector=for%3D{self.namespace}")["items"]
@@ -124,7 +140,7 @@ class Churn:
         self._start_operator()
 
     def _start_operator(self) -> None:
-        self._operator = Operator(self.cluster, replace(SETTINGS, watch_namespaces=(self.namespace,))).__enter__()
+        self._operator = Operator(self.cluster, self._settings).__enter__()
 
     def _on_gpu(self, name: str) -> bool:
         return int(name.removeprefix("churn")) % 2 == 1
@@ -162,7 +178,7 @@ def main() -> int:
         install_crd(cluster)
         cluster.simulate("cpu", 2)
         cluster.client.post("/api/v1/namespaces", {"metadata": {"name": "churn"}})
-        with Churn(cluster, "churn", options.services, options.seed) as churn:
+        with every_kind(cluster), Churn(cluster, "churn", options.services, options.seed) as churn:
             end = time.monotonic() + options.minutes * 60
             while time.monotonic() < end:
                 churn.step()

@@ -18,12 +18,14 @@ from typing import Any
 
 from gantline_devcluster import profiles
 from gantline_devcluster.api_only import ApiCluster, add_nodes
+from gantline_devcluster.client import ApiError
 from gantline_devcluster.client import Client as DevClient
 from gantline_devcluster.fates import FatePolicies
 from gantline_devcluster.models import EIGHT_BILLION
 from gantline_operator.client import Client, connect
 from gantline_operator.controller import Controller
 from gantline_operator.main import operate
+from gantline_operator.resources import MANAGED_KINDS
 from gantline_operator.settings import OperatorSettings
 
 from tests.operator.definition import wait_until_served
@@ -39,18 +41,14 @@ SETTINGS = OperatorSettings(
     listen_address="127.0.0.1",
     workers=4,
 )
-KINDS = (
-    "serviceaccounts",
-    "persistentvolumeclaims",
-    "services",
-    "jobs",
-    "deployments",
-    "poddisruptionbudgets",
-    "ingresses",
-    "networkpolicies",
-    "controllerrevisions",
-    "pods",
-)
+KINDS = (*(kind.plural for kind in MANAGED_KINDS), "pods")
+"""Of all that the operator makes, and that comes of it."""
+_OPTIONAL = {kind.plural for kind in MANAGED_KINDS if kind.optional}
+_GROUPS = {
+    **{kind.plural: kind.api_version for kind in MANAGED_KINDS},
+    "inferenceservices": "gantline.io/v1alpha1",
+    "events": "events.k8s.io/v1",
+}
 
 FACTS: Object = EIGHT_BILLION
 """Of an 8B model."""
@@ -174,24 +172,20 @@ def get(cluster: ApiCluster, plural: str, name: str, namespace: str) -> Object:
 
 
 def items(cluster: ApiCluster, plural: str, namespace: str) -> list[Object]:
-    found = cluster.client.get(path_of(plural, namespace)).get("items") or []
+    """All of a kind, by name; none of one that not every cluster knows, where this one does not."""
+    try:
+        found = cluster.client.get(path_of(plural, namespace)).get("items") or []
+    except ApiError as error:
+        if error.status != 404 or plural not in _OPTIONAL:
+            raise
+        found = []
     return sorted(found, key=lambda item: item["metadata"]["name"])
 
 
 def path_of(plural: str, namespace: str) -> str:
     """Of the objects of a kind in the namespace."""
-    group = {
-        "jobs": "/apis/batch/v1",
-        "deployments": "/apis/apps/v1",
-        "controllerrevisions": "/apis/apps/v1",
-        "poddisruptionbudgets": "/apis/policy/v1",
-        "ingresses": "/apis/networking.k8s.io/v1",
-        "networkpolicies": "/apis/networking.k8s.io/v1",
-        "inferenceservices": "/apis/gantline.io/v1alpha1",
-        "inferencepools": "/apis/inference.networking.k8s.io/v1",
-        "events": "/apis/events.k8s.io/v1",
-    }.get(plural, "/api/v1")
-    return f"{group}/namespaces/{namespace}/{plural}"
+    version = _GROUPS.get(plural, "v1")
+    return f"/{'apis' if '/' in version else 'api'}/{version}/namespaces/{namespace}/{plural}"
 
 
 def status(cluster: ApiCluster, name: str, namespace: str) -> Object:

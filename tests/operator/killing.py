@@ -46,6 +46,7 @@ SCENARIOS = (
     Scenario("update", "tiny", {}, {"replicas": 2}, 16),
     Scenario("quantize", "packed", None, {"quantization": {"method": "awq"}}, 36),
     Scenario("rollout", "tiny", {}, {"engine": {"maxBatchSize": 3}}, 24),
+    Scenario("handover", "tiny", {"scaling": {"controller": "HPA", "max": 2}}, {"scaling": {"controller": "KEDA", "max": 2}}, 16),
     Scenario("delete", "tiny", None, None, 24),
 )
 
@@ -87,6 +88,7 @@ async def reconcile_until_killed(kubeconfig: Path, run: Run) -> int:
 
     client._send = mortal  # type: ignore[method-assign]
     controller = Controller(client, replace(SETTINGS, observe_nodes="never"), "1")
+    await controller._learn_kinds()
     try:
         while not _is_ready(await client.get(SERVICES, run.namespace, run.scenario.service)):
             with contextlib.suppress(Conflict):  # the volume controller writes to claims too: the queue would try again

@@ -3,12 +3,16 @@
 What is desired is built anew, by the operator's own pure builders, from spec and status alone; whether it is what is there, the API server
 says: a server-side apply of it, as a dry run, must come to what is stored. Nothing else that is ours may be there, but for what is kept on
 purpose: finished Jobs with a time to live, the two revisions before, and the last good one with its cache.
+
+It looks at every kind that the operator can make (`resources.MANAGED_KINDS`: what is not there cannot be applied); that each of them is
+asked for too where a spec wants it, test_oracle.py sees to.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gantline_devcluster.api_only import ApiCluster
@@ -18,16 +22,17 @@ from gantline_operator.apply import controller_uid
 from gantline_operator.eviction import claims_of_template, template_of
 from gantline_operator.main import version
 from gantline_operator.plan_status import from_status
-from gantline_operator.reconcile_pass import SERVICES
+from gantline_operator.reconcile_pass import SERVICES, policy_of
 from gantline_operator.resources.naming import MANAGED_BY
 from gantline_operator.settings import OperatorSettings
 from gantline_operator.spec import parse_service
 from gantline_operator.stages import read_job
 
 from tests.operator import applying
+from tests.operator.definition import is_known
 from tests.operator.harness import KINDS, SETTINGS, items, versions, wait
 
-__all__ = ["assert_at_rest", "assert_gone", "faults_of"]
+__all__ = ["assert_at_rest", "assert_gone", "desired_of", "faults_of"]
 
 Object = dict[str, Any]
 Name = tuple[str, str]
@@ -64,14 +69,20 @@ def assert_gone(cluster: ApiCluster, *namespaces: str) -> None:
     wait(lambda: not rest(), what=rest)
 
 
+def desired_of(cluster: ApiCluster, namespace: str, settings: OperatorSettings = SETTINGS) -> list[Object]:
+    """What has to be in the namespace, of all kinds but Jobs."""
+    seen = _Seen.of(cluster, namespace)
+    return [item for parent in items(cluster, "inferenceservices", namespace) for item in _desired(parent, seen, settings)]
+
+
 def faults_of(cluster: ApiCluster, namespace: str, settings: OperatorSettings = SETTINGS) -> list[str]:
     """What is not as it should be in the namespace, a sentence each."""
-    live = {(item["kind"], _name(item)): item for item in _owned(cluster, namespace)}
-    faults, allowed = list[str](), set[Name]()
+    seen = _Seen.of(cluster, namespace)
+    live, faults, allowed = seen.live, list[str](), set[Name]()
     for parent in items(cluster, "inferenceservices", namespace):
         faults += _unobserved(parent)
         try:
-            desired = list(_desired(parent, live, settings))
+            desired = list(_desired(parent, seen, settings))
         except _NotYet as error:
             faults.append(f"{_name(parent)}: {error}")
             continue
@@ -92,8 +103,28 @@ def _unobserved(parent: Object) -> Iterator[str]:
         yield f"{_name(parent)}: generation {generation}, observed {seen}"
 
 
-def _desired(parent: Object, live: dict[Name, Object], settings: OperatorSettings) -> Iterator[Object]:
-    """What the operator applies again and again; Jobs, claims and revisions only have to be there (`_difference`)."""
+@dataclass(frozen=True)
+class _Seen:
+    """Of one namespace."""
+
+    live: dict[Name, Object]
+    """What is ours, by kind and name."""
+    shared: dict[str, bool]
+    """Whether several nodes may mount it, of each claim, by name."""
+    known: set[str]
+    """Kinds that the cluster has."""
+
+    @staticmethod
+    def of(cluster: ApiCluster, namespace: str) -> _Seen:
+        return _Seen(
+            {(item["kind"], _name(item)): item for item in _owned(cluster, namespace)},
+            {_name(claim): resources.is_shared(claim) for claim in items(cluster, "persistentvolumeclaims", namespace)},
+            {kind.kind for kind in resources.MANAGED_KINDS if not kind.optional or is_known(cluster, kind)},
+        )
+
+
+def _desired(parent: Object, seen: _Seen, settings: OperatorSettings) -> Iterator[Object]:
+    """What the operator applies again and again; claims and revisions only have to be there (`_difference`)."""
     status, metadata = parent.get("status") or {}, parent["metadata"]
     _, spec = parse_service({"apiVersion": SERVICES.api_version, "kind": SERVICES.kind, **parent})
     restarted_at = (metadata.get("annotations") or {}).get(resources.RESTARTED_AT, "")
@@ -102,10 +133,11 @@ def _desired(parent: Object, live: dict[Name, Object], settings: OperatorSetting
     planned = from_status(status.get("plan") or {}, spec)
     if planned is None or not status.get("model"):
         raise _NotYet("there is no plan")
+    owner = replace(owner, cache_shared=seen.shared.get(owner.cache_claim))
     location = _location(owner, planned.quantize, status["model"])
     wanted, rollout = resources.revision(owner, planned, location), status.get("rollout") or {}
     mark = rollout["good"] if rollout.get("failed") == wanted and spec.rollout.auto_rollback else wanted
-    stored = live.get(("ControllerRevision", f"{_name(parent)}-{mark}"))
+    stored = seen.live.get(("ControllerRevision", f"{_name(parent)}-{mark}"))
     if stored is None or status.get("revision") != mark:
         raise _NotYet(f"revision {mark} is not the one that serves")
     yield {**stored, "metadata": {**stored["metadata"], "labels": resources.labels(_name(parent), "server", revision=mark)}}
@@ -118,6 +150,10 @@ def _desired(parent: Object, live: dict[Name, Object], settings: OperatorSetting
         yield from resources.disruption_budgets(owner, rendering)
     yield from resources.network_policies(owner, rendering)
     yield from resources.ingress(owner, rendering)
+    if settings.inference_pools == "true" or (settings.inference_pools == "auto" and "InferencePool" in seen.known):
+        yield resources.inference_pool(owner, rendering)
+    autoscalers = resources.autoscalers(owner, rendering, policy_of(spec, status, settings))
+    yield from (item for item in autoscalers if item["kind"] in seen.known)
     if spec.cache.claim_name is None and (planned.quantize or resources.source_location(spec.model.uri) is None):
         yield resources.cache_claim(owner, rendering, 1)
 
@@ -175,7 +211,7 @@ def _content(item: Object) -> Object:
 
 def _owned(cluster: ApiCluster, namespace: str) -> Iterable[Object]:
     """What belongs to a service or bears the operator's label, with its kind; pods are the cluster's own."""
-    for kind in (kind for kind in resources.MANAGED_KINDS if not kind.optional):
+    for kind in resources.MANAGED_KINDS:
         for item in items(cluster, kind.plural, namespace):
             owners, labels = item["metadata"].get("ownerReferences") or [], item["metadata"].get("labels") or {}
             ours = labels.get("app.kubernetes.io/managed-by") == MANAGED_BY

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 from gantline_devcluster.api_only import ApiCluster
-from gantline_devcluster.binaries import find
 from gantline_devcluster.client import ApiError
-from gantline_devcluster.errors import DevclusterError
 
 from tests.operator.applying import apply as apply_object
-from tests.operator.definition import wait_until_established
+from tests.operator.definition import defined
 from tests.operator.harness import (
     TINY,
     apply,
@@ -56,30 +52,10 @@ def test_a_route_is_made_where_gateways_are_named_and_the_kind_is_known(values: 
     assert len(routes(values, *kinds)) == made
 
 
-def definition(name: str) -> Object:
-    try:
-        found: Object = yaml.load(find(name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except DevclusterError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-    return found
-
-
 @pytest.fixture
 def gateway_api(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
-    """The cluster with both definitions, which go at the end: other tests are of clusters without."""
-    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-    definitions = [definition(name) for name in ("httproutes.yaml", "inferencepools.yaml")]
-    for item in definitions:
-        api_cluster.client.post(path, item)
-    names = [item["metadata"]["name"] for item in definitions]
-    try:
-        wait_until_established(api_cluster, *names)
+    with defined(api_cluster, "httproutes.yaml", "inferencepools.yaml"):
         yield api_cluster
-    finally:
-        for name in names:
-            api_cluster.client.call("DELETE", f"{path}/{name}")
 
 
 def test_both_kinds_are_as_their_definitions_want_them_and_pools_go_with_the_setting(gateway_api: ApiCluster, namespace: str) -> None:

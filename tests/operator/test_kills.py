@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster
 
+from tests.operator.definition import every_kind
 from tests.operator.harness import SETTINGS, TINY, Operator, apply, copied, fates, inspected, install_crd, service, volume, wait_reason
 from tests.operator.killing import FULL, SCENARIOS, Run, reconcile_until_killed, runs
 from tests.operator.oracle import assert_at_rest, assert_gone
@@ -17,12 +18,13 @@ AT_ONCE = 12
 
 
 @pytest.fixture(scope="module")
-def cluster(api_cluster: ApiCluster) -> ApiCluster:
+def cluster(api_cluster: ApiCluster) -> Iterator[ApiCluster]:
     install_crd(api_cluster)
     fates(api_cluster, [*inspected(tiny=TINY, packed=TINY), ("quantize", "packed", "complete", copied(), {})])
     if not any(node["metadata"]["name"] == "cpu-0" for node in api_cluster.client.get("/api/v1/nodes").get("items") or []):
         api_cluster.simulate("cpu", 1)
-    return api_cluster
+    with every_kind(api_cluster):
+        yield api_cluster
 
 
 async def test_an_operator_killed_between_any_two_writes_leaves_a_state_that_the_next_one_finishes(

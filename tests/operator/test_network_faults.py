@@ -19,10 +19,10 @@ from gantline_devcluster.api_only import ApiCluster
 from gantline_operator import client as client_module
 from gantline_operator import main as main_module
 from gantline_operator.client import Client
+from gantline_operator.resources import MANAGED_KINDS
 
 from tests.operator.faulty_network import Fault, FaultyNetwork, is_listing, is_watch, is_write
 from tests.operator.harness import (
-    KINDS,
     SETTINGS,
     TINY,
     Operator,
@@ -161,7 +161,7 @@ def test_after_an_outage_it_is_back_within_seconds_however_long_that_was(world: 
             apply(world, service("other", namespace))
             time.sleep(4.0)
             asked = {path.partition("?")[0].rpartition("/")[2] for _, path in network.requests}
-        watched = {"inferenceservices", *(plural for plural in KINDS)}
+        watched = {"inferenceservices", "pods", *(kind.plural for kind in MANAGED_KINDS if not kind.optional)}
         assert asked >= watched, f"these wait for longer: {watched - asked}"
         back = time.monotonic()
         wait(lambda: get(world, "deployments", "tiny", namespace)["spec"]["replicas"] == 2, timeout_s=30)

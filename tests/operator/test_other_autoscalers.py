@@ -21,11 +21,10 @@ from gantline_devcluster.api_only import ApiCluster, free_port
 from gantline_devcluster.binaries import find
 from gantline_operator.certificates import upkeep
 
-from tests.operator.definition import wait_until_established
+from tests.operator.definition import defined
 from tests.operator.harness import apply, event_reasons, patch, service, status, wait, wait_reason
 from tests.operator.helm import render
 from tests.operator.scaling_world import NAME, QUICK, owners_of_replicas, scaling, world
-from tests.operator.test_gateway_api import definition
 
 APIS = "/apis/apiregistration.k8s.io/v1/apiservices"
 
@@ -156,7 +155,7 @@ def test_others_follow_the_same_load_and_one_hands_over_to_the_next_without_a_tr
         patch(api_cluster, NAME, namespace, {"scaling": {"controller": "KEDA"}})
         wait_reason(api_cluster, NAME, namespace, "KindMissing", "ScalingReady")
         wait_reason(api_cluster, NAME, namespace, "Ready")
-        with keda_definition(api_cluster):
+        with defined(api_cluster, "scaledobjects.yaml"):
             patch(api_cluster, NAME, namespace, {"scaling": {"min": 0, "max": 5}})  # a look at it, a minute before the next one
             wait_reason(api_cluster, NAME, namespace, "ScalingActive", "ScalingReady")
             path = f"/apis/keda.sh/v1alpha1/namespaces/{namespace}/scaledobjects/{NAME}"
@@ -187,20 +186,6 @@ def test_others_follow_the_same_load_and_one_hands_over_to_the_next_without_a_tr
             assert not api_cluster.client.get(f"/apis/keda.sh/v1alpha1/namespaces/{namespace}/scaledobjects").get("items")
             patch(api_cluster, NAME, namespace, {"scaling": {"controller": "Gantline"}})
             wait(lambda: not autoscalers(api_cluster, namespace))
-
-
-@contextmanager
-def keda_definition(cluster: ApiCluster) -> Iterator[None]:
-    """KEDA's own definition of its kind, without anybody who acts on it."""
-    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-    item = definition("scaledobjects.yaml")
-    cluster.client.post(path, item)
-    name = item["metadata"]["name"]
-    try:
-        wait_until_established(cluster, name)
-        yield
-    finally:
-        cluster.client.call("DELETE", f"{path}/{name}")
 
 
 def get_http(url: str) -> tuple[int, Any]:

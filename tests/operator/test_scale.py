@@ -10,6 +10,7 @@ from typing import Any
 from gantline_devcluster.api_only import ApiCluster
 
 from tests.operator.churn import Churn
+from tests.operator.definition import every_kind
 from tests.operator.harness import (
     TINY,
     answer,
@@ -137,7 +138,7 @@ def test_churn_ends_with_what_the_specs_ask_for(api_cluster: ApiCluster, namespa
     if not api_cluster.client.get("/api/v1/nodes").get("items"):
         api_cluster.simulate("cpu", 1)
     try:
-        with Churn(api_cluster, namespace, services=3, seed=1) as churn:
+        with every_kind(api_cluster), Churn(api_cluster, namespace, services=3, seed=1) as churn:
             for _ in range(16):
                 churn.step()
             churn.settle()
