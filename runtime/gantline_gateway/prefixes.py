@@ -15,12 +15,17 @@ from gantline_runtime.prompt_prefixes import CUTS, MOST_TOLD, NO_PREFIXES, Cache
 from gantline_gateway.catalog import Service
 from gantline_gateway.exchange import Exchange
 
-__all__ = ["PrefixAffinity", "PrefixIndex", "name_replica"]
+__all__ = ["PrefixAffinity", "PrefixIndex", "is_costly", "name_replica"]
 
 EXPECTED_S = 10.0
 """For so long a replica is taken to hold what it was given: until it has read the prompt, reported and been asked."""
 MOST_EXPECTED = 1 << 14
 """Hashes that a replica was given lately; the oldest are dropped first."""
+
+_SHORT_BYTES = 256 * 1024
+_MOST_TEXTS, _MOST_NUMBERS = 100_000, 500_000
+_OF_NUMBERS = b"0123456789,[]{} \n\r\t"
+"""What lists of tokens consist of."""
 
 _PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate"})
 """Endpoints whose prompts replicas tell of."""
@@ -119,5 +124,17 @@ class PrefixAffinity:
 
 def _prefixes(exchange: Exchange) -> PromptPrefixes:
     if exchange.prefixes is None:
-        exchange.prefixes = first_prefixes(exchange.body) if exchange.path.partition("?")[0] in _PATHS else NO_PREFIXES
+        wanted = exchange.path.partition("?")[0] in _PATHS and not is_costly(exchange.body)
+        exchange.prefixes = first_prefixes(exchange.body) if wanted else NO_PREFIXES
     return exchange.prefixes
+
+
+def is_costly(body: bytes) -> bool:
+    """Whether `body` consists of so many values that to look for its prompt would hold up the event loop: for more than some 30 ms, where
+    8 MB of one text take 10. Such a prompt goes where it may. Quotes in texts are escaped, and numbers are known by a sample."""
+    if len(body) < _SHORT_BYTES:
+        return False
+    if body.count(b'"') - body.count(b'\\"') > 2 * _MOST_TEXTS:
+        return True
+    middle = body[len(body) // 2 :][:64]
+    return not middle.strip(_OF_NUMBERS) and body.count(b",") > _MOST_NUMBERS

@@ -30,6 +30,8 @@ SCHEME = 1
 MOST_TOLD = 1 << 16
 """Hashes that a server tells of at once: a megabyte of them."""
 
+_MOST_MESSAGES = 4096
+"""As many as an endpoint takes."""
 _NUM_CUTS = 64
 _FIRST_CUTS_BYTES = 256
 _HASH_BITS = 53
@@ -100,6 +102,10 @@ def read_prefixes(body: bytes) -> Iterator[PromptPrefixes]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return
     prompts = next((given for given in (fields.prompt, fields.input_ids, fields.input) if given is not None), None)
+    if any(
+        isinstance(given, list) and len(given) > _MOST_MESSAGES and isinstance(given[0], Mapping) for given in (fields.messages, prompts)
+    ):
+        return
     if isinstance(fields.messages, list):
         yield _hashed(_conversation(fields.tools, fields.messages))
     elif isinstance(prompts, list) and prompts and isinstance(prompts[0], Mapping):

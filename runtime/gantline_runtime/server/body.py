@@ -1,20 +1,17 @@
-"""Reads a request's body: bounded, JSON, and of the shape of a model of `protocol.py`."""
+"""Reads a request's body, bounded in size and time. What is in it, `body_reader.py` finds out."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
-from gantline_runtime.prompt_prefixes import PromptPrefixes, read_prefixes
 from gantline_runtime.server.api_error import ApiError
 from gantline_runtime.server.events import ClientLeft
 
-__all__ = ["BodyLimits", "check_content_type", "parse_body", "parse_prompt_body", "read_body"]
+__all__ = ["BODY_TIMEOUT_S", "BodyLimits", "check_content_type", "read_body"]
 
 BODY_TIMEOUT_S = 60.0
 """Clients that send a byte now and then must not hold connections and memory for ever."""
@@ -27,22 +24,6 @@ class BodyLimits:
     """For the whole body."""
     silence_s: float
     """Within that time, for the next byte."""
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-async def parse_body(request: Request, model: type[M], limit: int) -> M:
-    """Raises ApiError 408, 413 or 415, ClientLeft, or pydantic.ValidationError."""
-    check_content_type(request.headers)
-    return model.model_validate_json(await read_body(request, _limits(limit)))
-
-
-async def parse_prompt_body(request: Request, model: type[M], limit: int) -> tuple[M, list[PromptPrefixes]]:
-    """As `parse_body`, and what each of the body's prompts begins with, as a gateway reads it from the same bytes."""
-    check_content_type(request.headers)
-    data = await read_body(request, _limits(limit))
-    return model.model_validate_json(data), list(read_prefixes(data))
 
 
 def check_content_type(headers: Mapping[str, str]) -> None:
@@ -86,7 +67,3 @@ async def read_body(request: Request, limits: BodyLimits, on_growth: Callable[[i
         )
         raise ApiError(408, cause, code="request_timeout", headers={"Connection": "close"}) from None
     return b"".join(chunks)
-
-
-def _limits(max_bytes: int) -> BodyLimits:
-    return BodyLimits(max_bytes, BODY_TIMEOUT_S, BODY_TIMEOUT_S)

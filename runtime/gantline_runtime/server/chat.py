@@ -13,7 +13,6 @@ from gantline_runtime.messages import FinishReason
 from gantline_runtime.parsers.events import ArgumentsDelta, CallBegin, ContentDelta, Event, ReasoningDelta, gather
 from gantline_runtime.prompt_prefixes import PromptPrefixes
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
-from gantline_runtime.server.body import parse_prompt_body
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta, TokenEntry
@@ -23,8 +22,7 @@ from gantline_runtime.server.protocol import ChatRequest
 from gantline_runtime.server.sampling import num_new_tokens
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import unless_client_leaves
-from gantline_runtime.server.structured import build_constraint
-from gantline_runtime.server.tools import new_tool_call, plan_tool_use
+from gantline_runtime.server.tools import ToolUse, new_tool_call, plan_tool_use
 
 __all__ = ["ChatWriter", "create_chat_completion", "start_chat"]
 
@@ -32,7 +30,7 @@ __all__ = ["ChatWriter", "create_chat_completion", "start_chat"]
 async def create_chat_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields, prefixes = await parse_prompt_body(request, ChatRequest, service.config.max_body_bytes)
+    fields, prefixes = await service.bodies.parse_prompt(request, ChatRequest)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(fields.n)
@@ -51,8 +49,8 @@ async def start_chat(
     service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket, prefixes: Sequence[PromptPrefixes]
 ) -> tuple[list[int], Generation]:
     """The prompt's tokens, and its answer. Raises ApiError for what the model, its template or its context cannot do."""
-    constraint = build_constraint(fields.response_format, fields.structured_outputs)
-    use = plan_tool_use(fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls)
+    constraint = await service.build_constraint(fields)
+    use = await service.in_thread(lambda: _plan_tools(fields)) if fields.tools else _plan_tools(fields)  # a megabyte of them takes a second
     if use is not None and not use.held and not model.formats.takes_tools:
         message = "tools: this model's chat template does not tell it of tools. With tool_choice required or a name it is made to call."
         raise ApiError(400, message, code="unsupported_parameter", param="tools")
@@ -70,6 +68,10 @@ async def start_chat(
         request_id, [prompt], [sampling], fields, ticket, plan=plan, num_prompt_logprobs=fields.prompt_logprobs, prefixes=prefixes
     )
     return prompt, generation
+
+
+def _plan_tools(fields: ChatRequest) -> ToolUse | None:
+    return plan_tool_use(fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls)
 
 
 class ChatWriter(AnswerWriter):

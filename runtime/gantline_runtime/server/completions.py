@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from gantline_runtime.prompt_prefixes import PromptPrefixes
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
-from gantline_runtime.server.body import parse_prompt_body
 from gantline_runtime.server.echo import PromptEcho
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
@@ -22,7 +21,6 @@ from gantline_runtime.server.protocol import CompletionRequest
 from gantline_runtime.server.sampling import num_new_tokens, require_token
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import unless_client_leaves
-from gantline_runtime.server.structured import build_constraint
 
 __all__ = ["create_completion"]
 
@@ -33,7 +31,7 @@ _DEFAULT_MAX_TOKENS = 16
 async def create_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields, prefixes = await parse_prompt_body(request, CompletionRequest, service.config.max_body_bytes)
+    fields, prefixes = await service.bodies.parse_prompt(request, CompletionRequest)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(len(fields.prompt) * fields.n)
@@ -75,7 +73,7 @@ async def _start(
     prompts: Sequence[list[int]],
     prefixes: Sequence[PromptPrefixes],
 ) -> Generation:
-    constraint = build_constraint(fields.response_format, fields.structured_outputs)
+    constraint = await service.build_constraint(fields)
     plan = plan_output(constraint, min_tokens=fields.min_tokens)
     sampling = []
     for prompt in prompts:

@@ -8,7 +8,7 @@
     404 not_found, model_not_found     405 method_not_allowed
     408 request_timeout, client_too_slow   413 body_too_large         415 unsupported_media_type
     429 queue_full (Retry-After)       500 internal_error, engine_error     504 deadline_exceeded
-    503 not_ready, draining, shutting_down, engine_dead, engine_stuck (Retry-After)
+    503 overloaded (Retry-After), not_ready, draining, shutting_down, engine_dead, engine_stuck (Retry-After)
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from gantline_runtime.messages import FinishReason, TokenLogprobs
 from gantline_runtime.prompt_prefixes import PromptPrefixes
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, finite_logprob
-from gantline_runtime.server.body import parse_prompt_body
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta
@@ -20,7 +19,6 @@ from gantline_runtime.server.protocol_prompts import GenerateRequest
 from gantline_runtime.server.sampling import num_new_tokens, require_token
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import encode_event, unless_client_leaves
-from gantline_runtime.server.structured import build_constraint
 
 __all__ = ["generate"]
 
@@ -28,7 +26,7 @@ __all__ = ["generate"]
 async def generate(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields, prefixes = await parse_prompt_body(request, GenerateRequest, service.config.max_body_bytes)
+    fields, prefixes = await service.bodies.parse_prompt(request, GenerateRequest)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(1)
@@ -41,7 +39,7 @@ async def generate(request: Request) -> Response:
 
 
 async def _start(service: Service, model: Model, fields: GenerateRequest, ticket: Ticket, prefixes: Sequence[PromptPrefixes]) -> Generation:
-    plan = plan_output(build_constraint(fields.response_format, fields.structured_outputs), min_tokens=fields.min_tokens)
+    plan = plan_output(await service.build_constraint(fields), min_tokens=fields.min_tokens)
     prompt, param = fields.input_ids, "input_ids"
     if prompt is None:
         assert fields.prompt is not None  # held by GenerateRequest

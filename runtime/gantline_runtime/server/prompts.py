@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.messages import SamplingParams
-from gantline_runtime.server.body import parse_body
 from gantline_runtime.server.errors import ApiError, json_response
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta
@@ -26,6 +27,8 @@ __all__ = ["compute_perplexity", "create_embeddings", "encode"]
 
 _READS_AT_ONCE = 256
 """Of one request; thousands of texts must not fill the queue that others wait in."""
+_WRITTEN_AT_ONCE = 8
+_encode = msgspec.json.Encoder().encode
 _READ_ONLY = SamplingParams(max_new_tokens=0)
 
 
@@ -33,15 +36,16 @@ async def create_embeddings(request: Request) -> Response:
     """One vector for each input: the final hidden state of its last token, or the mean over its tokens."""
     service: Service = request.app.state.service
     service.check_state()
-    fields = await parse_body(request, EmbeddingRequest, service.config.max_body_bytes)
+    fields = await service.bodies.parse(request, EmbeddingRequest)
     model = service.check_state()
     service.check_model_name(fields.model)
     pooling = fields.pooling or model.pooling
     generation = await _read(request, service, fields.input, fields.sampling, add_special_tokens=fields.add_special_tokens, pooling=pooling)
-    data = [
-        {"object": "embedding", "index": i, "embedding": _written(vector, fields)}
-        for i, vector in enumerate(choice.output.embedding for choice in generation.choices)
-    ]
+    data = []
+    for i, choice in enumerate(generation.choices):
+        data.append(msgspec.Raw(_encode({"object": "embedding", "index": i, "embedding": _written(choice.output.embedding, fields)})))
+        if i % _WRITTEN_AT_ONCE == 0:
+            await asyncio.sleep(0)  # thousands of vectors take a second
     usage = generation.usage()
     counted = {name: usage[name] for name in ("prompt_tokens", "total_tokens", "prompt_tokens_details")}
     return json_response({"object": "list", "model": model.name, "data": data, "usage": counted})
@@ -63,7 +67,7 @@ async def compute_perplexity(request: Request) -> Response:
     """The mean cross-entropy of a text's tokens after the first, as LMDeploy's clients expect it under `ppl`, and the perplexity itself."""
     service: Service = request.app.state.service
     service.check_state()
-    fields = await parse_body(request, PerplexityRequest, service.config.max_body_bytes)
+    fields = await service.bodies.parse(request, PerplexityRequest)
     service.check_state()
     service.check_model_name(fields.model)
     total, count = 0.0, 0
@@ -138,7 +142,7 @@ async def encode(request: Request) -> Response:
     """LMDeploy's /tokenize: a text or several to tokens."""
     service: Service = request.app.state.service
     service.check_state()
-    fields = await parse_body(request, EncodeRequest, service.config.max_body_bytes)
+    fields = await service.bodies.parse(request, EncodeRequest)
     service.check_model_name(fields.model)
     texts = [fields.input] if isinstance(fields.input, str) else fields.input
     encoded = [await _encode_one(service, text, fields) for text in texts]

@@ -6,7 +6,7 @@ Numbers are numbers (never strings, booleans, NaN), unknown names are refused, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 MAX_MESSAGES = 4096
+MAX_PARTS = 16_384
+"""Of the contents of all messages together."""
 MAX_PROMPTS = 256
 MAX_INPUTS = 2048
 """OpenAI's bound for embeddings; libraries on top of its client send a thousand at once."""
@@ -224,6 +226,12 @@ class Message(Body):
         return body
 
 
+def check_parts(messages: Sequence[Any], name: str) -> None:
+    """Raises for contents (of `messages`, which is the member `name`) that have more parts than is allowed."""
+    if sum(len(message.content or ()) for message in messages) > MAX_PARTS:
+        raise invalid(f"{name} have more than {MAX_PARTS} parts of content in all.", name)
+
+
 def _without_prompt_logprobs(table: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """`table` for the two endpoints that have `prompt_logprobs`."""
     return {name: neutral for name, neutral in table.items() if name != "prompt_logprobs"}
@@ -248,6 +256,7 @@ class ChatRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        check_parts(self.messages, "messages")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs is only allowed together with logprobs: true.", "top_logprobs")
         if self.prompt_logprobs is not None and self.stream:
@@ -317,6 +326,7 @@ class TokenizeRequest(Body):
     def _one_of_both(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise invalid("Give either prompt or messages.", "prompt")
+        check_parts(self.messages or (), "messages")
         return self
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gantline_runtime.server.parameters import UNSUPPORTED_EXTRAS, UNSUPPORTED_RESPONSES, drop_harmless, unsupported, unsupported_value
-from gantline_runtime.server.protocol import MAX_MESSAGES, MAX_TOKENS, MAX_TOP_LOGPROBS, Body, SamplingFields, invalid
+from gantline_runtime.server.protocol import MAX_MESSAGES, MAX_TOKENS, MAX_TOP_LOGPROBS, Body, SamplingFields, check_parts, invalid
 
 __all__ = ["ResponsesRequest"]
 
@@ -184,6 +184,11 @@ class ResponsesRequest(SamplingFields):
         if isinstance(kept, dict) and isinstance(body.get("metadata"), dict):
             kept["metadata"] = body["metadata"]  # harmless elsewhere, but here the answer repeats it
         return kept
+
+    @model_validator(mode="after")
+    def _has_no_more_parts_than_a_chat_may(self) -> Self:
+        check_parts(self.input, "input")
+        return self
 
     def for_chat(self) -> dict[str, Any]:
         """The body of the chat request that means the same."""

@@ -19,6 +19,7 @@ from gantline_runtime.engine_client import EngineClient
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, Pooling, SamplingParams
 from gantline_runtime.prompt_prefixes import PromptPrefixes
+from gantline_runtime.server.body_reader import BodyReader
 from gantline_runtime.server.callers import Caller, current_caller
 from gantline_runtime.server.errors import ApiError, not_accepting, queue_full
 from gantline_runtime.server.generation import Generation
@@ -30,6 +31,7 @@ from gantline_runtime.server.prefix_directory import PrefixDirectory
 from gantline_runtime.server.protocol import Message, SamplingFields
 from gantline_runtime.server.protocol_formats import Tool
 from gantline_runtime.server.sampling import build_sampling, seeded, spell_bad_words
+from gantline_runtime.server.structured import Constraint, build_constraint
 from gantline_runtime.server.template_process import TemplateRenderer
 from gantline_runtime.tokenizer import Tokenizer
 
@@ -64,6 +66,7 @@ class Service:
         self.lifecycle = lifecycle
         self.metrics = metrics
         self.prefixes = PrefixDirectory()
+        self.bodies = BodyReader(config.max_body_bytes)
         self.engine: EngineClient | None = None
         self.model: Model | None = None
         self.session_len = 0
@@ -82,6 +85,7 @@ class Service:
     async def close(self) -> None:
         if self.model is not None and self.model.renderer is not None:
             await self.model.renderer.close()
+        await self.bodies.close()
         for pool in (self._pool, self._long_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -180,6 +184,12 @@ class Service:
             message = f"The prompt has {len(text)} characters; they cannot fit the {self.session_len} tokens of the model's context."
             raise ApiError(400, message, code="context_length_exceeded", param=param)
         return await self.in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), size=len(text))
+
+    async def build_constraint(self, fields: SamplingFields) -> Constraint | None:
+        """What the answer must match. Beside the event loop, since a schema of thousands of references takes a second. Raises ApiError."""
+        if fields.response_format is None and fields.structured_outputs is None:
+            return None
+        return await self.in_thread(lambda: build_constraint(fields.response_format, fields.structured_outputs))
 
     async def build_sampling(self, fields: SamplingFields, *, max_new_tokens: int, num_logprobs: int | None) -> SamplingParams:
         """What the engine is told of `fields`. Raises ApiError for what this model cannot do."""

@@ -1,29 +1,24 @@
 """Renders chat templates in a process of its own, so that what a checkpoint brings along can neither stall nor exhaust the server.
 
     parent -> child   {"source", "special_tokens"}, then {"messages", "variables"} any number of times
-    child -> parent   {"text"} or {"error"} for each                      (4 bytes of length, then MessagePack)
+    child -> parent   {"text"} or {"error"} for each                      (MessagePack, as `helper_process.py` passes it on)
 
 The template is not even compiled in the parent: Jinja computes constant expressions while it compiles. The child may take `MEMORY_BYTES`
-beyond what it has at its start; one that takes longer than the time limit is killed, and the next request gets a new one. It holds neither
-secrets nor sockets, and dies with its parent. A rendering costs the detour of a pipe, about 0.2 ms.
+beyond what it has at its start; one that takes longer than the time limit is killed, and the next request gets a new one. A rendering costs
+the detour of a pipe, about 0.2 ms.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import os
 import resource
-import signal
-import subprocess
-import sys
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from gantline_runtime.chat_template import ChatTemplate, TemplateError
+from gantline_runtime.server.helper_process import Helper, HelperCrashed, HelperTooSlow, answer_messages
 
 __all__ = ["TemplateRenderer"]
 
@@ -31,7 +26,6 @@ TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 """For a child to start and to compile the template; a busy machine takes seconds to start a Python."""
 MEMORY_BYTES = 512 << 20
-_PR_SET_PDEATHSIG = 1
 
 
 class TemplateRenderer:
@@ -41,7 +35,7 @@ class TemplateRenderer:
         self._setup = msgspec.msgpack.encode({"source": source, "special_tokens": dict(special_tokens)})
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()
-        self._child: asyncio.subprocess.Process | None = None
+        self._helper = Helper("gantline_runtime.server.template_process")
 
     async def start(self) -> None:
         """Start the child before it is needed. Raises TemplateError if the template does not compile."""
@@ -61,84 +55,53 @@ class TemplateRenderer:
 
     async def _render(self, payload: bytes) -> str:
         async with self._lock:
-            child = await self._ensure_child()
-            return await self._in_time(self._exchange(child, payload), self._timeout_s)
+            await self._ensure_child()
+            return await self._exchange(payload, self._timeout_s)
 
-    async def _in_time(self, exchange: Coroutine[Any, Any, str], timeout_s: float) -> str:
-        """Whatever interrupts an exchange leaves the pipe in an unknown state, so the child goes with it."""
+    async def _ensure_child(self) -> None:
+        if self._helper.running:
+            return
+        await self._helper.start()
         try:
-            async with asyncio.timeout(timeout_s):
-                return await exchange
+            await self._exchange(self._setup, START_TIMEOUT_S)
         except TemplateError:
-            raise
-        except BaseException as error:
             await self.close()
-            if isinstance(error, TimeoutError):
-                raise TemplateError(f"the model's chat template took longer than {timeout_s:g} s") from None
-            if isinstance(error, (asyncio.IncompleteReadError, ConnectionError)):
-                raise TemplateError("the model's chat template crashed its process") from None
             raise
 
-    async def _ensure_child(self) -> asyncio.subprocess.Process:
-        if self._child is None or self._child.returncode is not None:
-            self._child = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "gantline_runtime.server.template_process", str(os.getpid())),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            try:
-                await self._in_time(self._exchange(self._child, self._setup), START_TIMEOUT_S)
-            except TemplateError:
-                await self.close()
-                raise
-        return self._child
-
-    @staticmethod
-    async def _exchange(child: asyncio.subprocess.Process, payload: bytes) -> str:
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(len(payload).to_bytes(4, "little") + payload)
-        await child.stdin.drain()
-        size = int.from_bytes(await child.stdout.readexactly(4), "little")
-        answer = msgspec.msgpack.decode(await child.stdout.readexactly(size))
+    async def _exchange(self, payload: bytes, timeout_s: float) -> str:
+        try:
+            answer = msgspec.msgpack.decode(await self._helper.exchange(payload, timeout_s))
+        except HelperTooSlow:
+            raise TemplateError(f"the model's chat template took longer than {timeout_s:g} s") from None
+        except HelperCrashed:
+            raise TemplateError("the model's chat template crashed its process") from None
         if "error" in answer:
             raise TemplateError(str(answer["error"]))
         return str(answer["text"])
 
     async def close(self) -> None:
-        child, self._child = self._child, None
-        if child is not None and child.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+        await self._helper.close()
 
 
-def main() -> None:
-    """The child's side: a template first, then messages to render until the pipe closes."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[1]):
-        return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _prepare() -> Callable[[bytes], bytes]:
+    """The child's side: a template first, then messages to render."""
     limit = _address_space() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     template: ChatTemplate | None = None
-    while (payload := _read(sys.stdin.buffer)) is not None:
+
+    def answer(payload: bytes) -> bytes:
+        nonlocal template
         request = msgspec.msgpack.decode(payload)
         try:
             if template is None:
-                template, answer = ChatTemplate(**request), {"text": ""}
+                template, told = ChatTemplate(**request), {"text": ""}
             else:
-                answer = {"text": template.render(request["messages"], **request["variables"])}
-            encoded = msgspec.msgpack.encode(answer)  # not of a template's lone surrogates, which no tokenizer takes either
+                told = {"text": template.render(request["messages"], **request["variables"])}
+            return msgspec.msgpack.encode(told)  # not of a template's lone surrogates, which no tokenizer takes either
         except (TemplateError, UnicodeEncodeError) as error:
-            encoded = msgspec.msgpack.encode({"error": str(error)})
-        sys.stdout.buffer.write(len(encoded).to_bytes(4, "little") + encoded)
-        sys.stdout.buffer.flush()
+            return msgspec.msgpack.encode({"error": str(error)})
 
-
-def _read(stream: BinaryIO) -> bytes | None:
-    head = stream.read(4)
-    return stream.read(int.from_bytes(head, "little")) if len(head) == 4 else None
+    return answer
 
 
 def _address_space() -> int:
@@ -147,4 +110,4 @@ def _address_space() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    answer_messages(_prepare)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gantline_runtime.server.body import parse_body
 from gantline_runtime.server.errors import json_response
 from gantline_runtime.server.protocol import DetokenizeRequest, TokenizeRequest
 from gantline_runtime.server.sampling import require_token
@@ -17,7 +16,7 @@ __all__ = ["detokenize", "tokenize"]
 async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields = await parse_body(request, TokenizeRequest, service.config.max_body_bytes)
+    fields = await service.bodies.parse(request, TokenizeRequest)
     service.check_model_name(fields.model)
     if fields.messages is not None:
         tokens = await service.encode_chat(fields.messages, fields.chat_template_kwargs)
@@ -30,7 +29,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     model = service.check_state()
-    fields = await parse_body(request, DetokenizeRequest, service.config.max_body_bytes)
+    fields = await service.bodies.parse(request, DetokenizeRequest)
     service.check_model_name(fields.model)
     require_token(max(fields.tokens, default=0), model.tokenizer.vocab_size, "tokens")
     return json_response({"prompt": await service.decode(fields.tokens)})
