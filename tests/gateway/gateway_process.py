@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ class GatewayProcess(LoggedProcess):
     """`flags` are those of `gantline-gateway`."""
 
     def __init__(self, *flags: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "gantline_gateway.main", "--host=127.0.0.1", "--port=0", "--internal-port=0", "--log-format=json"]
-        super().__init__([*command, *flags], environment)
+        command = ["-m", "gantline_gateway.main", "--host=127.0.0.1", "--port=0", "--internal-port=0", "--log-format=json"]
+        super().__init__([*command, *flags], ("gantline_gateway.main",), environment)
         self.internal_url = ""
 
     def wait_listening(self) -> GatewayProcess:

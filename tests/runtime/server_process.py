@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,20 +19,27 @@ from typing import Any
 import httpx
 import openai
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 ECHO = ("-m", "tests.runtime.server_fakes")
 """`gantline serve` with an engine that repeats the last message."""
 REAL = ("-m", "gantline_runtime.cli", "serve")
+_LIBRARIES = ("numpy", "pydantic.main", "starlette.applications", "tokenizers", "uvicorn", "uvloop", "yaml", "zmq.asyncio")
+PRELOAD = (*_LIBRARIES, "gantline_runtime.cli", "gantline_runtime.commands.serving", "gantline_runtime.server.runner")
+PRELOAD_OF_SEVERAL = (*_LIBRARIES, "gantline_runtime.cli", "gantline_runtime.commands.serving")
+"""Of a server of several API processes: it chooses how it counts before it imports what counts."""
 
 
 class LoggedProcess:
     """A program that logs JSON lines on stderr and answers HTTP at `url`, once that is known."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, arguments: Sequence[str], preload: tuple[str, ...], environment: Mapping[str, str] | None = None) -> None:
+        """`arguments` of Python; see tests/warm.py for `preload`."""
         self.termination_path = Path(tempfile.mkdtemp(prefix="gantline-test-")) / "termination-log"
         own = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "runtime"))), "GANTLINE_TERMINATION_LOG": str(self.termination_path)}
         whole = {**os.environ, "OMP_NUM_THREADS": "1", **own, **(environment or {})}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=whole, text=True)
+        self.process = warm.start(arguments, whole, preload=preload)
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -43,7 +49,6 @@ class LoggedProcess:
         self._client = httpx.Client(timeout=60)
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             with self._changed:
                 self.lines.append(line.rstrip("\n"))
@@ -107,7 +112,8 @@ class ServerProcess(LoggedProcess):
     """A server and its log. `flags` are those of `gantline serve`."""
 
     def __init__(self, model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> None:
-        super().__init__([sys.executable, *program, str(model_dir), "--port=0", "--log-format=json", *flags])
+        preload = PRELOAD_OF_SEVERAL if any(flag.startswith("--api-workers") for flag in flags) else PRELOAD
+        super().__init__([*program, str(model_dir), "--port=0", "--log-format=json", *flags], preload)
 
     def wait_listening(self) -> ServerProcess:
         self.url = self.wait_log("listening")["url"]
