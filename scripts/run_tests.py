@@ -5,6 +5,7 @@
     api-server   what talks to a real API server; two workers with an API server each, since these tests wait half of the time
     rest         everything else, a worker more than there are cores since some wait, yielding to those that wait for somebody's deadline
 
+The workers of a stream are forks of the process that has collected its tests (tests/forked.py).
 Each stream tells how far it is, and its output is printed whole when it ends. Arguments go to every pytest:
 `scripts/run_tests.py -k scale`.
 
@@ -28,6 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5"]
+FORKS = ["-p", "tests.forked"]
+"""Workers that need not collect the tests each."""
 API_SERVER = ("devcluster", "operator", "gateway")
 TESTS_FAILED, NOTHING_SELECTED = 1, 5
 UNSTEADY_LIMIT = 3
@@ -37,12 +40,12 @@ FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 def streams(arguments: list[str], files: list[str] | None = None) -> dict[str, list[str]]:
     """Each stream's command, over `files` or all of its tests. Where the marked tests live is held by tests/conftest.py."""
-    workers = ["-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "worksteal"]
-    api_server, apart = [f"tests/{part}" for part in API_SERVER], ["-n", "2", "--dist", "loadfile"]
+    workers, apart = [[*FORKS, f"--forks={count}"] for count in (min(4, 1 + (os.cpu_count() or 1)), 2)]
+    api_server = [f"tests/{part}" for part in API_SERVER]
     commands = {
         "node": [*PYTEST, *(files or ["tests/e2e", "tests/devcluster"]), "-m", "node and not gpu", *arguments],
-        "api-server": [*PYTEST, *(files or api_server), *apart, "-m", "apiserver and not node and not gpu", *arguments],
-        "rest": ["nice", "-n", "5", *PYTEST, *(files or ["tests"]), *workers, "-m", "not apiserver and not node and not gpu", *arguments],
+        "api-server": [*PYTEST, *apart, *(files or api_server), "-m", "apiserver and not node and not gpu", *arguments],
+        "rest": ["nice", "-n", "5", *PYTEST, *workers, *(files or ["tests"]), "-m", "not apiserver and not node and not gpu", *arguments],
     }
     return commands if arguments or files else {"check": ["make", "--no-print-directory", "check"], **commands}
 
