@@ -17,6 +17,7 @@ from gantline_runtime.request import Sequence
 from gantline_runtime.sampling import Sampler, SamplingTable
 from gantline_runtime.sampling.random import uniforms
 from gantline_runtime.scheduler import Step
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.runtime.checkpoints import VOCAB, write_checkpoint
 from tests.runtime.engine_support import drain, request, tokens_of
@@ -123,6 +124,39 @@ def test_penalties_count_prompt_and_output_as_each_is_defined() -> None:
     batch = SamplingTable(4).batch(Step(samples=[made], num_decodes=0))
     assert batch is not None
     torch.testing.assert_close(sampler._penalize(logits, batch, torch.tensor([0]))[0], expected)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is launched; views are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_sampling_takes_as_many_launches_for_a_dozen_requests_as_for_one() -> None:
+    everything: dict[str, Any] = {
+        "temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "presence_penalty": 0.5,
+        "frequency_penalty": 0.5, "logit_bias": {3: 1.0, 4: -1.0}, "bad_words": ((7,), (5, 6)), "min_new_tokens": 9, "num_logprobs": 20,
+    }  # fmt: skip
+    counts = []
+    for rows in (1, 12):
+        with Operators() as operators:
+            sample(random_logits(rows), [sequence(i, [i, 5, i], [i + 9] * i, **everything) for i in range(rows)])
+        counts.append(operators.count)
+    assert counts[0] == counts[1] > 20
+
+
+def test_penalties_of_requests_that_come_together_are_each_their_own() -> None:
+    logits = random_logits(3)
+    kinds = [([3, 4], [7, 7, 8]), ([7], []), ([9, 9], [3])]
+    made = [sequence(2 * i, *tokens, temperature=0.0, presence_penalty=20.0, repetition_penalty=9.0) for i, tokens in enumerate(kinds)]
+    together = sample(logits, made).tokens.tolist()
+    assert together == [sample(logits[i : i + 1], [one]).tokens.item() for i, one in enumerate(made)]
 
 
 def test_bias_and_forbidden_stops_change_only_their_own_rows() -> None:

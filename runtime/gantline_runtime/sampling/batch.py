@@ -53,11 +53,14 @@ class TokenMask:
 
 @dataclass(frozen=True)
 class FreshPenalties:
-    """A request whose token counts begin anew on the device: `prompt` and `output` are its tokens so far."""
+    """Requests whose token counts begin anew on the device: their slots, and pairs of slot and token, of their prompts (each pair once) and
+    of their outputs so far."""
 
-    slot: int
-    prompt: Integers
-    output: Integers
+    slots: Integers
+    prompt_slots: Integers
+    prompt_tokens: Integers
+    output_slots: Integers
+    output_tokens: Integers
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class SamplingBatch:
     """Present with the other penalties."""
     presence_penalty: Floats | None = None
     frequency_penalty: Floats | None = None
-    fresh_penalties: tuple[FreshPenalties, ...] = ()
+    fresh_penalties: FreshPenalties | None = None
     edits: Edits | None = None
     mask: TokenMask | None = None
     logprob_rows: Integers | None = None
@@ -160,13 +163,21 @@ class SamplingTable:
             "frequency_penalty": self._floats["frequency_penalty"][slots],
         }
         fresh = [s for i, s in enumerate(step.samples) if i >= step.num_decodes and flags[i] & _PENALIZED]
-        part["fresh_penalties"] = tuple(_fresh(sequence) for sequence in fresh)
+        if fresh:
+            part["fresh_penalties"] = _fresh(fresh)
         return part
 
 
-def _fresh(sequence: Sequence) -> FreshPenalties:
-    tokens = np.array(sequence.tokens, dtype=np.int64)
-    return FreshPenalties(sequence.slot, np.unique(tokens[: sequence.prompt_len]), tokens[sequence.prompt_len :])
+def _fresh(sequences: list[Sequence]) -> FreshPenalties:
+    slots = np.array([s.slot for s in sequences], dtype=np.int64)
+    tokens = [np.array(s.tokens, dtype=np.int64) for s in sequences]
+    prompts = [np.unique(own[: s.prompt_len]) for s, own in zip(sequences, tokens, strict=True)]
+    outputs = [own[s.prompt_len :] for s, own in zip(sequences, tokens, strict=True)]
+    return FreshPenalties(slots, _repeat(slots, prompts), np.concatenate(prompts), _repeat(slots, outputs), np.concatenate(outputs))
+
+
+def _repeat(slots: Integers, parts: list[Integers]) -> Integers:
+    return np.repeat(slots, [len(part) for part in parts])
 
 
 def _edits(members: list[tuple[int, Sequence]], num_decodes: int) -> Edits | None:

@@ -84,11 +84,13 @@ class Sampler:
     def _penalize(self, logits: torch.Tensor, batch: SamplingBatch, slots: torch.Tensor) -> torch.Tensor:
         """Repetition divides or multiplies what has occurred in prompt or output; presence and frequency subtract for the output."""
         counts, in_prompt = self._penalty_state()
-        for fresh in batch.fresh_penalties:
-            counts[fresh.slot].zero_()
-            counts[fresh.slot].index_put_((self._upload(fresh.output),), counts.new_ones(()), accumulate=True)
-            in_prompt[fresh.slot].zero_()
-            in_prompt[fresh.slot, self._upload(fresh.prompt)] = True
+        if batch.fresh_penalties is not None:
+            parts = tuple(vars(batch.fresh_penalties).values())
+            fresh, *pairs = self._upload(np.concatenate(parts)).split([len(part) for part in parts])
+            counts.index_fill_(0, fresh, 0)
+            in_prompt.index_fill_(0, fresh, False)
+            in_prompt.index_put_(tuple(pairs[:2]), in_prompt.new_ones(()))
+            counts.index_put_(tuple(pairs[2:]), counts.new_ones(()), accumulate=True)
         count = counts[slots]
         seen = in_prompt[slots] | (count > 0)
         columns = self._upload_columns(batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
