@@ -329,7 +329,8 @@ class Scheduler:
     def give_up(self, step: Step, failures: Mapping[Sequence, str]) -> list[TokenOutput]:
         """End the sequences of a step that could not be computed, with their cause; before `postprocess` of that step.
 
-        What they were to write is not in the cache, so whoever shares it from the same step on is computed anew.
+        What they were to write is not in the cache, so whoever shares it from the same step on is computed anew. Who was admitted with the
+        step, but has no part in it, has its block table sent once more.
         """
         outputs: list[TokenOutput] = []
         lost: set[int] = set()
@@ -349,6 +350,11 @@ class Scheduler:
                 continue
             if failed:
                 outputs.append(self.fail(sequence.request_id, failures[sequence]))
+            else:
+                self._preempt(sequence)
+        for sequence in [s for s in self.prefilling if s not in step.sequences]:
+            if lost.isdisjoint(sequence.blocks):
+                self.cache.resend_table(sequence)
             else:
                 self._preempt(sequence)
         return outputs

@@ -84,6 +84,26 @@ def test_what_a_failed_request_never_wrote_is_found_by_nobody(depth: int) -> Non
 
 
 @DEPTHS
+@pytest.mark.parametrize("beginning", [64, 0])
+def test_who_was_admitted_beside_a_failed_step_without_a_part_in_it_is_told_of_it(depth: int, beginning: int) -> None:
+    """It holds blocks that the step was to write, and what it was given itself travelled with that step."""
+    engine, _ = poisoned_engine(depth=depth, max_prefill_token_num=256)
+    shared = list(range(100, 164))
+    engine.add_request(request("stranger", [5, 6, 7], count=30))
+    while not engine.stats().num_generated_tokens:
+        engine.step()
+    chunk = engine.pacer.chunk
+    engine.pacer.chunk = lambda load, start, wanted: 0 if load.prompt_tokens and wanted < 100 else chunk(load, start, wanted)
+    engine.add_request(request("poison", [*shared, POISON], count=8))
+    neighbour = [*shared[:beginning], *range(200, 236)]
+    engine.add_request(request("neighbour", neighbour, count=8))
+    outputs = drain(engine)
+    assert outputs["poison"][-1].finish_reason == "error"
+    assert tokens_of(outputs["neighbour"]) == expected_tokens(neighbour, 8)
+    assert len(tokens_of(outputs["stranger"])) > 20 and engine.stats().cache_usage == 0
+
+
+@DEPTHS
 @pytest.mark.parametrize("wanted", [{"num_prompt_logprobs": 0}, {"pooling": "mean"}])
 def test_what_is_read_of_a_neighbours_prompt_is_not_lost(depth: int, wanted: dict[str, Any]) -> None:
     """Nor read twice, where the neighbour must be computed anew because it shares blocks with the one that failed."""
