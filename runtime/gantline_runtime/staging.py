@@ -199,7 +199,10 @@ class PieceFiles:
         view, done = memoryview(filled.numpy()), 0
         descriptor = self._open(transfer)
         while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], start + done)
+            try:
+                count = os.preadv(descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise _unreadable(transfer, error) from None
             if count == 0:
                 transfer.check_length(os.fstat(descriptor).st_size)
                 raise CheckpointError(f"{transfer.path.name!r} ends too early", cure="Copy or download the file again.")
@@ -210,7 +213,7 @@ class PieceFiles:
             try:
                 self._descriptors[transfer.path] = os.open(transfer.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise CheckpointError(f"{transfer.path.name!r} cannot be read: {error}", cure="Check permissions and the volume.") from None
+                raise _unreadable(transfer, error) from None
         return self._descriptors[transfer.path]
 
     def _matrix(self, transfer: Transfer) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
@@ -226,6 +229,11 @@ class PieceFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def _unreadable(transfer: Transfer, error: OSError) -> CheckpointError:
+    cause = f"{transfer.path.name!r} cannot be read at tensor {transfer.name!r}: {error.strerror or error}"
+    return CheckpointError(cause, cure="Check permissions and the volume.")
 
 
 _VIEWS = {1: (np.uint8, torch.uint8), 2: (np.uint16, torch.uint16), 4: (np.uint32, torch.uint32)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 import threading
 import time
@@ -68,6 +70,19 @@ def test_a_short_file_is_named_with_its_tensor(source: tuple[slice, ...], tmp_pa
     transfer = Transfer("model.norm.weight", path, 8, torch.float32, (40, 24), source, tensor[source].clone())
     (piece,) = pieces_of(transfer)
     with pytest.raises(CheckpointError, match=r"'shard' is truncated: tensor 'model\.norm\.weight'"):
+        PieceFiles().read(piece, torch.empty(piece.num_bytes, dtype=torch.uint8))
+
+
+def test_a_file_that_the_volume_cannot_read_is_named_with_its_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    tensor = values(4, 6, dtype=torch.float32)
+    source = (slice(0, 4), slice(0, 6))
+    transfer = Transfer("model.norm.weight", write(tmp_path / "shard", tensor, offset=8), 8, torch.float32, (4, 6), source, tensor.clone())
+    (piece,) = pieces_of(transfer)
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(CheckpointError, match=r"'shard' cannot be read at tensor 'model\.norm\.weight': Input/output error"):
         PieceFiles().read(piece, torch.empty(piece.num_bytes, dtype=torch.uint8))
 
 
