@@ -325,6 +325,15 @@ def linear_parameters(facts: ModelFacts) -> int:
     return facts.num_layers * facts.hidden_size * (2 * queries + 2 * keys + 3 * facts.intermediate_size)
 
 
+def _most_parameters(facts: ModelFacts) -> int:
+    """Weights of a model of our families, with a bias wherever some family has one."""
+    queries, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
+    biases = queries + 2 * keys + 2 * facts.intermediate_size + 2 * facts.hidden_size
+    norms = 2 * facts.hidden_size + 2 * facts.head_dim
+    matrices = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
+    return linear_parameters(facts) + matrices + facts.num_layers * (biases + norms) + facts.hidden_size
+
+
 def _packed_bytes(parameters: int, bits: int, group_size: int) -> int:
     """Bytes of AWQ's `gemm` layout: packed weights, and for each group of a column a packed zero point and a float16 scale."""
     return math.ceil(parameters * (bits / 8 + (bits / 8 + 2) / group_size))
@@ -348,9 +357,11 @@ def awq_facts(facts: ModelFacts, *, bits: int = 4, group_size: int = 128, dtype:
 
 
 def loaded_weight_bytes(facts: ModelFacts, dtype_bytes: int) -> int:
-    """Bytes of the weights once loaded: unquantized tensors take `dtype_bytes` an element, packed ones stay as they are."""
+    """Bytes of the weights once loaded: unquantized tensors take `dtype_bytes` an element, packed ones stay as they are. What files hold
+    beyond what the model has (a head though it is tied, elements wider than config.json says) is not loaded."""
     if facts.quantization is None:
-        return facts.weight_bytes // facts.dtype_bytes * dtype_bytes
+        stored = facts.weight_bytes // facts.dtype_bytes
+        return (stored if facts.family == "transformers" else min(stored, _most_parameters(facts))) * dtype_bytes
     packed = _packed_bytes(linear_parameters(facts), facts.quantization.bits, facts.quantization.group_size)
     rest = max(0, facts.weight_bytes - packed)
     return facts.weight_bytes - rest + rest // facts.dtype_bytes * dtype_bytes

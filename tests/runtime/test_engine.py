@@ -320,6 +320,21 @@ def test_stats_compare_the_planners_formula_with_what_was_allocated(model: Path)
     engine.close()
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+def test_the_estimate_holds_where_files_have_more_than_is_loaded(name: str, tmp_path: Path) -> None:
+    """A head beside the embedding that is tied to it, old buffers, and float32 though config.json says bfloat16."""
+    folder = write_checkpoint(name, tmp_path / "model")
+    edit_config(folder, dtype="bfloat16", torch_dtype=None)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    if name == "qwen2-tied":
+        extra["lm_head.weight"] = torch.zeros(512, 64)
+    edit_weights(folder, lambda tensors: tensors.update(extra))
+    engine = LLMEngine(folder, config(dtype="bfloat16"))
+    memory = engine.stats().memory
+    engine.close()
+    assert memory.weight_bytes <= memory.estimated_weight_bytes <= memory.weight_bytes * 1.03
+
+
 def test_stats_count_what_happened(model: Path) -> None:
     engine = LLMEngine(model, config())
     for name in ("a", "b"):

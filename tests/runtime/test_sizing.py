@@ -73,10 +73,10 @@ def test_the_terms_of_the_estimate_are_those_of_the_formula() -> None:
 
 
 def test_a_single_kv_head_is_replicated_and_not_divided() -> None:
-    mqa = make_facts(num_kv_heads=1)
+    norms, keys_and_values = 65 * 4096 * 2, 32 * 2 * 4096 * 128 * 2
+    mqa = make_facts(num_kv_heads=1, weight_bytes=16_060_522_496 - 7 * keys_and_values)
     assert [sizing.cache_bytes_per_token(mqa, tp, 2) for tp in (1, 2, 4, 8)] == [2 * 32 * 128 * 2] * 4
     assert all(sizing.legal_tensor_parallel(mqa, tp) is None for tp in (1, 2, 4, 8))
-    norms, keys_and_values = 65 * 4096 * 2, 32 * 2 * 4096 * 128 * 2
     assert sizing.weight_bytes(mqa, 8, 2) == (mqa.weight_bytes + 7 * norms + 7 * keys_and_values) / 8
 
 
