@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,44 @@ def test_bias_and_forbidden_stops_change_only_their_own_rows() -> None:
     assert sample(logits, made).tokens.tolist() == [2, 6, 8]
     made[1].num_sampled = 4
     assert sample(logits[1:2], made[1:2]).tokens.tolist() == [2], "the fourth token may be a stop"
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_bad_words_are_forbidden_where_and_only_where_they_would_be_completed(on_device: bool) -> None:
+    """Against a plain search, for words of one to four tokens of three, so that many are begun. The last token may be on the device alone."""
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        output = rng.integers(10, 13, rng.integers(1 if on_device else 0, 9)).tolist()
+        words = tuple(tuple(rng.integers(10, 13, rng.integers(1, 5)).tolist()) for _ in range(6))
+        made = sequence(0, [10, 11, 12], output, temperature=0.0, bad_words=words)
+        if on_device:
+            del made.tokens[-1]
+        table = SamplingTable(16)
+        table.set(made)
+        batch = table.batch(Step(samples=[made], num_decodes=int(on_device), sample_rows=[0]))
+        assert batch is not None
+        last = torch.tensor([output[-1] if output else 0])
+        sampler = Sampler(max_slots=16, vocab_size=V, device=torch.device("cpu"), backend="torch")
+        edited = torch.zeros(1, V) if batch.edits is None else sampler._edit(torch.zeros(1, V), batch.edits, torch.tensor([0]), last)
+        expected = {word[-1] for word in words if output[len(output) - len(word) + 1 :] == list(word[:-1]) and len(word) <= len(output) + 1}
+        assert set(torch.nonzero(edited[0]).flatten().tolist()) == expected, (output, words)
+
+
+def test_what_edits_cost_the_host_does_not_grow_with_the_answer() -> None:
+    words = tuple((i, i + 1, i + 2) for i in range(20, 40))
+    seconds = []
+    for length in (100, 30_000):
+        made = [sequence(i, [3], [5] * length, temperature=0.0, bad_words=words) for i in range(4)]
+        table, step = SamplingTable(16), Step(samples=made, num_decodes=4, sample_rows=[0, 1, 2, 3])
+        for member in made:
+            table.set(member)
+        times = []
+        for _ in range(20):
+            started = time.thread_time()
+            table.batch(step)
+            times.append(time.thread_time() - started)
+        seconds.append(min(times))
+    assert seconds[1] < 3 * seconds[0]
 
 
 def test_logprobs_are_those_of_the_untouched_distribution() -> None:

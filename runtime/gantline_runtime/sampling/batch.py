@@ -5,7 +5,8 @@ Nothing of this is needed, and nothing is made, while every request of a step is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,22 @@ class FreshPenalties:
 
 
 @dataclass(frozen=True)
+class _FixedEdits:
+    """What a request changes in every step: `logits[tokens] += values`, of which the first `num_stops` forbid its stop tokens while it may
+    not end. Bad words of several tokens depend on what came before."""
+
+    tokens: Integers
+    values: Floats
+    num_stops: int
+    words: tuple[tuple[int, ...], ...]
+    """All of several tokens."""
+    pairs: Integers
+    """[2, n]: of words of two tokens the second ones, and the first ones."""
+    longer: Mapping[int, list[tuple[int, ...]]]
+    """Words of three tokens and more by the third from their end."""
+
+
+@dataclass(frozen=True)
 class SamplingBatch:
     """Parameters of the S rows that a step samples. An absent part means that no row needs it; within a part, other rows are neutral."""
 
@@ -98,6 +115,8 @@ class SamplingTable:
         self._floats = {name: np.zeros(max_slots, dtype=np.float32) for name in _FLOATS}
         self._top_k = np.zeros(max_slots, dtype=np.int64)
         self._seeds = np.zeros(max_slots, dtype=np.uint64)
+        self._fixed: dict[int, _FixedEdits] = {}
+        """Of the slots whose requests change logits."""
 
     def set(self, sequence: Sequence) -> None:
         """Take over the parameters of a sequence that samples its first token in this slot."""
@@ -118,6 +137,7 @@ class SamplingTable:
             flags |= _PENALIZED
         if params.logit_bias or params.bad_words or (params.min_new_tokens and sequence.stop_ids):
             flags |= _EDITED
+            self._fixed[slot] = _fixed_edits(sequence)
         if params.num_logprobs is not None:
             flags |= _LOGPROBS
         self._flags[slot] = flags
@@ -137,7 +157,8 @@ class SamplingTable:
         if present & _PENALIZED:
             parts |= self._penalty_part(step, slots, flags)
         if present & _EDITED:
-            parts["edits"] = _edits([(int(i), step.samples[i]) for i in np.flatnonzero(flags & _EDITED)], step.num_decodes)
+            edited = [(row, step.samples[row]) for row in np.flatnonzero(flags & _EDITED).tolist()]
+            parts["edits"] = _edits([(row, sequence, self._fixed[sequence.slot]) for row, sequence in edited], step.num_decodes)
         if present & _LOGPROBS:
             rows = np.flatnonzero(flags & _LOGPROBS)
             parts["logprob_rows"] = rows
@@ -180,38 +201,67 @@ def _repeat(slots: Integers, parts: list[Integers]) -> Integers:
     return np.repeat(slots, [len(part) for part in parts])
 
 
-def _edits(members: list[tuple[int, Sequence]], num_decodes: int) -> Edits | None:
-    rows: list[int] = []
-    tokens: list[int] = []
-    values: list[float] = []
-    after: list[int] = []
-    for row, sequence in members:
-        bias = sequence.sampling.logit_bias
-        tokens += bias.keys()
-        values += bias.values()
-        if sequence.num_sampled <= sequence.min_new_tokens:  # this sample counts already
-            tokens += sequence.stop_ids
-            values += [-np.inf] * len(sequence.stop_ids)
-        after += [-1] * (len(tokens) - len(after))
-        for token, previous in _forbidden(sequence, on_device=row < num_decodes):
-            tokens.append(token)
-            values.append(-np.inf)
-            after.append(previous)
-        rows += [row] * (len(tokens) - len(rows))
-    if not rows:
-        return None
-    conditions = np.array(after, dtype=np.int64) if max(after) >= 0 else None
-    return Edits(np.array(rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32), conditions)
+def _fixed_edits(sequence: Sequence) -> _FixedEdits:
+    params = sequence.sampling
+    stops = sorted(sequence.stop_ids) if params.min_new_tokens else []
+    alone = [word[0] for word in params.bad_words if len(word) == 1]
+    words = tuple(word for word in params.bad_words if len(word) > 1)
+    longer: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for word in words:
+        if len(word) > 2:
+            longer[word[-3]].append(word)
+    values = [-np.inf] * len(stops) + list(params.logit_bias.values()) + [-np.inf] * len(alone)
+    return _FixedEdits(
+        tokens=np.array([*stops, *params.logit_bias, *alone], dtype=np.int64),
+        values=np.array(values, dtype=np.float32),
+        num_stops=len(stops),
+        words=words,
+        pairs=np.array([word[::-1] for word in words if len(word) == 2], dtype=np.int64).reshape(-1, 2).T,
+        longer=longer,
+    )
 
 
-def _forbidden(sequence: Sequence, *, on_device: bool) -> Iterator[tuple[int, int]]:
-    """Tokens that would complete a bad word, each with the token that must come before it, -1 where that is known to be so.
+def _edits(members: list[tuple[int, Sequence, _FixedEdits]], num_decodes: int) -> Edits | None:
+    tokens: list[Integers] = []
+    values: list[Floats] = []
+    completions: list[tuple[int, Integers]] = []
+    for row, sequence, fixed in members:
+        first = 0 if sequence.num_sampled <= sequence.min_new_tokens else fixed.num_stops  # this sample counts already
+        tokens.append(fixed.tokens[first:])
+        values.append(fixed.values[first:])
+        if fixed.words:
+            found = _completions_on_device(sequence, fixed) if row < num_decodes else _completions(sequence, fixed)
+            completions.append((row, found))
+    counts = [len(own) for own in tokens]
+    rows = np.repeat(np.array([row for row, _, _ in members], dtype=np.int64), counts)
+    if not any(found.size for _, found in completions):
+        return Edits(rows, np.concatenate(tokens), np.concatenate(values)) if len(rows) else None
+    last, before = np.hstack([found for _, found in completions])
+    more = np.repeat(np.array([row for row, _ in completions], dtype=np.int64), [found.shape[1] for _, found in completions])
+    return Edits(
+        np.concatenate([rows, more]),
+        np.concatenate([*tokens, last]),
+        np.concatenate([*values, np.full(len(last), -np.inf, dtype=np.float32)]),
+        np.concatenate([np.full(len(rows), -1, dtype=np.int64), before]),
+    )
 
-    `on_device`: the last token may not have reached the host yet (all before it have, since steps run at most one ahead)."""
-    generated = sequence.num_sampled - 1  # this sample counts already
-    known = sequence.tokens[sequence.prompt_len :].tolist()[: generated - 1 if on_device else generated]
-    for word in sequence.sampling.bad_words:
-        begun = word[:-2] if on_device else word[:-1]
-        if len(word) > 1 and (len(word) > generated + 1 or (begun and tuple(known[-len(begun) :]) != begun)):
-            continue
-        yield word[-1], word[-2] if on_device and len(word) > 1 else -1
+
+def _completions(sequence: Sequence, fixed: _FixedEdits) -> Integers:
+    """[2, n]: tokens that would complete a bad word of several, and -1, since what comes before them is known to be so."""
+    known = tuple(sequence.tokens[sequence.prompt_len :])
+    found = [word[-1] for word in fixed.words if known[len(known) - len(word) + 1 :] == word[:-1]]
+    return np.array([found, [-1] * len(found)], dtype=np.int64)
+
+
+def _completions_on_device(sequence: Sequence, fixed: _FixedEdits) -> Integers:
+    """As `_completions`, with the token that must come before each: the last one may not have reached the host yet. (All before it have,
+    since steps run at most one ahead.)"""
+    end = sequence.prompt_len + sequence.num_sampled - 2  # without this sample and the last
+    if not fixed.longer or end <= sequence.prompt_len:
+        return fixed.pairs
+    found = [
+        (word[-1], word[-2])
+        for word in fixed.longer.get(sequence.tokens[end - 1], ())
+        if len(word) - 2 <= end - sequence.prompt_len and tuple(sequence.tokens[end - len(word) + 2 : end]) == word[:-2]
+    ]
+    return np.hstack([fixed.pairs, np.array(found, dtype=np.int64).T]) if found else fixed.pairs
