@@ -78,7 +78,7 @@ def test_a_split_that_the_model_forbids_is_refused_when_asked_for(model: str, tp
 
 def test_a_model_that_needs_more_than_the_whole_largest_node_says_so_unless_a_smaller_split_was_asked_for() -> None:
     for profile in ("h100", "mi300x", "ascend-910"):
-        answer = rejected(replace(MODELS["70b"], weight_bytes=2_000_000_000_000), cluster_of(profile, "l4"))
+        answer = rejected(replace(MODELS["70b"], num_layers=1200, weight_bytes=2_000_000_000_000), cluster_of(profile, "l4"))
         assert answer.reason is Reason.NEEDS_SEVERAL_NODES and "such nodes" in answer.message, profile
     few = rejected("70b", cluster_of("h100"), engine={"tensorParallel": 1})
     assert few.reason is Reason.MODEL_TOO_LARGE
