@@ -176,7 +176,7 @@ def test_bias_and_forbidden_stops_change_only_their_own_rows() -> None:
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_bad_words_are_forbidden_where_and_only_where_they_would_be_completed(on_device: bool) -> None:
-    """Against a plain search, for words of one to four tokens of three, so that many are begun. The last token may be on the device alone."""
+    """Against a plain search: words of one to four tokens of three, so that many are begun. The last token may be on the device alone."""
     rng = np.random.default_rng(5)
     for _ in range(200):
         output = rng.integers(10, 13, rng.integers(1 if on_device else 0, 9)).tolist()
