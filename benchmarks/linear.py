@@ -72,7 +72,8 @@ def _split(parts: int, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None,
     """With the first tiles of so many parts that all run at once on most multiprocessors; cuBLAS where there are none."""
     count = devices.num_sms(0)
     for tiles in hopper_split_linear.TILES:
-        blocks = -(-w.shape[0] // tiles.width) * tiles.parts * (1 if len(x) <= 128 else 2)
+        high = 1 if len(x) <= 128 else 2 * -(-len(x) // (128 * tiles.groups))
+        blocks = -(-w.shape[0] // tiles.width) * tiles.parts * high
         if d is None and tiles.parts == parts and count // 2 <= blocks <= count // 2 * 2:
             return hopper_split_linear.split_linear(x, w, b, tiles=tiles)
     return torch_backend.linear(x, w, b, d)
@@ -147,8 +148,8 @@ def _apart(run: Linear) -> Gate:
     return lambda x, w: api.silu_and_mul(run(x, w, None, None), backend="cuda")
 
 
-def _gated(columns: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return hopper_gated_linear.gated_linear(x, weight, None, columns=columns)
+def _gated(tile: hopper_gated_linear.GatedTile | None, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return hopper_gated_linear.gated_linear(x, weight, None, tile=tile)
 
 
 def gates() -> Iterator[tuple[str, Gate]]:
@@ -156,11 +157,8 @@ def gates() -> Iterator[tuple[str, Gate]]:
     yield "api", lambda x, w: api.gated_linear(x, w, backend="cuda")
     yield "apart", _apart(lambda x, w, b, d: api.linear(x, w, b, out_dtype=d, backend="cuda"))
     if library.load() is not None:
-        for columns in (0, *hopper_gated_linear.COLUMNS):
-            yield (
-                f"gated, {columns or 'chosen'}",
-                lambda x, w, columns=columns: hopper_gated_linear.gated_linear(x, w, None, columns=columns),
-            )
+        for tile in (None, *hopper_gated_linear.TILES):
+            yield f"gated, {tuple(tile) if tile else 'chosen'}", partial(_gated, tile)
 
 
 def compare_gates(counts: list[int], layers: Layers, deadline: float) -> int:

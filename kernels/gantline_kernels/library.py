@@ -34,10 +34,10 @@ _SIGNATURES = {
         _INT, _INT, _POINTER, _POINTER, _INT, _POINTER,
     ],
     "gantline_gated_linear_hopper": [
-        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER,
+        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT, _POINTER,
     ],
     "gantline_split_linear_hopper": [
-        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
+        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
     ],
     "gantline_prefer_shared_memory": [_POINTER],
     "gantline_sample_hopper": [

@@ -412,7 +412,7 @@ def test_gated_linear(bias: bool) -> None:
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="of the CUDA kernels for Hopper")
 @pytest.mark.parametrize("rows", [1, 16, 64, 65, 128, 129, 256, 257, 700, 2300])
-@pytest.mark.parametrize(("inputs", "width"), [(64, 64), (72, 98), (512, 1000), (4096, 14336)])
+@pytest.mark.parametrize(("inputs", "width"), [(64, 64), (72, 100), (512, 1000), (4096, 14336)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gated_kernel_at_every_shape(rows: int, inputs: int, width: int, dtype: torch.dtype) -> None:
     """Also where `api.gated_linear` leaves it to a linear layer and the activation, and with tiles of every size."""
@@ -421,10 +421,10 @@ def test_the_gated_kernel_at_every_shape(rows: int, inputs: int, width: int, dty
     bias = torch.randn(2 * width, device=DEVICE).to(dtype)
     for b in (None, bias):
         expected = reference.gated_linear(x, weight, b)
-        for columns in (0, *hopper_gated_linear.COLUMNS):
+        for tile in (None, *hopper_gated_linear.TILES):
             torch.full((3, rows, width), torch.nan, device=DEVICE, dtype=dtype)  # the result is likely to get this memory
-            got = hopper_gated_linear.gated_linear(x, weight, b, columns=columns)
-            assert torch.equal(got, hopper_gated_linear.gated_linear(x, weight, b, columns=columns))
+            got = hopper_gated_linear.gated_linear(x, weight, b, tile=tile)
+            assert torch.equal(got, hopper_gated_linear.gated_linear(x, weight, b, tile=tile))
             assert largest_error(got, expected) < TOLERANCE[dtype] * float(expected.abs().max())
 
 
@@ -458,8 +458,8 @@ def test_the_kernel_for_batches_at_every_shape(rows: int, inputs: int, outputs: 
 
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="of the CUDA kernels for Hopper")
-@pytest.mark.parametrize("rows", [1, 33, 64, 65, 128, 129, 200, 256])
-@pytest.mark.parametrize(("inputs", "outputs"), [(512, 2), (1544, 1002), (4096, 6144), (14336, 4096)])
+@pytest.mark.parametrize("rows", [1, 33, 64, 65, 128, 129, 200, 256, 300, 384])
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 4), (1544, 1004), (4096, 6144), (14336, 4096)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_split_kernel_at_every_shape(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
     """Also where `api.linear` leaves it to others."""
@@ -467,7 +467,8 @@ def test_the_split_kernel_at_every_shape(rows: int, inputs: int, outputs: int, d
     weight, bias = (torch.randn(outputs, inputs, device=DEVICE) / inputs**0.5).to(dtype), torch.randn(outputs, device=DEVICE).to(dtype)
     for b in (None, bias):
         for tiles in hopper_split_linear.TILES:
-            if tiles.parts * -(-outputs // tiles.width) * (1 if rows <= 128 else 2) > 128:
+            high = 1 if rows <= 128 else 2 * -(-rows // (128 * tiles.groups))
+            if tiles.parts * -(-outputs // tiles.width) * high > 128 or (tiles.groups == 3 and rows <= 128):
                 continue
             torch.full((rows, outputs), torch.nan, device=DEVICE, dtype=dtype)  # the result is likely to get this memory
             got = hopper_split_linear.split_linear(x, weight, b, tiles=tiles)

@@ -44,7 +44,7 @@ def linear(backend: str) -> float:
 def hopper_linear(_: str) -> float:
     """Also what `api.linear` leaves to others: the single row, and more than 32 of a small weight."""
     from gantline_kernels.hopper_batch_linear import batch_linear
-    from gantline_kernels.hopper_gated_linear import gated_linear
+    from gantline_kernels.hopper_gated_linear import GatedTile, gated_linear
     from gantline_kernels.hopper_linear import hopper_linear
     from gantline_kernels.hopper_split_linear import Tiles, split_linear
 
@@ -54,11 +54,12 @@ def hopper_linear(_: str) -> float:
         worst = max(worst, largest_error(run(x, weight, None), reference.linear(x, weight)))
     for rows in (50, 100, 200):
         x, weight = _randn(rows, 1544), _randn(700, 1544) / 1544**0.5
-        for tiles in (Tiles(128, 4), Tiles(192, 4)):
+        for tiles in (Tiles(128, 4), Tiles(192, 4), Tiles(128, 2, 2 if rows <= 128 else 3)):
             worst = max(worst, largest_error(split_linear(x, weight, None, tiles=tiles), reference.linear(x, weight)))
     for rows in (50, 100, 300):
         x, weight = _randn(rows, 520), _randn(1400, 520) / 520**0.5
-        worst = max(worst, largest_error(gated_linear(x, weight, None), reference.gated_linear(x, weight)))
+        for tile in (None, GatedTile(64, 3)):
+            worst = max(worst, largest_error(gated_linear(x, weight, None, tile=tile), reference.gated_linear(x, weight)))
     return worst
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gantline_kernels import api, reference
 from gantline_kernels.hopper_batch_linear import has_batch_linear
-from gantline_kernels.hopper_gated_linear import choose_columns, wins
+from gantline_kernels.hopper_gated_linear import choose_tile, wins
 from gantline_kernels.hopper_linear import fits_hopper_linear
 from gantline_kernels.hopper_split_linear import choose_tiles
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
@@ -58,40 +58,50 @@ def test_the_kernel_for_batches_takes_17_to_32_rows_and_up_to_64_of_a_large_head
 
 
 def test_the_gated_kernel_is_used_where_its_tiles_fill_the_multiprocessors() -> None:
-    llama = [rows for rows in range(1, 1100) if wins(rows, 14336, 132)]
-    filled = [*range(192, 257), *range(448, 513), *range(704, 769), *range(960, 1025)]
-    assert llama == [*range(25, 129), *filled]
-    assert all(wins(rows, 14336, 132) for rows in range(4096, 8193)), "what is nobody's is little of so many rows"
-    assert not wins(64, 1024, 132), "a narrow layer has too few tiles"
-    assert wins(1024, 1024, 132)
+    llama = [rows for rows in range(1, 1100) if wins(rows, 14336, 4096, 132)]
+    assert llama == [*range(25, 129), *range(160, 257), *range(343, 385), *range(428, 513), *range(642, 769), *range(851, 1100)]
+    assert all(wins(rows, 14336, 4096, 132) for rows in range(2048, 8193)), "what is nobody's is little of so many rows"
+    assert not wins(64, 1024, 4096, 132), "a narrow layer has too few tiles"
+    assert wins(1024, 1024, 4096, 132)
 
 
-@pytest.mark.parametrize(("width", "columns"), [(14336, 112), (12288, 96), (8192, 64), (18944, 80), (7168, 64)])
-def test_the_gated_kernels_tiles_leave_few_multiprocessors_idle(width: int, columns: int) -> None:
-    assert choose_columns(64, width, 132) == columns
+@pytest.mark.parametrize(
+    ("rows", "width", "tile"),
+    [
+        *[(64, 14336, (112, 2)), (64, 12288, (96, 2)), (64, 8192, (64, 2)), (64, 18944, (80, 2)), (64, 7168, (64, 2))],
+        *[(256, 14336, (112, 2)), (257, 14336, (80, 3)), (384, 14336, (80, 3)), (512, 14336, (112, 2)), (8192, 14336, (128, 2))],
+    ],
+)
+def test_the_gated_kernels_tiles_leave_few_multiprocessors_idle(rows: int, width: int, tile: tuple[int, int]) -> None:
+    assert choose_tile(rows, width, 4096, 132) == tile
 
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "tiles"),
     [
         (24, 4096, 14336, None),
-        (25, 4096, 14336, (128, 4)),
-        (64, 4096, 14336, (128, 4)),
-        (128, 4096, 14336, (128, 4)),
+        (25, 4096, 14336, (128, 4, 2)),
+        (64, 4096, 14336, (128, 4, 2)),
+        (128, 4096, 14336, (128, 4, 2)),
         (192, 4096, 14336, None),
-        (256, 4096, 14336, (128, 2)),
-        (64, 6144, 4096, (192, 4)),
+        (256, 4096, 14336, (128, 2, 2)),
+        (64, 6144, 4096, (192, 4, 2)),
         (65, 6144, 4096, None),
-        (64, 4096, 4096, (128, 4)),
+        (64, 4096, 4096, (128, 4, 2)),
         (128, 4096, 4096, None),
         (256, 4096, 4096, None),
-        (64, 8192, 28672, (128, 2)),
+        (64, 8192, 28672, (128, 2, 2)),
         (256, 8192, 28672, None),
         (64, 2048, 8192, None),
+        (320, 4096, 14336, None),
+        (321, 4096, 14336, (128, 2, 3)),
+        (384, 4096, 14336, (128, 2, 3)),
+        (384, 4096, 4096, None),
+        (385, 4096, 14336, None),
     ],
 )
 def test_blocks_that_share_a_tile_run_at_once_on_nearly_all_multiprocessors(
-    rows: int, outputs: int, inputs: int, tiles: tuple[int, int] | None
+    rows: int, outputs: int, inputs: int, tiles: tuple[int, int, int] | None
 ) -> None:
     assert choose_tiles(rows, outputs, inputs, 132) == tiles
 

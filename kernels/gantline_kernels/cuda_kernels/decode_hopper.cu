@@ -43,8 +43,8 @@ struct Arguments {
   int window;          // or 0
   int least;           // tokens of a part, where there is more than one
   int guess;           // parts of the longest context
-  float scale;         // times log2(e); of scores that are capped without
-  float softcap;       // or 0
+  float scale;         // times log2(e); of scores that are capped: times -2 log2(e) / their cap
+  float cap;           // times log2(e), or 0
 };
 
 __device__ __forceinline__ void copy_16_or_zeros(uint32_t target, const void* source, bool inside) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void attend_tile(Running<DIM>& running, const uint4 (
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float x = scores[n][i] * args.scale;
-      if (args.softcap > 0.f) x = args.softcap * (2.f / (1.f + __expf(-2.f * x / args.softcap)) - 1.f) * 1.4426950408889634f;
+      if (args.cap > 0.f) x = args.cap * (2.f * fast_reciprocal(1.f + fast_exp2(x)) - 1.f);  // cap * tanh(score / cap)
       scores[n][i] = x;
     }
   }
@@ -246,7 +246,7 @@ __device__ void join_parts(const Arguments& args, long long first_part, int part
       }
     }
     if (sets == 1) {
-      store_4(out + quad * 4, sum, 1.f / total);
+      store_4(out + quad * 4, sum, fast_reciprocal(total));
     } else {
       sums[set * quads + quad] = sum;
       totals[set * quads + quad] = total;
@@ -261,7 +261,7 @@ __device__ void join_parts(const Arguments& args, long long first_part, int part
       add_weighted(sum, 1.f, sums[i * quads + begin]);
       total += totals[i * quads + begin];
     }
-    store_4(out + begin * 4, sum, 1.f / total);
+    store_4(out + begin * 4, sum, fast_reciprocal(total));
   }
 }
 
@@ -375,7 +375,7 @@ __global__ __launch_bounds__(MAX_WARPS * 32, 1) void decode(const Arguments args
       add_weighted(sum, weight, *reinterpret_cast<const float4*>(rings + w * L::RING_BYTES + (row * L::PITCH + column) * 4));
     }
     if (parts == 1) {
-      store_4(out + quad * 4, sum, 1.f / total);
+      store_4(out + quad * 4, sum, fast_reciprocal(total));
     } else {
       __stcg(reinterpret_cast<float4*>(args.part_means + (place * args.group + row) * DIM + column), sum);
       if (column == 0) __stcg(args.part_sums + place * args.group + row, make_float2(top, total));
@@ -435,13 +435,14 @@ GANTLINE_EXPORT int gantline_decode_hopper(int type, const void* q, const void* 
                                            int table_width, int sequences, int heads, int kv_heads, int dim, int block_bits, int window, int max_context_len,
                                            int parts, int least, int warps, float scale, float softcap, void* stream) {
   using namespace gantline;
+  constexpr float LOG2_E = 1.4426950408889634f;
   const int group = heads / kv_heads;
   if (group < 1 || group > ROWS || block_bits < 4 || parts < 1 || parts > MAX_PARTS || least < 1 || warps < 1 || warps > MAX_WARPS) return cudaErrorInvalidValue;
   const int tiles = (max_context_len + TILE - 1) / TILE, wanted = min(parts, (max_context_len + least - 1) / least);
   const int guess = max(1, min(wanted, (tiles + warps - 1) / warps));
   const Arguments args = {q, keys, values, block_tables, context_lens, out, static_cast<float*>(part_means), static_cast<float2*>(part_sums), counters,
                           q_stride, table_stride, table_width, kv_heads, group, block_bits - 4, window, least, guess,
-                          softcap > 0.f ? scale : scale * 1.4426950408889634f, softcap};
+                          (softcap > 0.f ? -2.f / softcap : 1.f) * scale * LOG2_E, softcap * LOG2_E};
   const auto on = static_cast<cudaStream_t>(stream);
   return type == 0 ? launch_for_dim<__nv_bfloat16>(dim, args, sequences, parts, warps, on)
                    : launch_for_dim<__half>(dim, args, sequences, parts, warps, on);

@@ -31,7 +31,7 @@ __device__ __forceinline__ Piece tile_at(const Arguments& args, int index, int r
   return {((first + within % high) * V::CLUSTER + rank) * V::ROWS, {column, args.width + column}, 0, args.chunks};
 }
 
-__device__ __forceinline__ float gated(float gate, float up) { return gate * up / (1.f + fast_exp2(gate * -1.4426950408889634f)); }
+__device__ __forceinline__ float gated(float gate, float up) { return gate * up * fast_reciprocal(1.f + fast_exp2(gate * -1.4426950408889634f)); }
 
 template <typename V>
 __device__ __forceinline__ void add_bias(float (&sums)[V::SUMS], const Arguments& args, int first_column) {
@@ -44,26 +44,15 @@ __device__ __forceinline__ void add_bias(float (&sums)[V::SUMS], const Arguments
   }
 }
 
-// Two outputs in each of two rows, eight rows apart, for each eight columns: neighbouring lanes hold neighbouring columns.
 template <typename V>
-__device__ __forceinline__ void store(float (&sums)[V::SUMS], const Arguments& args, int first_row, int first_column) {
+__device__ __forceinline__ void store(float (&sums)[V::SUMS], const Arguments& args, int row, int column) {
   using T = typename V::Type;
   constexpr int UP = V::SUMS / 2;
-  const int lane = threadIdx.x % 32;
-  if (args.bias) add_bias<V>(sums, args, first_column);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + half * 8 + lane / 4;
-    if (row >= args.rows) continue;
-    T* target = static_cast<T*>(args.out) + static_cast<long long>(row) * args.width + first_column;
-#pragma unroll
-    for (int block = 0; block < V::COLUMNS / 8; ++block) {
-      const int i = block * 4 + half * 2, column = block * 8 + lane % 4 * 2;
-      if (first_column + column >= args.width) continue;  // the width is even
-      const uint32_t pair = pack(gated(sums[i], sums[UP + i]), gated(sums[i + 1], sums[UP + i + 1]), static_cast<const T*>(nullptr));
-      *reinterpret_cast<uint32_t*>(target + column) = pair;
-    }
-  }
+  if (args.bias) add_bias<V>(sums, args, column);
+  store_rows<T, V::COLUMNS / 8>(static_cast<T*>(args.out), args.rows, args.width, row, column, [&](int block, int half) {
+    const int i = block * 4 + half * 2;
+    return pack(gated(sums[i], sums[UP + i]), gated(sums[i + 1], sums[UP + i + 1]), static_cast<const T*>(nullptr));
+  });
 }
 
 template <typename V>
@@ -77,14 +66,14 @@ __global__ __launch_bounds__(V::THREADS, 1) void gated_linear(const __grid_const
   if (V::CLUSTER > 1) cluster_sync();  // the other's barriers are there
   let_later_kernels_start();
   if (threadIdx.x >= V::COMPUTE_THREADS) {
-    registers_decrease<40>();
+    registers_decrease<V::FEEDING_REGISTERS>();
     if (threadIdx.x == V::COMPUTE_THREADS) {
       TallFeeder<V> feeder = {shared, &x_map, &weight_map, rank, args.row_tiles == 1 ? EVICT_FIRST : EVICT_NORMAL};
       for (int index = blockIdx.x / V::CLUSTER; index < tiles; index += clusters) feeder.feed(tile_at<V>(args, index, rank));
     }
     __syncwarp();
   } else {
-    if (V::GROUPS == 2) registers_increase<232>();
+    if (V::GROUPS > 1) registers_increase<V::COMPUTE_REGISTERS>();
     wait_for_earlier_kernels();  // whoever writes must have waited
     TallProducts<V> products(shared);
     float sums[V::SUMS];
@@ -116,20 +105,24 @@ int launch(const void* x, long long x_stride, const void* weight, int inputs, Ar
 }
 
 template <typename T, int COLUMNS>
-int launch_by_rows(const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, int blocks, cudaStream_t stream) {
+int launch_by_rows(int groups, const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, int blocks, cudaStream_t stream) {
   if (args.rows <= 64) return launch<Tall<T, COLUMNS, 1, 1>>(x, x_stride, weight, inputs, args, blocks, stream);
   if (args.rows <= 128) return launch<Tall<T, COLUMNS, 2, 1>>(x, x_stride, weight, inputs, args, blocks, stream);
-  return launch<Tall<T, COLUMNS, 2, 2>>(x, x_stride, weight, inputs, args, blocks, stream);
+  if constexpr (COLUMNS <= 96) {  // what registers there are for three
+    if (groups == 3) return launch<Tall<T, COLUMNS, 3, 2>>(x, x_stride, weight, inputs, args, blocks, stream);
+  }
+  return groups == 2 ? launch<Tall<T, COLUMNS, 2, 2>>(x, x_stride, weight, inputs, args, blocks, stream) : cudaErrorInvalidValue;
 }
 
 template <typename T>
-int launch_by_columns(int columns, const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, int blocks, cudaStream_t stream) {
+int launch_by_columns(int columns, int groups, const void* x, long long x_stride, const void* weight, int inputs, const Arguments& args, int blocks,
+                      cudaStream_t stream) {
   switch (columns) {
-    case 64: return launch_by_rows<T, 64>(x, x_stride, weight, inputs, args, blocks, stream);
-    case 80: return launch_by_rows<T, 80>(x, x_stride, weight, inputs, args, blocks, stream);
-    case 96: return launch_by_rows<T, 96>(x, x_stride, weight, inputs, args, blocks, stream);
-    case 112: return launch_by_rows<T, 112>(x, x_stride, weight, inputs, args, blocks, stream);
-    case 128: return launch_by_rows<T, 128>(x, x_stride, weight, inputs, args, blocks, stream);
+    case 64: return launch_by_rows<T, 64>(groups, x, x_stride, weight, inputs, args, blocks, stream);
+    case 80: return launch_by_rows<T, 80>(groups, x, x_stride, weight, inputs, args, blocks, stream);
+    case 96: return launch_by_rows<T, 96>(groups, x, x_stride, weight, inputs, args, blocks, stream);
+    case 112: return launch_by_rows<T, 112>(groups, x, x_stride, weight, inputs, args, blocks, stream);
+    case 128: return launch_by_rows<T, 128>(groups, x, x_stride, weight, inputs, args, blocks, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -138,14 +131,15 @@ int launch_by_columns(int columns, const void* x, long long x_stride, const void
 }  // namespace gantline
 
 // `type` 0: bfloat16, 1: float16. x [rows, inputs] with rows `x_stride` elements apart (a multiple of 8), weight [2 width, inputs], bias
-// [2 width] or null, out [rows, width]; x and weight aligned to 16 bytes, inputs a multiple of 8, width of 2. `columns`: outputs of a tile, 64, 80, 96, 112 or 128. `blocks`:
-// an even number, at most what runs at once. Returns a cudaError_t.
+// [2 width] or null, out [rows, width]; x and weight aligned to 16 bytes, inputs a multiple of 8, width of 4. `columns`: outputs of a tile, 64, 80,
+// 96, 112 or 128. `groups`: a tile of more than 128 rows has 128 times as many, 2 or, with up to 96 columns, 3. `blocks`: an even number, at most
+// what runs at once. Returns a cudaError_t.
 GANTLINE_EXPORT int gantline_gated_linear_hopper(int type, const void* x, long long x_stride, const void* weight, const void* bias, void* out, int rows,
-                                                 int inputs, int width, int columns, int blocks, void* stream) {
+                                                 int inputs, int width, int columns, int groups, int blocks, void* stream) {
   using namespace gantline;
-  if (rows < 1 || inputs < 8 || inputs % 8 || width < 2 || width % 2 || blocks < 2 || blocks % 2) return cudaErrorInvalidValue;
+  if (rows < 1 || inputs < 8 || inputs % 8 || width < 4 || width % 4 || blocks < 2 || blocks % 2) return cudaErrorInvalidValue;
   const Arguments args = {out, bias, rows, width, (inputs + DEPTH - 1) / DEPTH, 0, 0};
   const auto on = static_cast<cudaStream_t>(stream);
-  return type == 0 ? launch_by_columns<__nv_bfloat16>(columns, x, x_stride, weight, inputs, args, blocks, on)
-                   : launch_by_columns<__half>(columns, x, x_stride, weight, inputs, args, blocks, on);
+  return type == 0 ? launch_by_columns<__nv_bfloat16>(columns, groups, x, x_stride, weight, inputs, args, blocks, on)
+                   : launch_by_columns<__half>(columns, groups, x, x_stride, weight, inputs, args, blocks, on);
 }

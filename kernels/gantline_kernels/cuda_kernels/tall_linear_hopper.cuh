@@ -1,5 +1,5 @@
-// What the kernels of linear layers for many rows share, for Hopper (sm_90a): a block multiplies 64 or 128 rows of x with two stretches of
-// `COLUMNS` rows of the weights. One warpgroup feeds, one or two compute 64 rows each; products of a chunk of 64 inputs are started before those
+// What the kernels of linear layers for many rows share, for Hopper (sm_90a): a block multiplies 64, 128 or 192 rows of x with two stretches of
+// `COLUMNS` rows of the weights. One warpgroup feeds, one to three compute 64 rows each; products of a chunk of 64 inputs are started before those
 // of the chunk ahead have ended, so the matrix units never wait for a barrier. Where there are more than 128 rows, what the second-level cache
 // delivers is too little for every block by itself: two blocks are a cluster then, take neighbouring rows with the same weights, and each brings
 // in one of the two stretches for both.
@@ -20,6 +20,7 @@ struct Tall {
   static constexpr int ROWS = 64 * GROUPS;
   static constexpr int SUMS = COLUMNS;  // of a thread: for each 8 columns of both stretches two neighbours in each of two rows
   static constexpr int COMPUTE_THREADS = 128 * GROUPS, THREADS = FEEDING_THREADS + COMPUTE_THREADS;
+  static constexpr int FEEDING_REGISTERS = GROUPS == 3 ? 56 : 40, COMPUTE_REGISTERS = GROUPS == 3 ? 152 : 232;
   struct Stage {
     T x[ROWS * DEPTH];
     T weights[2][COLUMNS * DEPTH];
@@ -44,6 +45,29 @@ struct Tall {
 struct Piece {
   int row, weights[2], first_chunk, chunks;
 };
+
+// A warp's 16 rows from `row` of 8 * `BLOCKS` outputs from `column`. `pair(block, half)`: this thread's two neighbours of 8 columns, of the row
+// that is eight further where `half` is 1. Two lanes exchange them so that each stores four, of every other 8 columns: whole sectors.
+// `rows` and `columns` are those of out, a multiple of 4 columns.
+template <typename T, int BLOCKS, typename Pair>
+__device__ __forceinline__ void store_rows(T* out, int rows, int columns, int row, int column, Pair pair) {
+  static_assert(BLOCKS % 2 == 0, "blocks are stored in pairs");
+  const int lane = threadIdx.x % 32, odd = lane & 1;
+  column += odd * 8 + (lane & 2) * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + half * 8 + lane / 4;
+    T* target = out + static_cast<long long>(at) * columns + column;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block += 2) {
+      const uint32_t first = pair(block, half), second = pair(block + 1, half);
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+      if (at < rows && column + block * 8 < columns) {
+        *reinterpret_cast<uint2*>(target + block * 8) = odd ? make_uint2(other, second) : make_uint2(first, other);
+      }
+    }
+  }
+}
 
 // Copies for all blocks of a cluster: to the same place in each, counted by each one's barrier.
 __device__ __forceinline__ void copy_to_cluster(void* target, const CUtensorMap* map, int column, int row, uint64_t* barrier, int blocks, uint64_t policy) {
