@@ -9,7 +9,7 @@ import pytest
 
 from tests.gateway.gateway_process import GatewayProcess, write_services
 from tests.runtime.server_process import connect, few_files, read_all
-from tests.runtime.test_server_connection import ANSWER, FEW_FILES, NO_REQUESTS, assert_no_request
+from tests.runtime.test_server_connection import ANSWER, FEW_FILES, NO_REQUESTS, assert_no_request, line_ends_behind
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,11 @@ def test_what_is_no_request_is_answered_with_an_error_of_the_one_shape(idle: Gat
     with connect(idle.url) as client:
         client.sendall(said)
         assert_no_request(read_all(client))
+
+
+def test_line_ends_between_requests_mean_nothing_and_one_may_name_the_whole_address(idle: GatewayProcess) -> None:
+    with connect(idle.url) as client:
+        for piece in line_ends_behind(b"GET http://x/v1/models HTTP/1.1\r\nHost: x\r\n\r\n"):
+            client.sendall(piece)
+        answers = read_all(client)
+    assert answers.count(ANSWER) == answers.count(b"HTTP/1.1") == 3

@@ -194,6 +194,8 @@ def test_models_are_listed(server: ServerProcess) -> None:
 
 
 def test_text_becomes_tokens_and_back(server: ServerProcess) -> None:
+    neutral = {"add_generation_prompt": True, "continue_final_message": False, "return_token_strs": False, "tools": [], "user": "u"}
+    assert server.post("/tokenize", {"messages": _user("a"), **neutral}).json() == server.post("/tokenize", {"messages": _user("a")}).json()
     answer = server.post("/tokenize", {"prompt": "aé"}).json()
     assert answer["count"] == 4 and answer["tokens"][0] == 256 and answer["max_model_len"] == 3000
     plain = server.post("/tokenize", {"prompt": "aé", "add_special_tokens": False}).json()["tokens"]

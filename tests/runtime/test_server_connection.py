@@ -147,6 +147,30 @@ def test_what_is_no_request_is_answered_with_an_error_of_the_one_shape(server: S
         assert_no_request(read_all(client))
 
 
+def line_ends_behind(request: bytes) -> tuple[bytes, ...]:
+    """Pieces in which requests come with line ends before and behind them, as some clients write them."""
+    return b"\r\n" + request + b"\r\n", b"\r", b"\n" + request + b"\r\n\r\n" + request.replace(b"Host", b"Connection: close\r\nHost")
+
+
+def test_line_ends_between_requests_mean_nothing(server: ServerProcess) -> None:
+    body = b'{"prompt": "ab", "max_tokens": 1}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with connect(server.url) as client:
+        for piece in line_ends_behind(head + body):
+            client.sendall(piece)
+            time.sleep(0.2)
+        answers = read_all(client)
+    assert answers.count(ANSWER) == answers.count(b"HTTP/1.1") == 3
+
+
+def test_a_request_may_name_the_whole_address(server: ServerProcess) -> None:
+    """As whoever takes the server for a proxy writes it."""
+    for target, status in ((b"http://x:80/v1/models?a=b", b"200 OK"), (b"http://x", b"404 Not Found"), (b"http://[", b"404 Not Found")):
+        with connect(server.url) as client:
+            client.sendall(b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert read_all(client).startswith(b"HTTP/1.1 " + status), target
+
+
 @pytest.mark.parametrize("more", [b"", b"\r\n", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
 def test_a_client_that_leaves_is_noticed_whatever_it_sent_after_its_request(slow: ServerProcess, more: bytes) -> None:
     body = b'{"prompt": "a", "max_tokens": 4000, "ignore_eos": true}'

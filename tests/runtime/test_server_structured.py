@@ -113,6 +113,28 @@ def test_an_answer_follows_a_regular_expression_or_a_grammar(server: ServerProce
     assert re.fullmatch("[a-f]{3,5}-[0-9]{2}", choice["text"]) and choice["finish_reason"] == "stop"
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_regex": "[a-f]{3}"}, "[a-f]{3}"),
+        ({"regex": "[a-f]{3}"}, "[a-f]{3}"),
+        ({"guided_choice": ["yes", "no"], "guided_regex": None}, "yes|no"),
+        ({"guided_grammar": 'root ::= "ab" [0-9]'}, "ab[0-9]"),
+        ({"ebnf": 'root ::= "ab" [0-9]'}, "ab[0-9]"),
+        ({"guided_json": SCHEMA}, r'\{\s*"a"\s*:\s*1\s*\}'),
+        ({"json_schema": json.dumps(SCHEMA)}, r'\{\s*"a"\s*:\s*1\s*\}'),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\{\s*"a"\s*:\s*1\s*\}'),
+    ],
+)
+def test_constraints_go_by_the_names_that_clients_of_other_engines_give_them(
+    server: ServerProcess, fields: dict[str, Any], pattern: str
+) -> None:
+    assert re.fullmatch(pattern, complete(server, **fields, temperature=1.0)["text"])
+
+
 def test_an_answer_is_one_of_the_choices(server: ServerProcess) -> None:
     wanted = {"choice": ["yes", "no", "vielleicht"]}
     texts = {complete(server, structured_outputs=wanted, temperature=2.0, seed=i)["text"] for i in range(8)}
@@ -184,6 +206,10 @@ def test_log_probabilities_of_constrained_tokens_are_those_without_the_constrain
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 3}, "min_tokens"),
+        ({"structured_outputs": {"regex": "a"}, "guided_choice": ["b"]}, "guided_choice"),
+        ({"guided_regex": "a", "ebnf": 'root ::= "a"'}, "guided_regex"),
+        ({"guided_regex": "(a"}, "structured_outputs.regex"),
+        ({"guided_json": "{'a'}"}, "structured_outputs.json"),
     ],
 )
 def test_a_bad_constraint_is_refused_with_its_place(server: ServerProcess, fields: dict[str, Any], param: str) -> None:

@@ -87,6 +87,10 @@ class _Observer:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if not scope["path"].startswith("/"):
+            scope["path"] = (
+                "/" + scope["path"].partition("://")[2].partition("/")[2]
+            )  # as clients of a proxy ask, with the whole address (RFC 9112, 3.2.2)
         request = Request(scope)
         began = time.monotonic()
         request_id = read_request_id(request.headers)

@@ -21,6 +21,10 @@ MAX_HEAD_BYTES = 64 * 1024
 """Of the request line and the headers together."""
 
 
+_LINE_ENDS = b"\r\n"
+"""Some clients send one behind a body; before a request they mean nothing (RFC 9112, 2.2), while h11 takes them for one without a line."""
+
+
 class Connection(CutsStalled, H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -29,6 +33,10 @@ class Connection(CutsStalled, H11Protocol):
         self._expect_end()
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            data = data.lstrip(_LINE_ENDS)
+            if not data:
+                return
         super().data_received(data)
         if not self._is_unfinished():
             self._stop_waiting()
@@ -40,6 +48,8 @@ class Connection(CutsStalled, H11Protocol):
             self.flow.resume_reading()  # uvicorn stops at what follows a request, and would not see its client leave
 
     def on_response_complete(self) -> None:
+        if self.conn.their_state is h11.DONE:
+            self._skip_line_ends()
         super().on_response_complete()
         if self._is_unfinished() and self._head_timer is None:
             self._expect_end()
@@ -54,6 +64,13 @@ class Connection(CutsStalled, H11Protocol):
             message = f"This is no HTTP/1.1 request, or its head has more than {MAX_HEAD_BYTES} bytes."
             self.transport.write(raw_answer(ApiError(400, message, code="invalid_http")))
         self.transport.close()
+
+    def _skip_line_ends(self) -> None:
+        """Of what has come behind the request."""
+        waiting = self.conn.trailing_data[0]
+        count = len(waiting) - len(waiting.lstrip(_LINE_ENDS))
+        if count:
+            self.conn._receive_buffer.maybe_extract_at_most(count)
 
     def _is_answered(self) -> bool:
         return self.cycle is not None and self.cycle.response_complete

@@ -20,6 +20,7 @@ __all__ = [
     "UNSUPPORTED_GENERATE",
     "UNSUPPORTED_MESSAGE",
     "UNSUPPORTED_RESPONSES",
+    "UNSUPPORTED_TOKENIZE",
     "drop_harmless",
     "unsupported",
     "unsupported_value",
@@ -93,6 +94,14 @@ UNSUPPORTED_EXTRAS: dict[str, tuple[Any, ...]] = {
 UNSUPPORTED_GENERATE: dict[str, tuple[Any, ...]] = {"n": (1,), "stream_options": ()}
 
 UNSUPPORTED_EMBEDDING: dict[str, tuple[Any, ...]] = {"dimensions": (), "truncate_prompt_tokens": ()}
+
+UNSUPPORTED_TOKENIZE: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "return_token_strs": (False,),
+    "tools": ([],),
+}
 
 UNSUPPORTED_RESPONSES: dict[str, tuple[Any, ...]] = {
     "access_programs": (),

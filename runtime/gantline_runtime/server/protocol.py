@@ -18,6 +18,7 @@ from gantline_runtime.server.parameters import (
     UNSUPPORTED_COMPLETION,
     UNSUPPORTED_EXTRAS,
     UNSUPPORTED_MESSAGE,
+    UNSUPPORTED_TOKENIZE,
     drop_harmless,
     unsupported,
     unsupported_value,
@@ -91,6 +92,12 @@ _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
+_STRUCTURED_NAMES = {
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
+    "json_schema": "json", "regex": "regex", "ebnf": "grammar",
+}  # fmt: skip
+"""Members of `structured_outputs` by the names that vLLM's clients gave them before it, and that SGLang's do."""
+
 UsageEvents = Literal["none", "last", "all"]
 
 
@@ -139,6 +146,18 @@ class SamplingFields(Body):
     priority: int = Field(0, ge=BEST_PRIORITY, le=-BEST_PRIORITY)
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structured_by_other_names(cls, body: Any) -> Any:
+        given = {name: body[name] for name in _STRUCTURED_NAMES if body.get(name) is not None} if isinstance(body, dict) else {}
+        if not given:
+            return body
+        (name, value), *others = given.items()
+        if others or body.get("structured_outputs") is not None:
+            raise invalid(f"{name} is structured_outputs.{_STRUCTURED_NAMES[name]}; give one of its kind.", name)
+        kept = {member: value for member, value in body.items() if member not in _STRUCTURED_NAMES}
+        return {**kept, "structured_outputs": {_STRUCTURED_NAMES[name]: value}}
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
@@ -321,6 +340,11 @@ class TokenizeRequest(Body):
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = True
     chat_template_kwargs: dict[Annotated[str, Field(max_length=128)], Any] = Field({}, max_length=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        return drop_harmless(body, UNSUPPORTED_TOKENIZE)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = ["AllowedChoice", "NamedChoice", "ReasoningEffort", "ResponseFormat", "StructuredOutputs", "Tool", "ToolCall", "ToolChoice"]
 
@@ -42,10 +43,21 @@ class ResponseFormat(_Strict):
         return self
 
 
+def _from_text(value: Any) -> Any:
+    """A schema that is given as its JSON text. What is none is left, to be refused as what it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            return msgspec.json.decode(value)
+    return value
+
+
+_SchemaOrText = Annotated[dict[str, Any] | bool, BeforeValidator(_from_text, json_schema_input_type=dict[str, Any] | bool | str)]
+
+
 class StructuredOutputs(_Strict):
     """One of four."""
 
-    json_: dict[str, Any] | bool | None = Field(None, alias="json")
+    json_: _SchemaOrText | None = Field(None, alias="json")
     regex: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)] | None = None
     choice: Annotated[list[Annotated[str, Field(min_length=1, max_length=8192)]], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)] | None = None

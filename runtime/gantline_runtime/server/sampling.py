@@ -62,7 +62,8 @@ def num_new_tokens(requested: int | None, prompt_len: int, session_len: int, *, 
         return 0
     wanted = requested if requested is not None else min(room, default or room)
     if room < 1:
-        message = f"The prompt has {prompt_len} tokens; the model's context holds {session_len}, one of them to generate. Shorten it."
+        share = "" if requested == 0 else ", one of them to generate"
+        message = f"The prompt has {prompt_len} tokens; the model's context holds {session_len}{share}. Shorten it."
         raise ApiError(400, message, code="context_length_exceeded", param=param)
     if wanted > room:
         message = (
