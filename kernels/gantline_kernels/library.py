@@ -16,6 +16,8 @@ from gantline_kernels import build
 __all__ = ["call", "find", "load"]
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+_WRONG_DEVICE = 400
+"""cudaErrorInvalidResourceHandle: a stream of another device."""
 _SIGNATURES = {
     "gantline_prefill_hopper": [
         _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
@@ -71,10 +73,14 @@ def load() -> ctypes.CDLL | None:
 
 
 def call(name: str, *arguments: object) -> None:
-    """Raises RuntimeError if the launch is refused, with CUDA's error number; OSError if there is no library."""
+    """Raises RuntimeError if the launch is refused, with CUDA's error number; OSError if there is no library.
+
+    The current device must be that of the stream and of what the addresses point to.
+    """
     library = load()
     if library is None:
         raise OSError("the CUDA kernels are not built: run python -m gantline_kernels.build")
     code = getattr(library, name)(*arguments)
     if code:
-        raise RuntimeError(f"{name} failed to launch: CUDA error {code}")
+        hint = "; the tensors' GPU must be the current device (torch.cuda.set_device)" if code == _WRONG_DEVICE else ""
+        raise RuntimeError(f"{name} failed to launch: CUDA error {code}{hint}")

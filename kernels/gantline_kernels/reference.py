@@ -26,6 +26,7 @@ __all__ = [
     "rope_and_cache_write",
     "sample",
     "silu_and_mul",
+    "token_logprobs",
 ]
 
 _AWQ_BITS_OF_COLUMN = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -213,3 +214,10 @@ def sample(
             cumulative = kept_probabilities(logits[i], degree, k, p, least).cumsum(dim=0)
             tokens[i] = int((cumulative <= uniforms[i].double() * cumulative[-1]).sum())
     return tokens
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of equally likely tokens the first comes first."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    ordered, ids = logprobs.sort(dim=-1, descending=True, stable=True)
+    return logprobs.gather(1, tokens.unsqueeze(1))[:, 0], ids[:, :count], ordered[:, :count]

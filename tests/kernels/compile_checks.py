@@ -22,7 +22,8 @@ compiled: list[tuple[str, Any]] = []
 
 
 def compile_only(capability: int) -> None:
-    triton.runtime.driver.set_active(AbsentGpus(next(chip for chip in CHIPS if chip.target == capability)))
+    chip = next(chip for chip in CHIPS if chip.target == capability)
+    triton.runtime.driver.set_active(AbsentGpus(chip))
     run = JITFunction.run
 
     def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -33,8 +34,7 @@ def compile_only(capability: int) -> None:
     JITFunction.run = compile_launch
     devices.num_sms = lambda index: 132
     if capability >= 90:
-        decode.capability = lambda device: (9, 0)
-        invariant_linear.capability = lambda device: (9, 0)
+        decode.capability = invariant_linear.capability = lambda device: chip.capability
         prefill._can_use_tma = shared_prefix._can_use_tma = invariant_attention._can_use_tma = lambda q, dim, tile, block_size: (
             dim & (dim - 1) == 0 and 64 <= dim <= 256 and tile <= block_size and q.dtype != torch.float32
         )
@@ -46,6 +46,9 @@ def run_attention() -> None:
         api.paged_attention(*case.arguments, **case.options, backend="triton")
     for dim, window in ((128, 0), (256, 3000)):  # few chunks of prompts on long contexts
         case = paged([(20, 9000), (3, 5000)], heads=8, kv_heads=2, dim=dim, dtype=torch.bfloat16, block_size=64, window=window)
+        api.paged_attention(*case.arguments, **case.options, backend="triton")
+    wide = {"heads": 8, "kv_heads": 2, "dim": 256, "dtype": torch.float32, "block_size": 64}
+    for case in (paged([(1, 5000), (20, 9000)], **wide), paged([(1, 5000)] * 128, **wide).share([(list(range(128)), 48)])):  # type: ignore[arg-type]
         api.paged_attention(*case.arguments, **case.options, backend="triton")
     for dim, batch, own in ((128, 64, 500), (256, 4, 5000)):  # taken in by each sequence's program; joined
         lengths = [(1, 3072 + own)] * batch

@@ -146,6 +146,27 @@ def test_sampling_equals_the_reference(limits: tuple[int | None, float | None, f
     assert bool(torch.isfinite(logits.gather(1, expected[:, None])).all())
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "invariant"])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_log_probabilities_equal_the_reference(count: int, backend: str) -> None:
+    torch.manual_seed(0)
+    for logits in (torch.randn(5, 501) * 3, torch.randn(0, 501), (torch.randn(2, 64) * 3).half(), torch.randn(4, 80)[:, 3:60]):
+        logits[:, ::7] = -torch.inf
+        tokens = torch.arange(len(logits)) + 1
+        got = api.token_logprobs(logits, tokens, count, backend=backend)
+        expected = reference.token_logprobs(logits, tokens, count)
+        assert torch.equal(got[1], expected[1])
+        assert largest_error(got[0], expected[0]) < 1e-5 and largest_error(got[2], expected[2]) < 1e-5
+
+
+def test_every_operation_has_a_reference_and_every_backend_has_every_operation() -> None:
+    about_backends = {"BACKENDS", "HEAD_DIMS", "INVARIANT", "INVARIANT_TRITON", "Products", "SharedPrefixes", "find_variance"}
+    operations = set(api.__all__) - about_backends - {"select", "select_invariant"}
+    assert operations == set(reference.__all__) - {"kept_probabilities"}
+    for name in (*api.BACKENDS, api.INVARIANT, api.INVARIANT_TRITON):
+        assert operations == set(api._implementation(name).__all__) - {"find_variance"}, name
+
+
 def test_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(4096, 4)
     uniforms = (torch.arange(4096) + 0.5) / 4096

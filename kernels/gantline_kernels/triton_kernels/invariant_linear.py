@@ -27,8 +27,8 @@ _DEPTH = 64
 _GROUP = 8
 """Row tiles that follow each other for the same weights, so that these are read once from memory."""
 _HOPPER = (9, 0)
-_SHARED_BYTES = {True: 200 << 10, False: 96 << 10}
-"""Of the pipeline, on Hopper and elsewhere."""
+_LARGE_SHARED, _MUCH_SHARED_BYTES, _SHARED_BYTES = (9, 10), 200 << 10, 96 << 10
+"""Generations whose blocks have 227 KB of shared memory, and what of it the pipeline takes there and elsewhere."""
 _READ, _MULTIPLY = 40.0, 2048.0
 """What a multiprocessor does in a cycle, about: bytes from the second-level cache, multiplications of 16-bit numbers."""
 
@@ -193,7 +193,8 @@ def invariant_awq_linear(
 
 def _options(tile: Tile, x: torch.Tensor, *, awq: bool = False) -> dict[str, object]:
     weight_bytes = 10 if awq else x.element_size()  # words of weights and zeros, and a scale, are brought for every weight
-    most = _SHARED_BYTES[capability(x.device) >= _HOPPER] // (_DEPTH * (tile.outputs * weight_bytes + tile.rows * x.element_size())) + awq
+    shared_bytes = _MUCH_SHARED_BYTES if capability(x.device)[0] in _LARGE_SHARED else _SHARED_BYTES
+    most = shared_bytes // (_DEPTH * (tile.outputs * weight_bytes + tile.rows * x.element_size())) + awq
     return {
         "OUTPUTS": tile.outputs, "ROWS": tile.rows, "DEPTH": _DEPTH, "GROUP": _GROUP,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from gantline_kernels.shared_prefix import SharedPrefixes
 from gantline_kernels.triton_kernels.integers import next_power_of_2
-from gantline_kernels.triton_kernels.prefill import _attend_tile, _can_use_tma, _descriptor
+from gantline_kernels.triton_kernels.prefill import _attend_tile, _can_use_tma, _descriptor, tile_sizes
 
 __all__ = ["attend_shared_prefixes", "plan_prefix"]
 
@@ -122,12 +122,13 @@ def attend_shared_prefixes(
     logarithms to the base 2 of sums of weights (-1e30 of none, whose mean is undefined). Those of others are left as they are.
 
     q [N, Hq, D] (heads packed). `lead`: the next launch may start at once; it must wait for this one before it reads what this one writes.
-    `tile` and what follows are for tuning; 0 or None: chosen here.
+    `rows` of a tile at most. `tile` and what follows are for tuning; 0 or None: chosen here.
     """
     batch, heads, dim = q.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     group, dim_padded = heads // kv_heads, next_power_of_2(dim)
-    tile = tile or min(64 if dim <= 128 and q.dtype != torch.float32 else 32, block_size)
+    most_rows, chosen_tile = tile_sizes(dim, q.dtype)
+    rows, tile = min(rows, most_rows), tile or min(chosen_tile, block_size)
     use_tma = _can_use_tma(q, dim, tile, block_size) if tma is None else tma
     keys, values = (_descriptor(cache, tile) if use_tma else cache for cache in (key_cache, value_cache))
     programs = batch * group // rows + shared.num_groups
