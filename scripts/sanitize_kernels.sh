@@ -15,4 +15,5 @@ check() { # tool, backend, further options
 check memcheck cuda
 check racecheck cuda --kernel-name kernel_substring=gantline
 check memcheck triton
+check memcheck invariant_triton
 echo "clean"

@@ -33,6 +33,17 @@ def attention(backend: str) -> float:
     return worst
 
 
+def shared_prefixes(backend: str) -> float:
+    """Taken in by the program of each sequence's own context (where these fill 132 multiprocessors once), and joined by a second launch."""
+    worst = 0.0
+    for dim, contexts in ((128, [300, 257, 3, 400] * 15 + [300, 400]), (64, [600, 700, 3])):
+        case = paged([(1, n) for n in contexts], heads=8, kv_heads=2, dim=dim, block_size=64, dtype=BF16, device=DEVICE)
+        case.share([([i for i, n in enumerate(contexts) if n > 256], 4)], spare_groups=2)
+        got = api.paged_attention(*case.arguments, **case.options, backend=backend)  # type: ignore[arg-type]
+        worst = max(worst, largest_error(got, case.expected()))
+    return worst
+
+
 def linear(backend: str) -> float:
     worst = 0.0
     for rows, inputs, outputs in ((1, 200, 130), (2, 520, 700), (9, 1000, 136), (16, 64, 64), (20, 1000, 300), (33, 520, 300)):
@@ -78,6 +89,21 @@ def sampling(backend: str) -> float:
     return float(wrong)
 
 
+def masks(backend: str) -> float:
+    logits, rows = torch.randn(5, 2100, device=DEVICE), torch.tensor([3, 0], device=DEVICE)
+    allowed = torch.randint(-(2**31), 2**31 - 1, (2, 66), dtype=torch.int32, device=DEVICE)
+    expected = logits.clone()
+    reference.mask_tokens(expected, rows, allowed)
+    api.mask_tokens(logits, rows, allowed, backend=backend)
+    return float((logits != expected).sum())
+
+
+def logprobs(backend: str) -> float:
+    logits, tokens = torch.randn(5, 9001, device=DEVICE)[:, 1:], torch.arange(5, device=DEVICE)
+    got, expected = api.token_logprobs(logits, tokens, 3, backend=backend), reference.token_logprobs(logits, tokens, 3)
+    return max(largest_error(got[0], expected[0]), largest_error(got[2], expected[2]))
+
+
 def elementwise(backend: str) -> float:
     x, weight = _randn(5, 1000), _randn(1000)
     normed, _ = api.add_rms_norm(x.clone(), x.clone(), weight, 1e-5, backend=backend)
@@ -104,7 +130,8 @@ def awq(backend: str) -> float:
 
 CASES: dict[str, list[Callable[[str], float]]] = {
     "cuda": [attention, linear, hopper_linear, sampling],
-    "triton": [attention, linear, sampling, elementwise, awq],
+    "triton": [attention, shared_prefixes, linear, sampling, masks, elementwise, awq],
+    "invariant_triton": [attention, linear, sampling, logprobs, awq],
 }
 
 
