@@ -3,7 +3,7 @@
 Needs a GPU. A time is the median of replays of a CUDA graph over input sets that together exceed 200 MB (or one larger set), so that
 nothing is found in the second-level cache that a model would not find there. A floor is the larger of bytes over 4.4 TB/s (read; 4.3
 copied) and operations over 700 TFLOP/s; causal operations count the lower triangle. Shapes are those of Llama 3.1 8B unless a name says
-more.
+more. What prompts' attention is held against, torch's own given contiguous keys and values, is timed in the same run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from gantline_kernels import api
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks import ceilings
 
@@ -182,6 +185,27 @@ def prefill_cases(backend: str) -> Iterator[Case]:
     yield attention_case("prefill 8 x 4096, dim 64", [4096] * 8, [4096] * 8, backend, dim=64)
 
 
+def sdpa_cases() -> Iterator[Case]:
+    """Torch's attention of the same prompts by each of its kernels that are made for them; one that cannot says so."""
+    for name, batch, new, context in (("8 x 4096", 8, 4096, 4096), ("1 x 32k", 1, 32768, 32768), ("2k on 30k", 1, 2048, 32768)):
+        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            make = partial(_sdpa, kernel, batch, new, context)
+            pairs = batch * (new * (context - new) + new * (new + 1) / 2)
+            read = 4.0 * batch * context * KV_HEADS * DIM
+            yield Case(f"torch's {kernel.name.lower()} {name}", make, read=read, operations=4.0 * pairs * HEADS * DIM)
+
+
+def _sdpa(kernel: SDPBackend, batch: int, new: int, context: int, _: int) -> Run:
+    q, (k, v) = _bf16(batch, HEADS, new, DIM), (_bf16(batch, KV_HEADS, context, DIM) for _ in range(2))
+    options: dict[str, Any] = {"is_causal": True} if new == context else {"attn_mask": causal_lower_right(new, context)}
+
+    def run() -> None:
+        with sdpa_kernel([kernel]):
+            F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
+
+    return run
+
+
 def chunk_cases(backend: str) -> Iterator[Case]:
     """Few tokens on long prefixes, as prompts get on beside sequences that decode."""
     for new in (32, 64, 128, 256, 384, 512, 640, 1024):
@@ -307,6 +331,9 @@ def main() -> int:
                 for case in cases(backend):
                     if args.only in group or args.only in case.name:
                         _print(case, backend)
+        for case in sdpa_cases():
+            if args.only in "prefill" or args.only in case.name:
+                _print(case, "torch")
     return 0 if ok else 1
 
 
