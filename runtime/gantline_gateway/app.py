@@ -87,7 +87,7 @@ class Gateway:
             _check_method(method, "POST")
             await self._exchange(scope, receive, send)
         elif path == _MODELS or path.startswith(_MODELS + "/"):
-            _check_method(method, "GET")
+            _check_method(method, "GET", "HEAD")
             await json_response(self._describe_models(scope, path))(scope, receive, send)
         else:
             raise not_found(method, path)
@@ -282,9 +282,9 @@ def _outcome(status: int) -> str:
     return "refused" if status < 500 else "failed"
 
 
-def _check_method(method: str, allowed: str) -> None:
-    if method != allowed:
-        raise ApiError(405, f"Use {allowed} here.", code="method_not_allowed", headers={"Allow": allowed})
+def _check_method(method: str, *allowed: str) -> None:
+    if method not in allowed:
+        raise ApiError(405, f"Use {allowed[0]} here.", code="method_not_allowed", headers={"Allow": ", ".join(allowed)})
 
 
 def _declared_bytes(headers: Headers) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from gantline_runtime.server.api_error import ApiError, raw_answer
 from gantline_runtime.server.stalling import CutsStalled
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 __all__ = ["MAX_HEAD_BYTES", "Connection", "connection_class"]
 
@@ -18,6 +18,20 @@ MAX_HEAD_BYTES = 64 * 1024
 
 _MOST_WAITING = 8
 """Requests that one connection may have waiting behind the one that is answered, before no more are read."""
+
+
+class _Unframed(RequestResponseCycle):
+    """An answer of unknown length to a client that knows no chunks: it ends with the connection. uvicorn frames it all the same."""
+
+    _counted = True
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._counted = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            self.chunked_encoding = None if self._counted else False
+        elif not self._counted:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 class Connection(CutsStalled, HttpToolsProtocol):  # type: ignore[misc]  # what the other base knows of is alike
@@ -60,6 +74,8 @@ class Connection(CutsStalled, HttpToolsProtocol):  # type: ignore[misc]  # what 
         if not self.pipeline:
             self._answering = self.cycle
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _Unframed  # type: ignore[assignment]  # it has not begun: uvicorn makes it and its task in one go
 
     def on_message_complete(self) -> None:
         self._in_body = False

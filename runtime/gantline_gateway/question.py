@@ -60,7 +60,7 @@ def parse_question(body: bytes) -> Question:
     """Raises ApiError 400 for what is not a JSON object that names a model."""
     try:
         fields = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"The body is not a JSON object: {str(error)[:200]}.", code="invalid_json") from None
     if fields.model is None:
         raise ApiError(400, "model is required: it says which service answers.", code="missing_parameter", param="model")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 
 import pytest
 
 from tests.gateway.gateway_process import GatewayProcess, write_services
-from tests.runtime.server_process import connect, few_files, read_all
+from tests.runtime.server_process import ServerProcess, connect, few_files, read_all
 from tests.runtime.test_server_connection import ANSWER, FEW_FILES, NO_REQUESTS, assert_no_request, line_ends_behind
 
 
@@ -44,3 +45,32 @@ def test_line_ends_between_requests_mean_nothing_and_one_may_name_the_whole_addr
             client.sendall(piece)
         answers = read_all(client)
     assert answers.count(ANSWER) == answers.count(b"HTTP/1.1") == 3
+
+
+def test_a_client_that_knows_no_chunks_gets_a_stream_as_it_is(shared: GatewayProcess, slow: ServerProcess) -> None:
+    body = json.dumps({"model": "slow", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 5, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connect(shared.url) as client:
+        client.sendall(head.encode() + body)
+        answer_head, _, told = read_all(client).partition(b"\r\n\r\n")
+    assert answer_head.startswith(ANSWER) and b"transfer-encoding" not in answer_head.lower()
+    assert all(line.startswith(b"data: ") for line in told.splitlines() if line) and told.endswith(b"data: [DONE]\n\n")
+    with connect(shared.url) as client:
+        client.sendall(b"GET /v1/models HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        answer_head, _, told = read_all(client).partition(b"\r\n\r\n")
+    assert f"content-length: {len(told)}".encode() in answer_head.lower() and json.loads(told)["object"] == "list"
+
+
+def test_a_look_at_the_models_needs_no_body(shared: GatewayProcess) -> None:
+    answer = shared.send("HEAD", "/v1/models")
+    assert answer.status_code == 200 and not answer.content and int(answer.headers["content-length"]) > 2
+    assert shared.send("HEAD", "/v1/chat/completions").status_code == 405
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_a_body_nested_too_deeply_is_no_json_and_no_fault_of_ours(shared: GatewayProcess, opening: bytes) -> None:
+    closing = b"]" if opening == b"[" else b"}"
+    body = b'{"model": "slow", "prompt": ' + opening * 100_000 + b"1" + closing * 100_000 + b"}"
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+        answer = shared.send("POST", path, content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
