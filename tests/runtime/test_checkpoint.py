@@ -140,6 +140,24 @@ def test_a_folder_that_holds_no_model_says_so(files: dict[str, bytes], cure: str
     assert cure in refused(write_files(tmp_path, files), Reason.NOT_A_MODEL).cure
 
 
+@pytest.mark.parametrize(("hidden", "heads", "dim"), [(288, 6, 48), (3200, 32, 100)])
+def test_heads_that_attention_is_not_built_for_are_refused_before_anything_is_loaded(
+    hidden: int, heads: int, dim: int, tmp_path: Path
+) -> None:
+    """Those of stories15M and of OpenLLaMA 3B: they were loaded whole, and the first step failed."""
+    changes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": heads}
+    files = model_files() | {"config.json": json.dumps(CONFIG | changes).encode()}
+    error = refused(write_files(tmp_path, files), Reason.UNSUPPORTED_ARCHITECTURE, f"dimension {dim}")
+    assert "64, 80, 96" in error.cure
+
+
+def test_the_dimensions_of_heads_that_pass_here_are_those_of_the_kernels() -> None:
+    from gantline_kernels import api
+    from gantline_runtime.checkpoint import shape
+
+    assert shape.HEAD_DIMS == api.HEAD_DIMS
+
+
 def test_a_variant_without_an_implementation_of_ours_is_left_to_transformers(tmp_path: Path) -> None:
     files = model_files() | {"config.json": json.dumps(CONFIG | {"hidden_act": "gelu", "head_dim": 16}).encode()}
     assert open_checkpoint(write_files(tmp_path, files)).facts.family == "transformers"
@@ -185,7 +203,7 @@ def test_weights_that_are_pickles_are_unsafe(name: str, tmp_path: Path) -> None:
         ({"head_dim": 7}, ["head_dim"]),
         ({"torch_dtype": "int4"}, ["int4"]),
         ({"attention_bias": True}, ["bias", "missing"]),
-        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}, ["q_norm", "missing"]),
+        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}, ["q_norm", "missing"]),
     ],
 )
 def test_a_configuration_that_contradicts_the_weights_names_the_field_or_the_tensor(

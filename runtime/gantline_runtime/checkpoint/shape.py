@@ -10,7 +10,7 @@ from gantline_runtime.checkpoint.files import quote
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason
 
-__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "ROPE_TYPES", "AwqFormat", "ModelShape", "parse_shape"]
+__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "HEAD_DIMS", "ROPE_TYPES", "AwqFormat", "ModelShape", "parse_shape"]
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -20,6 +20,8 @@ FAMILIES = {
 }
 AWQ_GROUP_SIZES = (32, 64, 128)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
+"""Those of the kernels, which are not imported here: who judges a model need not have torch."""
 _MODEL_TYPES = {family: architecture for architecture, family in FAMILIES.items()}
 _DTYPES = ("float32", "bfloat16", "float16")
 _CONFIG_CURE = "Correct config.json, or download the checkpoint again."
@@ -174,6 +176,12 @@ def _parse_head_dim(config: Mapping[str, Any], family: str, hidden: int, heads: 
     head_dim = _count(config, "head_dim", 1 << 12, default=128 if family == "qwen3" else hidden // heads)
     if head_dim % 2:
         raise CheckpointError(f"config.json: head_dim is {head_dim}; rotary embeddings need an even one", cure=_CONFIG_CURE)
+    if head_dim not in HEAD_DIMS:
+        raise CheckpointError(
+            f"attention with heads of dimension {head_dim} is not implemented",
+            reason=Reason.UNSUPPORTED_ARCHITECTURE,
+            cure=f"Use a model whose heads have a dimension of {', '.join(map(str, HEAD_DIMS))}.",
+        )
     return head_dim
 
 
