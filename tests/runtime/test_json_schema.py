@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -189,3 +190,11 @@ def test_any_json_is_taken_or_refused(schema: Any, strict: bool) -> None:
         json.dumps(prepare_schema(schema, "x", strict=strict))
     except ApiError as error:
         assert error.status == 400 and error.param is not None and error.param.startswith("x")
+
+
+@pytest.mark.parametrize("pattern", ["[" * 50_000, "[a" * 25_000 + "\\", "[^]" * 15_000, "\\" * 50_000, "[\\" * 25_000])
+def test_a_pattern_is_rewritten_in_proportion_to_its_length(pattern: str) -> None:
+    """It happens in the API process, where a regular expression is matched with Python's lock held."""
+    began = time.process_time()
+    assert len(json_pattern(pattern)) >= len(pattern)
+    assert time.process_time() - began < 2

@@ -127,3 +127,26 @@ def test_a_reading_process_that_is_killed_costs_one_answer_and_is_replaced(serve
         assert answer.result(60).status_code in (200, 500)
     assert post(server, "/v1/completions", body).status_code == 200
     assert reading_process(server) != killed
+
+
+def test_a_pattern_of_open_brackets_takes_no_minute(server: ServerProcess) -> None:
+    """Of 30 KB; while it was rewritten nothing else ran."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "[" * 30_000}}}
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    }
+    before = process_cpu_seconds(server.process.pid)
+    server.post("/v1/chat/completions", body)
+    assert process_cpu_seconds(server.process.pid) - before < 3
+
+
+def process_cpu_seconds(pid: int) -> float:
+    return sum(cpu_seconds(pid, int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+def test_arguments_of_an_earlier_call_that_are_nested_too_deeply_are_refused(server: ServerProcess) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": ' + "[" * 20_000 + "]" * 20_000 + "}"}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "a"}]
+    answer = server.post("/v1/chat/completions", {"messages": messages})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages[0].tool_calls", answer.text

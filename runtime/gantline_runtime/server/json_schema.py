@@ -175,8 +175,9 @@ def _types(schema: dict[str, Any]) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-_PATTERN_PART = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|c[A-Za-z]|.)|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
-"""An escape, a class, or a character."""
+_PATTERN_PART = re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|c[A-Za-z]|.)|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|.", re.DOTALL)
+"""An escape, a class, or a character. A class without an end goes on to the pattern's: tried again from each of many brackets, a pattern of
+30 KB took a minute, with Python's lock held."""
 _CONTROLS = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
 
 

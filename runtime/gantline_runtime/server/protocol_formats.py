@@ -127,7 +127,10 @@ class ToolCall(_Strict):
 
     def for_template(self, *, arguments_as_text: bool) -> dict[str, Any]:
         """Raises ValueError where the arguments are not the JSON text of an object."""
-        arguments = msgspec.json.decode(self.function.arguments or "{}")
+        try:
+            arguments = msgspec.json.decode(self.function.arguments or "{}")
+        except RecursionError:
+            raise ValueError("the arguments of a call are nested too deeply") from None
         if not isinstance(arguments, dict):
             raise ValueError("the arguments of a call are a JSON object, as text")
         function = {"name": self.function.name, "arguments": self.function.arguments if arguments_as_text else arguments}
