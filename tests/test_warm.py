@@ -66,6 +66,14 @@ def test_the_preloaded_module_is_there_and_each_program_has_its_own() -> None:
         assert warm.run(["-c", code], os.environ, preload=PRELOAD, timeout_s=60).stdout == "None\n"
 
 
+def test_temporary_files_lie_where_its_environment_says(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = warm.run(
+        ["-c", "import tempfile; print(tempfile.gettempdir())"], environment, preload=("tests.looks_for_a_folder",), timeout_s=60
+    )
+    assert done.stdout.strip() == str(tmp_path), done.stderr
+
+
 def test_signals_reach_it_and_its_end_is_told() -> None:
     process = warm.start(["-c", "import time; print('here', flush=True); time.sleep(60)"], os.environ, preload=PRELOAD)
     with process.stdout, process.stderr:

@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -188,6 +189,7 @@ def _become(order: dict[str, Any], out: int, err: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, tuple(order["files"]))
     os.environ.clear()
     os.environ.update(order["environment"])
+    tempfile.tempdir = None  # as found in another environment
     os.chdir(order["cwd"])
     code: object = 0
     try:

@@ -236,7 +236,7 @@ def prebuild(
     _remove_claims(output)  # of a run that was ended
     work = [(variant, target, output, reuse) for variant in variants for target in targets]
     with tempfile.TemporaryDirectory() as scratch:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork")  # has imported torch, which takes a fresh process two seconds
         with context.Pool(min(jobs, len(work)), _begin_worker, (scratch,)) as pool:
             for done, (variant, target) in enumerate(pool.imap_unordered(_prebuild_one, work), 1):
                 on_done(variant, target, done, len(work))
