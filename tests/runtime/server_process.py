@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -34,12 +35,17 @@ PRELOAD_OF_SEVERAL = (*_LIBRARIES, "gantline_runtime.cli", "gantline_runtime.com
 class LoggedProcess:
     """A program that logs JSON lines on stderr and answers HTTP at `url`, once that is known."""
 
-    def __init__(self, arguments: Sequence[str], preload: tuple[str, ...], environment: Mapping[str, str] | None = None) -> None:
-        """`arguments` of Python; see tests/warm.py for `preload`."""
+    def __init__(self, arguments: Sequence[str], preload: tuple[str, ...] | None, environment: Mapping[str, str] | None = None) -> None:
+        """`arguments` of Python; see tests/warm.py for `preload`. None: a process that imports everything itself."""
         self.termination_path = Path(tempfile.mkdtemp(prefix="gantline-test-")) / "termination-log"
         own = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "runtime"))), "GANTLINE_TERMINATION_LOG": str(self.termination_path)}
         whole = {**os.environ, "OMP_NUM_THREADS": "1", **own, **(environment or {})}
-        self.process = warm.start(arguments, whole, preload=preload)
+        self.process: warm.WarmProcess | subprocess.Popen[str]
+        if preload is None:
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen([sys.executable, *arguments], stdout=pipe, stderr=pipe, cwd=ROOT, env=whole, text=True)
+        else:
+            self.process = warm.start(arguments, whole, preload=preload)
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -49,6 +55,7 @@ class LoggedProcess:
         self._client = httpx.Client(timeout=60)
 
     def _read(self) -> None:
+        assert self.process.stderr is not None
         for line in self.process.stderr:
             with self._changed:
                 self.lines.append(line.rstrip("\n"))
@@ -109,10 +116,11 @@ class LoggedProcess:
 
 
 class ServerProcess(LoggedProcess):
-    """A server and its log. `flags` are those of `gantline serve`."""
+    """A server and its log. `flags` are those of `gantline serve`. `imports`: it imports everything itself, as a user's does."""
 
-    def __init__(self, model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> None:
-        preload = PRELOAD_OF_SEVERAL if any(flag.startswith("--api-workers") for flag in flags) else PRELOAD
+    def __init__(self, model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO, imports: bool = False) -> None:
+        several = any(flag.startswith("--api-workers") for flag in flags)
+        preload = None if imports else PRELOAD_OF_SEVERAL if several else PRELOAD
         super().__init__([*program, str(model_dir), "--port=0", "--log-format=json", *flags], preload)
 
     def wait_listening(self) -> ServerProcess:
@@ -174,9 +182,9 @@ def read_metric(text: str, name: str, default: float | None = None, **labels: st
 
 
 @contextlib.contextmanager
-def running(model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO) -> Iterator[ServerProcess]:
+def running(model_dir: Path, *flags: str, program: tuple[str, ...] = ECHO, imports: bool = False) -> Iterator[ServerProcess]:
     """A server that is ready; it is stopped afterwards."""
-    server = ServerProcess(model_dir, *flags, program=program)
+    server = ServerProcess(model_dir, *flags, program=program, imports=imports)
     try:
         yield server.wait_ready()
     finally:

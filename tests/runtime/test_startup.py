@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reas
 def server() -> Iterator[tuple[ServerProcess, float]]:
     """A server that is ready, and the seconds that took as its parent sees them."""
     began = time.monotonic()
-    with running(MODEL, "--drain-delay=0", "--device=cpu", "--num-cache-blocks=64", program=REAL) as server:
+    with running(MODEL, "--drain-delay=0", "--device=cpu", "--num-cache-blocks=64", program=REAL, imports=True) as server:
         yield server, time.monotonic() - began
 
 
@@ -146,7 +146,7 @@ int cuInit(unsigned flags) { return note(flags ? "bad flags" : "cuInit"); }
 int cuDeviceGet(int *device, int ordinal) { *device = 40 + ordinal; return note(ordinal == 3 ? "cuDeviceGet" : "bad ordinal"); }
 int cuDevicePrimaryCtxRetain(void **context, int device) {
     *context = context;
-    return note(device == 40 ? "retained" : "bad device") + RETAINED;
+    return note(device == 43 ? "retained" : "bad device") + RETAINED;
 }
 """
 
