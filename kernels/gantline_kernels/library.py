@@ -7,14 +7,16 @@ Without it the Triton kernels serve alone.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from functools import cache
 from pathlib import Path
 
 from gantline_kernels import build
 
-__all__ = ["call", "find", "load"]
+__all__ = ["VARIABLE", "call", "find", "load"]
 
+VARIABLE = "GANTLINE_KERNELS_LIBRARY"
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _WRONG_DEVICE = 400
 """cudaErrorInvalidResourceHandle: a stream of another device."""
@@ -52,22 +54,29 @@ _SIGNATURES = {
 }  # fmt: skip
 
 
+log = logging.getLogger(__name__)
+
+
 def find() -> Path | None:
-    """The library's file, or None if there is none."""
-    given = os.environ.get("GANTLINE_KERNELS_LIBRARY")
+    """The library's file, or None if there is none: where the environment names one, that one or none."""
+    given = os.environ.get(VARIABLE)
     candidates = [Path(given)] if given else [Path(__file__).parent / "libgantline_kernels.so", build.library_path()]
     return next((path for path in candidates if path.is_file()), None)
 
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The library with its functions' types, or None. Raises OSError for a file that is no such library."""
+    """The library with its functions' types, or None. Raises OSError for a file that is no such library, or one of other sources."""
     path = find()
     if path is None:
+        if os.environ.get(VARIABLE):
+            log.warning("there are no CUDA kernels at %s, named by %s; Triton's serve alone", os.environ[VARIABLE], VARIABLE)
         return None
     library = ctypes.CDLL(str(path))
     for name, types in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise OSError(f"{path} has no {name}: it was built from other sources; build it again: python -m gantline_kernels.build")
         function.argtypes, function.restype = types, _INT
     return library
 

@@ -47,3 +47,19 @@ def test_without_the_library_a_call_names_the_cure(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(library, "load", lambda: None)
     with pytest.raises(OSError, match=r"gantline_kernels\.build"):
         library.call("gantline_prefill_hopper")
+
+
+def test_a_library_of_other_sources_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library is one that has none of our functions."""
+    libc = next(path for path in Path("/").glob("*/*/libc.so.6"))
+    monkeypatch.setenv(library.VARIABLE, str(libc))
+    with pytest.raises(OSError, match=rf"{libc} has no gantline_\w+: it was built from other sources"):
+        library.load.__wrapped__()
+
+
+def test_a_library_that_is_not_where_the_environment_says_is_missed_aloud(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(library.VARIABLE, str(tmp_path / "moved.so"))
+    assert library.load.__wrapped__() is None
+    assert f"{tmp_path}/moved.so, named by {library.VARIABLE}" in caplog.text

@@ -160,7 +160,7 @@ def test_the_runtime_carries_the_compiled_kernels_where_it_looks_for_them() -> N
     assert ("COPY", f"--from=kernels {built} ./") in instructions
     environment = next(rest for keyword, rest in instructions if keyword == "ENV" and "GANTLINE_KERNELS_LIBRARY" in rest)
     assert f"GANTLINE_KERNELS_LIBRARY=/opt/gantline/{Path(built).name}" in environment.split()
-    assert 'environ.get("GANTLINE_KERNELS_LIBRARY")' in (ROOT / "kernels/gantline_kernels/library.py").read_text()
+    assert 'VARIABLE = "GANTLINE_KERNELS_LIBRARY"' in (ROOT / "kernels/gantline_kernels/library.py").read_text()
     assert not [rest for _, rest in chain("runtime-cpu") if "kernels" in rest]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gantline_kernels import api, library
 from gantline_runtime import cli, logs, termination
 from gantline_runtime.commands import check_env
 from gantline_runtime.commands.display import LoadingDisplay
@@ -179,6 +180,17 @@ def test_check_env_says_what_works_here_and_fails_if_something_is_missing(
     assert cli.main(["check-env"]) == 1
     text = capsys.readouterr().out
     assert "! no-such-package" in text and "1 problems" in text
+
+
+@pytest.mark.parametrize(("named", "said"), [("", "not built"), ("/moved.so", "not at /moved.so, where GANTLINE_KERNELS_LIBRARY says")])
+def test_check_env_says_on_a_gpu_that_tritons_kernels_serve_alone(named: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_env, "_try_backend", lambda *_: "")
+    monkeypatch.setattr(api, "select", lambda *_: "cuda")
+    monkeypatch.setenv(library.VARIABLE, named)
+    monkeypatch.setattr(library.build, "library_path", lambda: Path("/nowhere"))
+    gpu = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: True))
+    (found,) = (finding for finding in check_env._backends(gpu) if finding.name == "cuda library")
+    assert found.status == "note" and found.value.startswith(f"{said}, so Triton's kernels serve alone: run python")
 
 
 # ---- what a person sees

@@ -154,8 +154,9 @@ def _backends(torch: Any) -> Iterator[Finding]:
         label = f"works on {device}" + ("; the one that is chosen" if backend == chosen else "")
         yield Finding("backends", backend, problem or label, "missing" if problem and backend == chosen else "note" if problem else "ok")
     if has_gpu:
-        path = library.find()
-        missing = "not built, so Triton's kernels serve alone: run python -m gantline_kernels.build --fetch"
+        path, named = library.find(), os.environ.get(library.VARIABLE)
+        absent = f"not at {named}, where {library.VARIABLE} says" if named else "not built"
+        missing = f"{absent}, so Triton's kernels serve alone: run python -m gantline_kernels.build --fetch"
         yield Finding("backends", "cuda library", missing if path is None else str(path), "note" if path is None else "ok")
 
 
