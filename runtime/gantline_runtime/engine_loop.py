@@ -354,6 +354,8 @@ class EngineLoop:
             return self._scheduler.stop(request_id)
         if state == "slow":
             return self._scheduler.fail(request_id, "following it takes too long; use a simpler one", "invalid_grammar")
+        if state == "forbidden":
+            return self._scheduler.fail(request_id, "bad_words leave nothing of what may come next", "invalid_grammar")
         return self._scheduler.fail(request_id, "nothing that the model can say continues the grammar")
 
     def _take_grammars(self) -> list[TokenOutput]:

@@ -66,6 +66,18 @@ def complete(server: ServerProcess, **fields: Any) -> dict[str, Any]:
 # ---- constrained answers
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_bad_words_take_from_what_a_grammar_allows_and_an_answer_to_which_nothing_is_left_is_refused(
+    server: ServerProcess, temperature: float
+) -> None:
+    wanted = {"prompt": "The", "structured_outputs": {"regex": "[0-9]{2}"}, "temperature": temperature, "max_tokens": 9}
+    numbers = [*map(str, range(10)), *(f"{i:02}" for i in range(100))]
+    assert complete(server, **wanted, bad_words=[number for number in numbers if set(number) != {"7"}])["text"] == "77"
+    answer = server.post("/v1/completions", wanted | {"bad_words": numbers})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "structured_outputs.regex")
+    assert "bad_words" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_an_answer_follows_its_json_schema(server: ServerProcess, strict: bool, temperature: float) -> None:

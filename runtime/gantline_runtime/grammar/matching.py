@@ -21,8 +21,9 @@ from gantline_runtime.sampling import TokenMask
 
 __all__ = ["GrammarMatcher", "MaskWriter", "MatchState"]
 
-MatchState = Literal["open", "ended", "rejected", "slow"]
-"""`ended`: nothing can follow; `rejected`: a token was none that it allows; `slow`: it was given up."""
+MatchState = Literal["open", "ended", "rejected", "slow", "forbidden"]
+"""`ended`: nothing can follow; `rejected`: a token was none that it allows; `slow`: it was given up; `forbidden`: all that can follow
+completes a bad word."""
 
 LIMIT_S = 0.5
 """Of processor time, so that a busy machine is no client's fault."""
@@ -33,7 +34,7 @@ class GrammarMatcher:
     """How far one request's answer has come in its grammar. It moves with tokens that have reached the host and count, never with
     those that an overlapped step sampled beyond an end."""
 
-    def __init__(self, compiled: Any, stop_token_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, compiled: Any, stop_token_ids: Sequence[int], vocab_size: int, bad_words: Sequence[tuple[int, ...]] = ()) -> None:
         """Where the grammar may end, the stop tokens are allowed too; with none, its end is the answer's."""
         unlimited_rollback, default_temperature = -1, None
         self._native = load_library().GrammarMatcher(
@@ -43,6 +44,9 @@ class GrammarMatcher:
         self.allowed = torch.empty((1, -(-vocab_size // 32)), dtype=torch.int32)
         """Bits of the tokens that may come next, while `state` is open."""
         self._pushed: list[int] = []
+        self._bad_words = bad_words
+        self._last: list[int] = []
+        """The answer's last tokens, as many as a bad word may begin with."""
 
     def push(self, token: int) -> None:
         """The answer goes on with `token`. What that means is found out by `advance`."""
@@ -57,6 +61,18 @@ class GrammarMatcher:
             self.state = "ended"
         else:
             self._native.fill_next_token_bitmask(self.allowed, 0, False)
+            if self._bad_words and not self._leaves_any(pushed):
+                self.state = "forbidden"
+
+    def _leaves_any(self, pushed: list[int]) -> bool:
+        """Whether bad words leave anything of what may come next: with no token allowed at all, there is nothing to sample."""
+        longest = max(map(len, self._bad_words)) - 1
+        self._last = (self._last + pushed)[-longest:] if longest else []
+        bits = self.allowed.numpy().view(np.uint32).reshape(-1).copy()
+        for *begun, token in self._bad_words:
+            if self._last[len(self._last) - len(begun) :] == begun:
+                bits[token // 32] &= ~np.uint32(1 << token % 32)
+        return bool(bits.any())
 
 
 class MaskWriter:

@@ -64,7 +64,7 @@ class Grammars:
     def _start_if_done(self, request_id: str) -> None:
         sequence, future = self._compiling[request_id]
         if future.done() and future.exception() is None:
-            sequence.matcher = GrammarMatcher(future.result(), self._eos_token_ids, self._vocab_size)
+            sequence.matcher = GrammarMatcher(future.result(), self._eos_token_ids, self._vocab_size, sequence.sampling.bad_words)
             self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
