@@ -211,7 +211,7 @@ def test_an_engine_that_is_loaded_is_out_of_the_garbage_collectors_sight(tmp_pat
     settings = EngineSettings(endpoint="", parent_pid=0, model_dir=folder, engine_config={}, engine="tests.runtime.server_fakes:EchoEngine")
     importing = _begin_import("tests.runtime.server_fakes")
     ahead = ReadingAhead(Path(folder))
-    assert isinstance(_load(settings, importing, ahead)(lambda _: None), EchoEngine)
+    assert isinstance(_load(settings, importing, ahead, None)(lambda _: None), EchoEngine)
     assert not importing.is_alive()
     assert settled == ["settled", "by hand"]
 
