@@ -150,3 +150,22 @@ def test_arguments_of_an_earlier_call_that_are_nested_too_deeply_are_refused(ser
     messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "a"}]
     answer = server.post("/v1/chat/completions", {"messages": messages})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages[0].tool_calls", answer.text
+
+
+def test_many_scores_are_told_as_few_are(server: ServerProcess) -> None:
+    """They are written in pieces, in another thread."""
+
+    def told(length: int, **fields: Any) -> Any:
+        return server.post("/v1/completions", {"prompt": "ab" * (length // 2), "max_tokens": 1, "temperature": 0, **fields}).json()[
+            "choices"
+        ][0]
+
+    few, many = told(3000, prompt_logprobs=2)["prompt_logprobs"], told(6000, prompt_logprobs=2)["prompt_logprobs"]
+    assert (
+        len(many) == 6001
+        and many[0] is None
+        and many[:3000] == few[:3000]
+        and next(iter(many[1].values())).keys() == {"logprob", "rank", "decoded_token"}
+    )
+    echoed = [told(length, echo=True, logprobs=2)["logprobs"] for length in (3000, 6000)]
+    assert all(len(column) == 6002 and column[:3000] == echoed[0][name][:3000] for name, column in echoed[1].items())

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,8 +26,11 @@ from gantline_runtime.tokenizer import Tokenizer
 
 __all__ = ["AnswerWriter", "WholeChoice", "answer", "chosen_logprob", "finite_logprob", "token_logprobs"]
 
+_encode = msgspec.json.Encoder().encode
+
 _LOWEST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON cannot say."""
+_MANY_ITEMS = 256
 _MANY_SCORES = 4096
 """To write them takes a tenth of a second, in which nobody else is to wait."""
 
@@ -58,6 +62,15 @@ class WholeChoice:
     def num_scores(self) -> int:
         """Tokens, of prompt and answer, whose log-probabilities are told."""
         return len(self.entries) + sum(len(chunk.chosen) for chunk in self.prompt_logprobs)
+
+
+def _in_pieces(value: Any) -> Any:
+    """`value` with the items of its long lists as JSON, so that it is not all written in one go, with Python's lock held."""
+    if isinstance(value, dict):
+        return {name: _in_pieces(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_in_pieces(item) for item in value] if len(value) <= _MANY_ITEMS else [msgspec.Raw(_encode(item)) for item in value]
+    return value
 
 
 class AnswerWriter:
@@ -123,7 +136,7 @@ class AnswerWriter:
     async def whole(self, first: Sequence[tuple[int, Delta]]) -> dict[str, Any]:
         choices = await self.collect(first)
         if sum(choice.num_scores for choice in choices) > _MANY_SCORES:
-            return await asyncio.to_thread(self.build_whole, choices)
+            return await asyncio.to_thread(lambda: _in_pieces(self.build_whole(choices)))
         return self.build_whole(choices)
 
     def build_whole(self, choices: Sequence[WholeChoice]) -> dict[str, Any]:
