@@ -212,7 +212,10 @@ def linear(
     out_dtype: torch.dtype | None = None,
     backend: str,
 ) -> torch.Tensor:
-    """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N], accumulated in float32, in the type of x or in `out_dtype` (float32 for logits)."""
+    """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N], accumulated in float32, in the type of x or in `out_dtype` (float32 for logits).
+
+    On a CPU, results have been rounded to the type of x before they are given `out_dtype`.
+    """
     arguments.check_weight("linear", x, weight)
     arguments.check_bias("linear", x, bias, weight.shape[0])
     if out_dtype not in (None, x.dtype, torch.float32):

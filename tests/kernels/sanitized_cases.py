@@ -22,9 +22,10 @@ def _randn(*shape: int) -> torch.Tensor:
 
 def attention(backend: str) -> float:
     worst = 0.0
-    few = paged([(1, 700), (1, 1), (1, 1300)], heads=8, kv_heads=2, dim=128, block_size=16, dtype=BF16, device=DEVICE)
-    got = api.paged_attention(*few.arguments, **few.options, backend=backend)  # type: ignore[arg-type]
-    worst = max(worst, largest_error(got, few.expected()))
+    for dim, softcap in ((128, 0.0), (64, 2.0), (96, 0.0), (256, 0.0)):
+        few = paged([(1, 700), (1, 1), (1, 1300)], heads=8, kv_heads=2, dim=dim, softcap=softcap, block_size=16, dtype=BF16, device=DEVICE)
+        got = api.paged_attention(*few.arguments, **few.options, backend=backend)  # type: ignore[arg-type]
+        worst = max(worst, largest_error(got, few.expected()))
     short, cut = [(1, 70), (1, 1), (40, 40), (130, 150), (3, 64)], [(1, 70), (40, 1500), (0, 0), (3, 1200)]
     for dim, window, lengths in ((128, 0, short), (64, 20, short), (128, 0, cut), (64, 1100, cut)):
         case = paged(lengths, heads=8, kv_heads=2, dim=dim, block_size=16, dtype=BF16, device=DEVICE, window=window)
