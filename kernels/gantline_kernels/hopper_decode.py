@@ -22,6 +22,9 @@ _LEAST_PART = 128
 """Tokens of the shortest part: a tile for each of eight warps."""
 _LONGEST_PART = 4096
 """Tokens that a block may have to itself where others have less: a long context among short ones must not finish alone."""
+_EQUAL_SHARES = range(2, 25)
+"""Sequences behind whose attention come linear layers of one block to each multiprocessor, two of which fit: started while attention still
+holds some multiprocessors, they would crowd on the others (docs/perf-log.md)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def hopper_decode(
         "gantline_decode_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
         context_lens.data_ptr(), out.data_ptr(), means, sums, counters.data_ptr(), q.stride(0), block_tables.stride(0),
         block_tables.shape[1], batch, heads, kv_heads, dim, block_size.bit_length() - 1, sliding_window, max_context_len,
-        plan.parts, plan.least, plan.warps, scale, logit_softcap, stream,
+        plan.parts, plan.least, plan.warps, scale, logit_softcap, batch not in _EQUAL_SHARES, stream,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ _SIGNATURES = {
     ],
     "gantline_decode_hopper": [
         _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG,
-        _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _POINTER,
+        _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _INT, _POINTER,
     ],
     "gantline_linear_hopper": [
         _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT,

@@ -45,6 +45,7 @@ struct Arguments {
   int guess;           // parts of the longest context
   float scale;         // times log2(e); of scores that are capped: times -2 log2(e) / their cap
   float cap;           // times log2(e), or 0
+  bool early;          // kernels behind may start before this one ends
 };
 
 __device__ __forceinline__ void copy_16_or_zeros(uint32_t target, const void* source, bool inside) {
@@ -274,9 +275,11 @@ __global__ __launch_bounds__(MAX_WARPS * 32, 1) void decode(const Arguments args
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = blockDim.x / 32;
   const int part = blockIdx.x, kv_head = blockIdx.y, g = lane / 4, c = lane % 4;
   const long long sequence = blockIdx.z, pair = sequence * args.kv_heads + kv_head;
-  wait_for_earlier_kernels();
+  if (args.early) let_later_kernels_start();
 
-  // Everything that has an address is asked for at once; what was guessed wrong, again.
+  // Until it waits: only what the kernel ahead does not write, and that one has let this begin after all before it had ended (triton_kernels/
+  // early.py). It writes the queries and each sequence's newest token. Everything that has an address is asked for at once; what was guessed
+  // wrong, again.
   const int* const table = args.tables + sequence * args.table_stride;
   const int length = args.lens[sequence];
   int parts = args.guess, first = 0;
@@ -286,21 +289,11 @@ __global__ __launch_bounds__(MAX_WARPS * 32, 1) void decode(const Arguments args
     return block < args.table_width ? table[block] : 0;
   };
   int entries = entry_of(lane), entries_after = entry_of(lane + 32);  // of so many rounds
-  uint4 queries[2][DIM / 32];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const T* const query = static_cast<const T*>(args.q) + sequence * args.q_stride + (kv_head * args.group + g + 8 * r) * DIM;
-#pragma unroll
-    for (int i = 0; i < DIM / 32; ++i) {
-      queries[r][i] = g + 8 * r < args.group ? *reinterpret_cast<const uint4*>(query + 8 * (c + 4 * i)) : make_uint4(0, 0, 0, 0);
-    }
-  }
-  if (length <= 0) return;
   if (args.window && length > args.window) first = (length - args.window) / TILE;
   const int tiles = (length + TILE - 1) / TILE - first;
   const int wanted = min(static_cast<int>(gridDim.x), (length - first * TILE + args.least - 1) / args.least);
   const int count = min(wanted, (tiles + warps - 1) / warps);
-  if (part >= count) return;
+  if (length <= 0 || part >= count) return wait_for_earlier_kernels();  // as all must (early.py)
   if (count != parts || first) {
     parts = count;
     entries = entry_of(lane), entries_after = entry_of(lane + 32);
@@ -337,7 +330,20 @@ __global__ __launch_bounds__(MAX_WARPS * 32, 1) void decode(const Arguments args
 #pragma unroll
     for (int i = 0; i < 4; ++i) running.means[j][i] = 0.f;
   }
-  for (int round = 0; round < STAGES - 1; ++round) ask(round);
+  const bool newest = rounds > 0 && tile_of(rounds - 1) == (length - 1) / TILE;
+  const int before = min(STAGES - 1, rounds - newest);
+  for (int round = 0; round < before; ++round) ask(round);
+  wait_for_earlier_kernels();
+  uint4 queries[2][DIM / 32];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const T* const query = static_cast<const T*>(args.q) + sequence * args.q_stride + (kv_head * args.group + g + 8 * r) * DIM;
+#pragma unroll
+    for (int i = 0; i < DIM / 32; ++i) {
+      queries[r][i] = g + 8 * r < args.group ? *reinterpret_cast<const uint4*>(query + 8 * (c + 4 * i)) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  for (int round = before; round < STAGES - 1; ++round) ask(round);
   for (int round = 0; round < rounds; ++round) {
     copies_wait<STAGES - 2>();
     __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled next
@@ -429,11 +435,12 @@ int launch_for_dim(int dim, const Arguments& args, int sequences, int parts, int
 // elements between sequences (a multiple of 8), out contiguous; pointers of 16 bytes; heads / kv_heads at most 16. Blocks have 1 << block_bits
 // tokens, at least 16. Contexts are cut into at most `parts` (up to 128) of at least `least` tokens; if `parts` > 1, `part_means` float32
 // [sequences * heads * parts * dim], `part_sums` float32 [sequences * heads * parts * 2], `counters` int32 [sequences * kv_heads], zero at
-// first, for launches that follow each other. `warps` of a block: up to 8 that fit. Returns a cudaError_t.
+// first, for launches that follow each other. `warps` of a block: up to 8 that fit. `early`: the kernel behind, if it waits for what is ahead of it, may start
+// before this one ends. Returns a cudaError_t.
 GANTLINE_EXPORT int gantline_decode_hopper(int type, const void* q, const void* keys, const void* values, const int* block_tables, const int* context_lens,
                                            void* out, void* part_means, void* part_sums, int* counters, long long q_stride, long long table_stride,
                                            int table_width, int sequences, int heads, int kv_heads, int dim, int block_bits, int window, int max_context_len,
-                                           int parts, int least, int warps, float scale, float softcap, void* stream) {
+                                           int parts, int least, int warps, float scale, float softcap, int early, void* stream) {
   using namespace gantline;
   constexpr float LOG2_E = 1.4426950408889634f;
   const int group = heads / kv_heads;
@@ -442,7 +449,7 @@ GANTLINE_EXPORT int gantline_decode_hopper(int type, const void* q, const void* 
   const int guess = max(1, min(wanted, (tiles + warps - 1) / warps));
   const Arguments args = {q, keys, values, block_tables, context_lens, out, static_cast<float*>(part_means), static_cast<float2*>(part_sums), counters,
                           q_stride, table_stride, table_width, kv_heads, group, block_bits - 4, window, least, guess,
-                          (softcap > 0.f ? -2.f / softcap : 1.f) * scale * LOG2_E, softcap * LOG2_E};
+                          (softcap > 0.f ? -2.f / softcap : 1.f) * scale * LOG2_E, softcap * LOG2_E, early != 0};
   const auto on = static_cast<cudaStream_t>(stream);
   return type == 0 ? launch_for_dim<__nv_bfloat16>(dim, args, sequences, parts, warps, on)
                    : launch_for_dim<__half>(dim, args, sequences, parts, warps, on);

@@ -4,6 +4,10 @@ Such a kernel reads and writes nothing that others write before its `gdc_wait()`
 waits for this kernel has waited for all before it as well. With `gdc_launch_dependents()` first, its successor may do the same; a chain of
 small kernels then costs little more than its work.
 
+One goes further: decode attention (`cuda_kernels/decode_hopper.cu`) reads lengths, tables and all of the cache but each sequence's newest
+token before it waits. The kernel ahead of it, which writes that token, therefore launches its dependents after its own wait: all that came
+before has ended when decode attention begins. A kernel that does not launch dependents itself keeps to that in any case.
+
 A multiprocessor divides its memory between shared memory and cache as the kernel asks, and must run empty before it divides it anew: two
 kernels that ask for different shares never overlap. With a single row, all kernels leave the choice to the driver. From 2 rows on, linear
 layers take all the shared memory there is (`cuda_kernels/linear_hopper.cu`), and so those between them ask for it too, though they need

@@ -56,9 +56,9 @@ def _rope_and_cache_write(
     q_stride, k_stride, v_stride, heads, kv_heads, half, block_size, eps,
     NORM_Q: tl.constexpr, NORM_K: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_launch_dependents()
+    if EARLY:  # in this order for decode attention's sake: see early.py
         gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     query_groups = tl.cdiv(heads, HEADS)
