@@ -242,7 +242,11 @@ class EngineLoop:
         )
         self._scheduler.add(sequence)
         if self._grammars is not None and request.grammar:
-            self._grammars.add(sequence)
+            try:
+                self._grammars.add(sequence)
+            except BaseException:  # it would wait for ever
+                self._scheduler.abort(request.request_id)
+                raise
         self._arrivals += 1
 
     def _check(self, request: EngineRequest) -> None:

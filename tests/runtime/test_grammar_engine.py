@@ -167,6 +167,20 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_alone(grammars: Gram
     assert tokens_of(outputs["good"]) == expected_tokens([1, 2], 5)
 
 
+def test_a_request_whose_grammar_cannot_even_be_queued_leaves_nothing(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine(grammars)
+
+    def no_thread(grammar: str) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(grammars._compiler, "submit", no_thread)
+    with pytest.raises(RuntimeError, match="new thread"):
+        engine.add_request(constrained("a", regex("[ab]{3}")))
+    assert not engine.has_work() and engine.stats().num_waiting == 0
+    engine.add_request(request("a", [1, 2], 3))
+    assert len(tokens_of(drain(engine)["a"])) == 3
+
+
 def test_requests_that_need_no_compilation_overtake_one_that_does(model: Path) -> None:
     grammars = Grammars(model, vocab_size=VOCAB, eos_token_ids=(EOS,), max_rows=9, pinned=False)  # its compiler is not started yet
     engine, _ = make_engine(grammars)
