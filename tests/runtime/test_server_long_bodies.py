@@ -53,6 +53,18 @@ def cpu_seconds(pid: int, thread: int | None = None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def test_many_values_make_a_body_long_and_source_code_in_a_text_does_not() -> None:
+    code = 'def f(a, b={}):\n    return {"a": [a, {"b": b}]}\n' * 15_000
+    parts = [{"type": "text", "text": "a"}] * 2000
+    short = (
+        {"messages": [{"role": "user", "content": code}]},
+        {"prompt": list(range(30_000))},
+        {"messages": [{"role": "user", "content": parts[:500]}]},
+    )
+    long = ({"messages": [{"role": "user", "content": parts}]}, {"prompt": list(range(60_000))}, {"prompt": "a" * (1 << 20)})
+    assert [is_long(_encoded(body)) for body in short + long] == [False] * 3 + [True] * 3
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": [65, 66] * 50, "max_tokens": 4}),
