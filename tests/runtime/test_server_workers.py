@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.mmap_dict import MmapedDict
 
 from tests.runtime.server_fakes import write_model
-from tests.runtime.server_process import ServerProcess, running, wait_until
+from tests.runtime.server_process import TRUSTS_NOBODY, ServerProcess, running, wait_until
 from tests.runtime.test_server_lifecycle import _stream
 
 WORKERS = ("--api-workers=2", "--drain-delay=0")
@@ -26,7 +26,9 @@ def _worker_pids(server: ServerProcess) -> list[int]:
 
 def _ask(server: ServerProcess) -> httpx.Response:
     """On a connection of its own, so that the kernel chooses a process anew."""
-    return httpx.post(server.url + "/v1/completions", json={"prompt": "abc", "max_tokens": 5, "ignore_eos": True}, timeout=60)
+    return httpx.post(
+        server.url + "/v1/completions", json={"prompt": "abc", "max_tokens": 5, "ignore_eos": True}, timeout=60, verify=TRUSTS_NOBODY
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_each_process_answers_and_whoever_is_asked_counts_for_all(server: Server
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         responses = [future.result() for future in [pool.submit(_ask, server) for _ in range(60)]]
     assert {response.json()["choices"][0]["text"] for response in responses} == {"abcab"}
-    texts = [httpx.get(server.url + "/metrics", timeout=60).text for _ in range(12)]
+    texts = [httpx.get(server.url + "/metrics", timeout=60, verify=TRUSTS_NOBODY).text for _ in range(12)]
     for text in texts:
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert float(lines["gantline_generation_tokens_total"]) == 300
@@ -63,9 +65,9 @@ def _requests_answered_by(server: ServerProcess, pid: int) -> float:
 
 def test_probes_and_models_answer_alike_everywhere(server: ServerProcess) -> None:
     for _ in range(10):
-        assert httpx.get(server.url + "/ready", timeout=60).json()["state"] == "ready"
-        assert httpx.get(server.url + "/health", timeout=60).status_code == 200
-        assert httpx.get(server.url + "/v1/models", timeout=60).json()["data"][0]["max_model_len"] == 4096
+        assert httpx.get(server.url + "/ready", timeout=60, verify=TRUSTS_NOBODY).json()["state"] == "ready"
+        assert httpx.get(server.url + "/health", timeout=60, verify=TRUSTS_NOBODY).status_code == 200
+        assert httpx.get(server.url + "/v1/models", timeout=60, verify=TRUSTS_NOBODY).json()["data"][0]["max_model_len"] == 4096
 
 
 def test_sigterm_under_load_loses_no_stream_of_any_process(tmp_path: Path) -> None:
@@ -78,7 +80,9 @@ def test_sigterm_under_load_loses_no_stream_of_any_process(tmp_path: Path) -> No
         server.terminate()
         server.wait_log("draining")
         late = [pool.submit(_stream, server, 50) for _ in range(6)]
-        assert {httpx.get(server.url + "/ready", timeout=60).status_code for _ in range(6)} == {503}, "readiness has turned everywhere"
+        assert {httpx.get(server.url + "/ready", timeout=60, verify=TRUSTS_NOBODY).status_code for _ in range(6)} == {503}, (
+            "readiness has turned everywhere"
+        )
         assert [future.result(60) for future in before] == [(("abcdef" * 25), "length", [])] * 16
         ends = [future.result(60) for future in late]
         assert all(end in ((("abcdef" * 9)[:50], "length", []), ("", None, ["draining"])) for end in ends), ends
