@@ -26,8 +26,10 @@ _FEW_ROWS = 24
 """Up to so many rows our kernels for few rows, the activation and what is around them overlap, and are faster together."""
 _BESIDE_WEIGHTS = range(160, 257)
 """Rows for which reading the weights hides the work for rows that are nobody's."""
-_LEAST_FILL, _LEAST_USE = 0.75, 0.77
-"""Of the blocks' time, what must be spent on tiles; and on rows and outputs that are somebody's, where the matrix units bound it."""
+_LEAST_FILL = 0.75
+"""Of the blocks' time, what must be spent on tiles, where reading the weights takes most of it."""
+_LEAST_USE = ((4 * 128, 0.64), (1 << 31, 0.75))
+"""Up to so many rows: of the blocks' time, what must be spent on rows and outputs that are somebody's, where the matrix units bound it."""
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _MULTIPLIED = 2048
 """Products that a multiprocessor adds in a clock."""
@@ -53,7 +55,8 @@ def wins(rows: int, width: int, inputs: int, num_sms: int) -> bool:
         tiles = width * (1 if rows <= _ROWS else 2)
         fill = tiles / (_rounds(tile, rows, width, blocks) * blocks * tile.columns)
         return rows > _FEW_ROWS and fill >= _LEAST_FILL
-    return rows > 2 * _ROWS and rows * 2 * width * inputs / (_MULTIPLIED * blocks) >= _LEAST_USE * clocks
+    least = next(least for limit, least in _LEAST_USE if rows <= limit)
+    return rows > 2 * _ROWS and rows * 2 * width * inputs / (_MULTIPLIED * blocks) >= least * clocks
 
 
 @cache
