@@ -7,6 +7,7 @@ less work, but it takes no more than a few MB of a request, and tens of thousand
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import stat
@@ -41,11 +42,24 @@ class ReadingAhead:
         self._thread.join()
 
     def _work(self) -> None:
-        with suppress(OSError):  # who loads the files says what is wrong with them
+        with suppress(OSError, ValueError, TypeError, KeyError):  # who loads the files says what is wrong with them
             left = available_host_bytes() // 2 if self._most_bytes is None else self._most_bytes
-            for path in sorted(self._folder.glob("*.safetensors")):
+            for path in self._weights():
                 if stat.S_ISREG(path.stat().st_mode):  # a device or a pipe would notice that it is opened
                     left -= self._read(path, left)
+
+    def _weights(self) -> list[Path]:
+        """What will be loaded: publishers put other copies beside it, such as Mistral's consolidated.safetensors."""
+        from gantline_runtime.checkpoint.files import MAX_JSON_BYTES  # some 20 ms, which torch's import need not wait for
+        from gantline_runtime.checkpoint.reader import INDEX, SINGLE
+
+        paths = sorted(self._folder.glob("*.safetensors"))
+        index = self._folder / INDEX
+        if index.is_file() and index.stat().st_size <= MAX_JSON_BYTES:
+            loaded = set(json.loads(index.read_bytes())["weight_map"].values())
+        else:
+            loaded = {SINGLE} if (self._folder / SINGLE).exists() else {path.name for path in paths}
+        return [path for path in paths if path.name in loaded]
 
     def _read(self, path: Path, most_bytes: int) -> int:
         """Bytes of the file that are in the page cache now, or were before."""

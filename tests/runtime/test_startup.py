@@ -217,6 +217,19 @@ def test_weights_are_read_from_disk_while_the_engine_imports(weights: Path, monk
     assert _cached_share(weights / "b.safetensors") == 1
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_copies_beside_what_is_loaded_are_not_read_ahead(weights: Path, sharded: bool) -> None:
+    """Mistral's repositories hold all weights twice, and the other copy comes first by its name."""
+    if sharded:
+        placed = {"weight_map": {"model.norm.weight": "b.safetensors"}}
+        (weights / "model.safetensors.index.json").write_text(json.dumps(placed))
+    else:
+        (weights / "b.safetensors").rename(weights / "model.safetensors")
+    ReadingAhead(weights).join()
+    assert _cached_share(weights / "a.safetensors") == 0
+    assert _cached_share(weights / ("b.safetensors" if sharded else "model.safetensors")) == 1
+
+
 def test_reading_ahead_ends_when_loading_begins_and_minds_no_file_that_cannot_be_read(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
