@@ -195,7 +195,9 @@ class Pacer:
         trust = np.ones(len(samples))
         for _ in range(_TURNS):
             found = _fit_positive(rows, wanted, trust)
-            trust = np.minimum(1.0, _TRUSTED / np.maximum(np.abs(rows @ found - wanted), 1e-9))
+            before, trust = trust, np.minimum(1.0, _TRUSTED / np.maximum(np.abs(rows @ found - wanted), 1e-9))
+            if np.array_equal(trust, before):  # nor would further turns find anything else
+                break
         self._coefficients = Coefficients(*(found / _SCALE).tolist())
         self._off = {tokens: self._median_off(steps) for tokens, steps in self._of_class.items()}
         if self._recent:  # another fit gets other things wrong
@@ -286,12 +288,13 @@ def _fit_positive(rows: NDArray[np.float64], wanted: NDArray[np.float64], trust:
     used = list(range(rows.shape[1]))
     weighed = rows * trust[:, None]
     gram, target = rows.T @ weighed / len(rows), wanted @ weighed / len(rows)
-    ridge = _RIDGE * max(float(np.trace(gram)), 1e-300) / len(used)
+    gram.flat[:: len(used) + 1] += _RIDGE * max(float(gram.trace()), 1e-300) / len(used)
     while True:
-        part = np.linalg.solve(gram[np.ix_(used, used)] + ridge * np.eye(len(used)), target[used])
-        if part.min() >= 0.0 or len(used) == 1:
+        part = np.linalg.solve(gram[used][:, used], target[used])
+        worst = int(part.argmin())
+        if part[worst] >= 0.0 or len(used) == 1:
             break
-        del used[int(part.argmin())]
+        del used[worst]
     result = np.zeros(rows.shape[1])
     result[used] = np.maximum(part, 0.0)
     return result
