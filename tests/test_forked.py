@@ -51,7 +51,10 @@ def start(tmp_path: Path, files: dict[str, str], *arguments: str) -> subprocess.
         (tmp_path / name).write_text(text)
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "OUTER": "0"}
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "tests.forked", "--forks=2", "-p", "no:cacheprovider", *arguments]
-    return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # who runs in the background ignores it
+    )  # fmt: skip
 
 
 def run(tmp_path: Path, files: dict[str, str], *arguments: str) -> tuple[int, str]:
