@@ -8,7 +8,7 @@ import torch
 
 from gantline_kernels import devices, library, prefill_split, triton_backend
 from gantline_kernels.hopper_batch_linear import batch_linear, has_batch_linear
-from gantline_kernels.hopper_decode import fits_hopper_decode, hopper_decode
+from gantline_kernels.hopper_decode import AFTER_WAIT, fits_hopper_decode, hopper_decode
 from gantline_kernels.hopper_gated_linear import gated_linear as hopper_gated_linear
 from gantline_kernels.hopper_gated_linear import has_gated_linear
 from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
@@ -71,19 +71,25 @@ def paged_attention(
     out = q.new_empty(q.shape)
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
+    has_prompts = num_decodes < len(context_lens)
+    inputs = (q, key_cache, value_cache, block_tables, query_starts, context_lens, out)
+    prompts = None
+    if has_prompts and _has_hopper_prefill(q, key_cache.shape[2], logit_softcap):
+        # Made first: its memory must not be what the decodes leave, beside which it may run.
+        prompts = _HopperPrefill(*inputs, scale, max_context_len, num_decodes, sliding_window)
+    beside = False
     if num_decodes:
         decodes = (q[:num_decodes], key_cache, value_cache, block_tables, context_lens, out[:num_decodes])
         limits = (scale, max_context_len, sliding_window, logit_softcap)
         if shared is None and fits_hopper_decode(decodes[0], key_cache) and _has_hopper_kernels(q.device):
-            hopper_decode(*decodes, *limits)
+            beside = prompts is not None
+            hopper_decode(*decodes, *limits, early=AFTER_WAIT if beside else None)
         else:
             decode_attention(*decodes, *limits, shared)
-    if num_decodes < len(context_lens):
-        inputs = (q, key_cache, value_cache, block_tables, query_starts, context_lens, out)
-        if _has_hopper_prefill(q, key_cache.shape[2], logit_softcap):
-            _prefill_hopper(*inputs, scale, max_context_len, num_decodes, sliding_window)
-        else:
-            prefill_attention(*inputs, scale, max_context_len, num_decodes, sliding_window, logit_softcap)
+    if prompts is not None:
+        prompts.launch(beside=beside)
+    elif has_prompts:
+        prefill_attention(*inputs, scale, max_context_len, num_decodes, sliding_window, logit_softcap)
     return out
 
 
@@ -103,35 +109,44 @@ def _new_counters(index: int) -> torch.Tensor:
     return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
 
 
-def _prefill_hopper(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    context_lens: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-    max_context_len: int,
-    first_sequence: int,
-    sliding_window: int,
-) -> None:
-    tokens, heads, dim = q.shape
-    blocks, kv_heads, block_size, _ = key_cache.shape
-    sequences = len(context_lens) - first_sequence
-    full_tiles, num_sms = kv_heads * (tokens * (heads // kv_heads) // _ROWS), devices.num_sms(q.device.index)
-    seen = min(max_context_len, sliding_window + _ROWS) if sliding_window else max_context_len
-    slots = prefill_split.num_slots(sequences, full_tiles, seen, num_sms)
-    parts = prefill_split.new_parts(slots, _ROWS, dim, q.device) if slots else out
-    tiles = full_tiles + kv_heads * sequences  # of the sequences before, not all need have a query
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    counters = kept(_new_counters, q.device.index, stream)
-    library.call(
-        "gantline_prefill_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
-        query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), counters.data_ptr(), parts.data_ptr(), slots,
-        q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size.bit_length() - 1, blocks, first_sequence, sequences, tiles,
-        sliding_window, scale, num_sms, stream,
-    )  # fmt: skip
+class _HopperPrefill:
+    """A launch of `cuda_kernels/prefill_hopper.cu`, with its memory."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        max_context_len: int,
+        first_sequence: int,
+        sliding_window: int,
+    ) -> None:
+        tokens, heads, dim = q.shape
+        blocks, kv_heads, block_size, _ = key_cache.shape
+        sequences = len(context_lens) - first_sequence
+        full_tiles, self._num_sms = kv_heads * (tokens * (heads // kv_heads) // _ROWS), devices.num_sms(q.device.index)
+        seen = min(max_context_len, sliding_window + _ROWS) if sliding_window else max_context_len
+        slots = prefill_split.num_slots(sequences, full_tiles, seen, self._num_sms)
+        parts = prefill_split.new_parts(slots, _ROWS, dim, q.device) if slots else out
+        tiles = full_tiles + kv_heads * sequences  # of the sequences before, not all need have a query
+        self._stream = torch.cuda.current_stream(q.device).cuda_stream
+        counters = kept(_new_counters, q.device.index, self._stream)
+        self._held = (q, out, parts, counters)
+        self._arguments = (
+            _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
+            query_starts.data_ptr(), context_lens.data_ptr(), out.data_ptr(), counters.data_ptr(), parts.data_ptr(), slots,
+            q.stride(0), block_tables.stride(0), heads, kv_heads, dim, block_size.bit_length() - 1, blocks, first_sequence, sequences,
+            tiles, sliding_window, scale,
+        )  # fmt: skip
+
+    def launch(self, *, beside: bool) -> None:
+        """`beside`: it may start while the decode attention ahead of it works (which was told AFTER_WAIT)."""
+        library.call("gantline_prefill_hopper", *self._arguments, beside, self._num_sms, self._stream)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:

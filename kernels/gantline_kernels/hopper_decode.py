@@ -10,7 +10,7 @@ import torch
 from gantline_kernels import devices, library
 from gantline_kernels.scratch import kept
 
-__all__ = ["HopperDecodePlan", "fits_hopper_decode", "hopper_decode", "plan_hopper_decode"]
+__all__ = ["AFTER_WAIT", "HopperDecodePlan", "fits_hopper_decode", "hopper_decode", "plan_hopper_decode"]
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _DIMS = (64, 96, 128, 256)
@@ -25,6 +25,8 @@ _LONGEST_PART = 4096
 _EQUAL_SHARES = range(2, 25)
 """Sequences behind whose attention come linear layers of one block to each multiprocessor, two of which fit: started while attention still
 holds some multiprocessors, they would crowd on the others (docs/perf-log.md)."""
+_NOT_EARLY, _AT_ONCE, AFTER_WAIT = 0, 1, 2
+"""When the kernel behind may start; AFTER_WAIT: once all ahead of this one has ended, for a kernel that needs nothing of this one."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ def hopper_decode(
     logit_softcap: float,
     *,
     plan: HopperDecodePlan | None = None,
+    early: int | None = None,
 ) -> None:
     """q [B, Hq, D] (heads packed) -> out [B, Hq, D] contiguous, for what `fits_hopper_decode`; rows without context are left as they are.
 
-    `plan` is for tuning. Raises RuntimeError if a device's first call is captured (`scratch.py`).
+    `plan` is for tuning; `early`: see AFTER_WAIT, None: chosen. Raises RuntimeError if a device's first call is captured (`scratch.py`).
     """
     batch, heads, dim = q.shape
     _, kv_heads, block_size, _ = key_cache.shape
@@ -79,6 +82,8 @@ def hopper_decode(
     plan = plan or plan_hopper_decode(batch, kv_heads, dim, seen, devices.num_sms(q.device.index))
     stream = torch.cuda.current_stream(q.device).cuda_stream
     counters = kept(_new_counters, q.device.index, stream)
+    if early is None:
+        early = _NOT_EARLY if batch in _EQUAL_SHARES else _AT_ONCE
     means, sums = 0, 0
     if plan.parts > 1:
         parts = torch.empty(batch * heads * plan.parts * (dim + 2), dtype=torch.float32, device=q.device)
@@ -88,7 +93,7 @@ def hopper_decode(
         "gantline_decode_hopper", _TYPES[q.dtype], q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_tables.data_ptr(),
         context_lens.data_ptr(), out.data_ptr(), means, sums, counters.data_ptr(), q.stride(0), block_tables.stride(0),
         block_tables.shape[1], batch, heads, kv_heads, dim, block_size.bit_length() - 1, sliding_window, max_context_len,
-        plan.parts, plan.least, plan.warps, scale, logit_softcap, batch not in _EQUAL_SHARES, stream,
+        plan.parts, plan.least, plan.warps, scale, logit_softcap, early, stream,
     )  # fmt: skip
 
 

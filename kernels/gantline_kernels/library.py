@@ -23,7 +23,7 @@ _WRONG_DEVICE = 400
 _SIGNATURES = {
     "gantline_prefill_hopper": [
         _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
-        _LONG, _INT, _INT, _INT, _INT, _INT, _LONG, _INT, _INT, _INT, _INT, _FLOAT, _INT, _POINTER,
+        _LONG, _INT, _INT, _INT, _INT, _INT, _LONG, _INT, _INT, _INT, _INT, _FLOAT, _INT, _INT, _POINTER,
     ],
     "gantline_decode_hopper": [
         _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG,

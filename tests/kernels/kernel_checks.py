@@ -508,6 +508,47 @@ def test_the_split_kernel_at_every_shape(rows: int, inputs: int, outputs: int, d
             assert largest_error(got, reference.linear(x, weight, b)) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.skipif(not ON_GPU, reason="graphs are CUDA's")
+@pytest.mark.parametrize("decodes", [0, 1, 3, 8, 30, 120, 300])
+@pytest.mark.parametrize("prompts", [[], [40], [70, 1, 300]])
+@pytest.mark.parametrize("window", [0, 50])
+def test_attention_sees_what_the_kernel_ahead_of_it_writes(decodes: int, prompts: list[int], window: int) -> None:
+    """It may begin to read the cache before that one has ended, prompts' attention beside the decodes', the layer behind beside both."""
+    lengths = [(1, 1 + 37 * i % 400) for i in range(decodes)] + [(count, count + 33) for count in prompts]
+    if not lengths:
+        return
+    shape = {"heads": 8, "kv_heads": 2, "dim": 128, "block_size": 64, "window": window, "num_decodes": decodes}
+    case = paged(lengths, dtype=torch.bfloat16, device=DEVICE, **shape)  # type: ignore[arg-type]
+    positions = torch.cat([torch.arange(context - count, context) for count, context in lengths]).to(DEVICE)
+    owners = torch.cat([torch.full((count,), i) for i, (count, _) in enumerate(lengths)]).to(DEVICE)
+    slots = case.block_tables[owners, positions // 64].long() * 64 + positions % 64
+    caches, table = (case.key_cache, case.value_cache), torch.randn(512, 128, device=DEVICE)
+    nothing = torch.full((), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    into, out_of = ((torch.randn(n, k, device=DEVICE) / k**0.5).bfloat16() for n, k in ((12 * 128, 256), (256, 1024)))
+    x = torch.randn(len(positions), 256, device=DEVICE).bfloat16()
+
+    def rotated() -> torch.Tensor:
+        for cache in caches:
+            cache[slots // 64, :, slots % 64] = nothing
+        heads = api.linear(x, into, backend=BACKEND).unflatten(-1, (-1, 128)).split([8, 2, 2], dim=1)
+        return api.rope_and_cache_write(*heads, table, positions, *caches, slots, backend=BACKEND)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        attended = api.paged_attention(rotated(), *case.arguments[1:], **case.options, backend=BACKEND)  # type: ignore[arg-type]
+        return attended, api.linear(attended.flatten(1), out_of, backend=BACKEND)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(5):
+        x.normal_()
+        graph.replay()
+        expected = replace(case, q=rotated()).expected()
+        assert largest_error(captured[0], expected) < 2 * TOLERANCE[torch.bfloat16]
+        assert largest_error(captured[1], reference.linear(captured[0].flatten(1), out_of)) < 2 * TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.skipif(not ON_GPU, reason="large: for a GPU")
 @pytest.mark.parametrize("rows", [2, 9, 16, 17, 32, 48, 100, 256])
 def test_linear_in_a_chain_repeats_itself_in_and_out_of_a_graph(rows: int) -> None:

@@ -45,7 +45,7 @@ struct Arguments {
   int guess;           // parts of the longest context
   float scale;         // times log2(e); of scores that are capped: times -2 log2(e) / their cap
   float cap;           // times log2(e), or 0
-  bool early;          // kernels behind may start before this one ends
+  int early;           // kernels behind may start before this one ends: 0 not, 1 at once, 2 as soon as what is ahead has ended
 };
 
 __device__ __forceinline__ void copy_16_or_zeros(uint32_t target, const void* source, bool inside) {
@@ -275,7 +275,7 @@ __global__ __launch_bounds__(MAX_WARPS * 32, 1) void decode(const Arguments args
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = blockDim.x / 32;
   const int part = blockIdx.x, kv_head = blockIdx.y, g = lane / 4, c = lane % 4;
   const long long sequence = blockIdx.z, pair = sequence * args.kv_heads + kv_head;
-  if (args.early) let_later_kernels_start();
+  if (args.early == 1) let_later_kernels_start();
 
   // Until it waits: only what the kernel ahead does not write, and that one has let this begin after all before it had ended (triton_kernels/
   // early.py). It writes the queries and each sequence's newest token. Everything that has an address is asked for at once; what was guessed
@@ -334,6 +334,7 @@ __global__ __launch_bounds__(MAX_WARPS * 32, 1) void decode(const Arguments args
   const int before = min(STAGES - 1, rounds - newest);
   for (int round = 0; round < before; ++round) ask(round);
   wait_for_earlier_kernels();
+  if (args.early == 2) let_later_kernels_start();
   uint4 queries[2][DIM / 32];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -435,8 +436,9 @@ int launch_for_dim(int dim, const Arguments& args, int sequences, int parts, int
 // elements between sequences (a multiple of 8), out contiguous; pointers of 16 bytes; heads / kv_heads at most 16. Blocks have 1 << block_bits
 // tokens, at least 16. Contexts are cut into at most `parts` (up to 128) of at least `least` tokens; if `parts` > 1, `part_means` float32
 // [sequences * heads * parts * dim], `part_sums` float32 [sequences * heads * parts * 2], `counters` int32 [sequences * kv_heads], zero at
-// first, for launches that follow each other. `warps` of a block: up to 8 that fit. `early`: the kernel behind, if it waits for what is ahead of it, may start
-// before this one ends. Returns a cudaError_t.
+// first, for launches that follow each other. `warps` of a block: up to 8 that fit. `early`: whether the kernel behind may start before this one ends:
+// 0 not, 1 at once, if it waits for this one before it reads what others write, 2 after what is ahead of this one has ended, if it reads nothing
+// that this one writes and waits before it ends. Returns a cudaError_t.
 GANTLINE_EXPORT int gantline_decode_hopper(int type, const void* q, const void* keys, const void* values, const int* block_tables, const int* context_lens,
                                            void* out, void* part_means, void* part_sums, int* counters, long long q_stride, long long table_stride,
                                            int table_width, int sequences, int heads, int kv_heads, int dim, int block_bits, int window, int max_context_len,
@@ -449,7 +451,7 @@ GANTLINE_EXPORT int gantline_decode_hopper(int type, const void* q, const void* 
   const int guess = max(1, min(wanted, (tiles + warps - 1) / warps));
   const Arguments args = {q, keys, values, block_tables, context_lens, out, static_cast<float*>(part_means), static_cast<float2*>(part_sums), counters,
                           q_stride, table_stride, table_width, kv_heads, group, block_bits - 4, window, least, guess,
-                          (softcap > 0.f ? -2.f / softcap : 1.f) * scale * LOG2_E, softcap * LOG2_E, early != 0};
+                          (softcap > 0.f ? -2.f / softcap : 1.f) * scale * LOG2_E, softcap * LOG2_E, early};
   const auto on = static_cast<cudaStream_t>(stream);
   return type == 0 ? launch_for_dim<__nv_bfloat16>(dim, args, sequences, parts, warps, on)
                    : launch_for_dim<__half>(dim, args, sequences, parts, warps, on);

@@ -403,6 +403,7 @@ __global__ __launch_bounds__(THREADS, 1) void prefill(const __grid_constant__ CU
     registers_increase<232>();
     compute<T, DIM>(args, shared);
   }
+  if (args.beside) wait_for_earlier_kernels();  // whoever waits for this kernel has waited for the one beside it as well
 }
 
 // A cache as rows of `dim`, copied in boxes of 64 columns.
@@ -424,8 +425,13 @@ int launch(void* keys, void* values, long long blocks, const Arguments& args, in
   const int box = 1 << (args.block_bits < KEYS_BITS ? args.block_bits : KEYS_BITS);
   if (!make_map<T>(&key_map, keys, rows, DIM, box) || !make_map<T>(&value_map, values, rows, DIM, box)) return cudaErrorInvalidValue;
   const int grid = args.slots || args.tiles > num_sms ? num_sms : args.tiles;
-  prefill<T, DIM><<<grid, THREADS, bytes, stream>>>(key_map, value_map, args);
-  const cudaError_t launched = cudaGetLastError();
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid), config.blockDim = dim3(THREADS), config.dynamicSmemBytes = bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = args.beside ? 1 : 0;
+  const cudaError_t launched = cudaLaunchKernelEx(&config, prefill<T, DIM>, key_map, value_map, args);
   return launched == cudaSuccess && args.slots ? launch_join<T, DIM>(args, num_sms, stream) : launched;
 }
 
@@ -434,15 +440,16 @@ int launch(void* keys, void* values, long long blocks, const Arguments& args, in
 
 // See api.py's paged_attention. `type` 0: bfloat16, 1: float16. Blocks have 1 << block_bits tokens. `counters` int32 [2], zero before the
 // first call, one for each stream. `slots` > 0: tiles may be split, of at most 32 sequences; `parts` then float32 [slots * 128 * (dim + 1) + 512].
+// `beside`: it may start while the kernel ahead of it works, which has let it begin after all before had ended, and writes nothing that it reads.
 // Returns a cudaError_t; cudaErrorNotSupported for shapes that have no kernel here.
 GANTLINE_EXPORT int gantline_prefill_hopper(
     int type, const void* q, void* keys, void* values, const int* block_tables, const int* query_starts, const int* context_lens, void* out, int* counters,
     void* parts, int slots, long long q_stride, int table_stride, int heads, int kv_heads, int dim, int block_bits, long long blocks, int first_sequence,
-    int sequences, int tiles, int window, float scale, int num_sms, void* stream) {
+    int sequences, int tiles, int window, float scale, int beside, int num_sms, void* stream) {
   static_assert(sizeof(gantline::Plan) <= 512 * sizeof(float), "the plan's place");
   if (slots && (sequences > gantline::MAX_PLANNED || !parts)) return cudaErrorInvalidValue;
   const gantline::Arguments args = {q, out, block_tables, query_starts, context_lens, counters, static_cast<float*>(parts), q_stride, table_stride, heads,
-                                    kv_heads, heads / kv_heads, block_bits, first_sequence, sequences, tiles, slots, window, scale * 1.4426950408889634f};
+                                    kv_heads, heads / kv_heads, block_bits, first_sequence, sequences, tiles, slots, window, scale * 1.4426950408889634f, beside};
   const auto on = static_cast<cudaStream_t>(stream);
   if (type == 0 && dim == 128) return gantline::launch<__nv_bfloat16, 128>(keys, values, blocks, args, num_sms, on);
   if (type == 0 && dim == 64) return gantline::launch<__nv_bfloat16, 64>(keys, values, blocks, args, num_sms, on);

@@ -39,6 +39,7 @@ struct Arguments {
   int slots;  // places for results of parts; 0: nothing is split
   int window;  // 0: none
   float scale_log2;
+  int beside;  // the kernel ahead may still be working, on other rows of out
 };
 
 struct Tile {
