@@ -449,5 +449,6 @@ async def connect(kubeconfig: str | None = None, context: str | None = None) -> 
     if kubeconfig is None and context is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
         await asyncio.to_thread(kubernetes_config.load_incluster_config, client_configuration=configuration)
     else:
-        await kubernetes_config.load_kube_config(config_file=kubeconfig, context=context, client_configuration=configuration)
+        file = kubeconfig or os.environ.get("KUBECONFIG")  # the library has read that when it was imported
+        await kubernetes_config.load_kube_config(config_file=file, context=context, client_configuration=configuration)
     return Client(configuration)

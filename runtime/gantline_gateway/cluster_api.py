@@ -156,7 +156,8 @@ async def connect(kubeconfig: str | None = None) -> ClusterApi:
         if kubeconfig is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
             kubernetes_config.load_incluster_config(client_configuration=configuration)
         else:
-            await kubernetes_config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
+            file = kubeconfig or os.environ.get("KUBECONFIG")  # the library has read that when it was imported
+            await kubernetes_config.load_kube_config(config_file=file, client_configuration=configuration)
     except kubernetes_config.ConfigException as error:
         cure = "Run it in a pod, set KUBECONFIG, or name services in a file with --services."
         raise ConfigurationError(f"no API server is known: {error}", cure=cure) from None

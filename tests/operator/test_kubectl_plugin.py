@@ -42,7 +42,7 @@ from tests.operator.harness import (
 )
 
 Object = dict[str, Any]
-HUGE: Object = {**FACTS, "numLayers": 200, "weightBytes": 900_000_000_000, "fingerprint": "sha256:0c"}
+HUGE: Object = {**FACTS, "numLayers": 2000, "weightBytes": 900_000_000_000, "fingerprint": "sha256:0c"}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from tests.operator.harness import (
 Object = dict[str, Any]
 
 CRASH = answer("InvalidConfiguration", message="No such flag.")
-ENORMOUS = {**FACTS, "numLayers": 200, "weightBytes": 900_000_000_000, "fingerprint": "sha256:0c"}
+ENORMOUS = {**FACTS, "numLayers": 2000, "weightBytes": 900_000_000_000, "fingerprint": "sha256:0c"}
 
 
 def states(namespace: str, place: Object) -> dict[str, tuple[str, Object]]:

@@ -48,7 +48,7 @@ from tests.operator.planning import IMAGES, MODELS, cluster_of, spec_of
 Object = dict[str, Any]
 CONFIGURATIONS = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-HUGE: Object = {**FACTS, "numLayers": 200, "weightBytes": 900_000_000_000, "fingerprint": "sha256:0c"}
+HUGE: Object = {**FACTS, "numLayers": 2000, "weightBytes": 900_000_000_000, "fingerprint": "sha256:0c"}
 
 
 @dataclass(frozen=True)

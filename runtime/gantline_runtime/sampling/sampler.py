@@ -82,7 +82,9 @@ class Sampler:
         api.mask_tokens(logits, self._upload(mask.rows), allowed, backend=self._backend)
 
     def _penalize(self, logits: torch.Tensor, batch: SamplingBatch, slots: torch.Tensor) -> torch.Tensor:
-        """Repetition divides or multiplies what has occurred in prompt or output; presence and frequency subtract for the output."""
+        """Repetition divides or multiplies what has occurred in prompt or output; presence and frequency subtract for the output.
+
+        At its most it holds three copies of the logits beside them, masks and counts included (`workspace.unmeasured_bytes`)."""
         counts, in_prompt = self._penalty_state()
         if batch.fresh_penalties is not None:
             parts = tuple(vars(batch.fresh_penalties).values())
@@ -95,8 +97,13 @@ class Sampler:
         seen = in_prompt[slots] | (count > 0)
         columns = self._upload_columns(batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
         repetition, presence, frequency = (column.unsqueeze(-1) for column in columns)
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-        return logits - frequency * count - presence * (count > 0)
+        penalized, multiplied = logits / repetition, logits * repetition
+        torch.where(logits > 0, penalized, multiplied, out=penalized)
+        del multiplied
+        torch.where(seen, penalized, logits, out=penalized)
+        penalized -= frequency * count
+        penalized -= presence * (count > 0)
+        return penalized
 
     def _edit(self, logits: torch.Tensor, edits: Edits, slots: torch.Tensor, last_tokens: torch.Tensor | None) -> torch.Tensor:
         rows, tokens, values = (self._upload(x) for x in (edits.rows, edits.tokens, edits.values))
