@@ -163,4 +163,4 @@ def test_clients_that_do_not_read_hold_up_no_exit_and_readers_get_their_error(tm
         server.stop()
     assert told[-1]["error"]["code"] == "shutting_down"
     assert server.termination["reason"] == "Drained" and f"{MANY + 1} requests were cut off" in server.termination["message"]
-    assert seconds < 2 + 8, "a client that does not read is waited for 30 s elsewhere"
+    assert seconds < 2 + 4
