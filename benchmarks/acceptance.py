@@ -2,7 +2,7 @@
 
 Runs the steps of `STEPS` in their order, each a process of its own, as many as fit `--seconds`; what is left is named at the end, for the
 next call's `--steps`. Everything printed goes into `<out>/acceptance.log`, what became of each step into `<out>/acceptance.json`, accepted
-rows of the engine into `<out>/h200.json`. Exit code 1 if a step failed.
+rows of the engine into `<out>/rows.json` (README's table is made from results/h200.json and h100.json). Exit code 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Step:
 
 ROWS = "single batch16 prefix prefill decode chat"
 STEPS = (
-    Step("rows", 260, f"-m benchmarks.throughput --model {{model}} --workload {ROWS} --out {{out}}/h200.json"),
+    Step("rows", 260, f"-m benchmarks.throughput --model {{model}} --workload {ROWS} --out {{out}}/rows.json"),
     Step("http", 90, "-m benchmarks.throughput --model {model} --workload chat --http --text --api-workers 2"),
     Step("startup", 40, "-m benchmarks.startup --model {model}"),
     Step("engine-tests", 160, "-m pytest -q -p no:cacheprovider -m gpu tests/runtime/test_gpu_engine.py"),
@@ -48,8 +48,8 @@ STEPS = (
     Step("startup-cold", 60, "-m benchmarks.startup --model {model} --cold --repeats 2"),
     Step("floor-share", 110, "-m benchmarks.floor_share"),
     Step("triton-rows", 120, "-m benchmarks.throughput --model {model} --workload decode chat --backend triton --repeats 1"),
-    Step("soak-few-blocks", 170, "-m benchmarks.soak --model {model} --minutes 2.5 --blocks 1500"),
-    Step("soak-full-memory", 170, "-m benchmarks.soak --model {model} --minutes 2.5 --share 0.9"),
+    Step("soak-few-blocks", 75, "-m benchmarks.soak --model {model} --minutes 0.8 --blocks 600 --max-batch-size 128 --long-answers"),
+    Step("soak-full-memory", 420, "-m benchmarks.soak --model {model}"),
 )
 
 

@@ -24,6 +24,7 @@ from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import EngineLoop, LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams
 from gantline_runtime.request import QueueFull
+from tqdm import tqdm
 
 _CHECK_EVERY = 500
 _LONGEST_PROMPT = 8192
@@ -112,8 +113,10 @@ def soak(engine: EngineLoop, *, seconds: float, vocab: int, seed: int = 0, lengt
     """Run for `seconds`, then to the end. Raises AssertionError for anything that is wrong."""
     rng, ledger = random.Random(seed), _Ledger()
     shared = [rng.randrange(vocab) for _ in range(min(engine.session_len - 2, _LONGEST_PROMPT))]
-    deadline, steps = time.monotonic() + seconds, 0
-    while time.monotonic() < deadline:
+    started, steps = time.monotonic(), 0
+    arriving = tqdm(total=round(seconds), desc="arrivals", unit="s", mininterval=5)
+    while (now := time.monotonic()) < started + seconds:
+        arriving.update(int(now - started) - arriving.n)
         while len(ledger.wanted) < 2 * engine.config.max_batch_size and rng.random() < 0.7:
             _arrive(engine, ledger, rng, shared, vocab, lengths)
         if ledger.wanted and rng.random() < 0.05:
@@ -126,8 +129,13 @@ def soak(engine: EngineLoop, *, seconds: float, vocab: int, seed: int = 0, lengt
         steps += 1
         if steps % _CHECK_EVERY == 0:
             engine.check_integrity()
+    arriving.close()
+    left = len(ledger.wanted)
+    ending = tqdm(total=left, desc="what is left", unit=" requests", mininterval=5)
     while engine.has_work():
         _step(engine, ledger)
+        ending.update(left - len(ledger.wanted) - ending.n)
+    ending.close()
     engine.check_integrity()
     stats = engine.stats()
     assert not ledger.wanted, f"{len(ledger.wanted)} requests never ended"
