@@ -22,6 +22,7 @@ from gantline_runtime.model_facts import ModelFacts, Quantization
 
 __all__ = [
     "CPU_WORKSPACE_BYTES",
+    "EDIT_BYTES",
     "GIB",
     "GRAPH_LAYER_BYTES",
     "GRAPH_POOL_SLACK",
@@ -76,6 +77,10 @@ MAX_GRAPHS = 256
 """CUDA graphs of one engine: more than any load has been seen to need."""
 GRAPH_LAYER_BYTES = 40 << 10
 """What the driver keeps for each layer of one graph: 1.05 to 1.25 MB were seen with 32 layers."""
+
+EDIT_BYTES = 3 * 4 * 6144
+"""What one request may keep on the device of what it changes in logits: the server takes 4096 biases, 1024 stop tokens, and 256 bad words,
+each spelled in two ways."""
 
 USABLE_SHARE = 0.90
 """Share of a GPU's labelled memory that is promised; ECC, the driver and fragmentation take 3 to 8 %."""
@@ -207,7 +212,7 @@ def reserved_bytes(
     """What the engine keeps free, or takes, beside weights and cache, before the cache is sized."""
     session = session_len or facts.max_position_embeddings
     logits = max(max_batch_size, _SCORE_ROWS) * facts.vocab_size * 4
-    sampling = (_LOGITS_COPIES - 1) * logits + max_batch_size * facts.vocab_size * _PENALTY_BYTES
+    sampling = (_LOGITS_COPIES - 1) * logits + max_batch_size * (facts.vocab_size * _PENALTY_BYTES + EDIT_BYTES)
     if device == "cpu":
         activations = step_tokens * _cpu_width(facts, tp) * dtype_bytes
         return activations + _LOGITS_COPIES * logits + 2 * _unpacked_bytes(facts, tp, dtype_bytes)

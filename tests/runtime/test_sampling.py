@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gantline_kernels import api
+from gantline_runtime import sizing
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.engine import LLMEngine
 from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
@@ -18,6 +19,7 @@ from gantline_runtime.request import Sequence
 from gantline_runtime.sampling import Sampler, SamplingTable
 from gantline_runtime.sampling.random import uniforms
 from gantline_runtime.scheduler import Step
+from gantline_runtime.server import protocol
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.runtime.checkpoints import VOCAB, write_checkpoint
@@ -43,7 +45,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], *, num_decodes: int 
         table.set(member)
     step = Step(samples=sequences, num_decodes=num_decodes, sample_rows=list(range(len(sequences))))
     sampler = Sampler(max_slots=16, vocab_size=V, device=torch.device("cpu"), backend="torch")
-    return sampler(logits, table.batch(step), torch.tensor([s.slot for s in sequences]))
+    return sampler(logits, table.batch(step), torch.tensor([s.slot for s in sequences]), torch.zeros(16, dtype=torch.int64))
 
 
 def random_logits(rows: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
@@ -190,9 +192,47 @@ def test_bad_words_are_forbidden_where_and_only_where_they_would_be_completed(on
         assert batch is not None
         last = torch.tensor([output[-1] if output else 0])
         sampler = Sampler(max_slots=16, vocab_size=V, device=torch.device("cpu"), backend="torch")
-        edited = torch.zeros(1, V) if batch.edits is None else sampler._edit(torch.zeros(1, V), batch.edits, torch.tensor([0]), last)
+        edited = torch.zeros(1, V)
+        if batch.edits is not None:
+            sampler._edit(edited, batch.edits, torch.tensor([0]), last)
         expected = {word[-1] for word in words if output[len(output) - len(word) + 1 :] == list(word[:-1]) and len(word) <= len(output) + 1}
         assert set(torch.nonzero(edited[0]).flatten().tolist()) == expected, (output, words)
+
+
+def test_of_edits_the_device_is_told_what_is_new_and_no_more() -> None:
+    """The largest request comes last, a slot is taken over by a request with fewer changes, and another's answer may end from then on."""
+    logits = random_logits(3, scale=0.1)
+    words = {"bad_words": ((1,), (9, 2), (9, 8, 7))}
+    first = [
+        sequence(0, output=[9], temperature=0.0, logit_bias={t: 2.0 * t for t in range(40, V)}),
+        sequence(1, output=[8, 9, 8], temperature=0.0, min_new_tokens=5, logit_bias={2: 50.0}),
+    ]
+    large = sequence(2, temperature=0.0, logit_bias={t: float(t) for t in range(V)}, **words)
+    taken = sequence(0, [3], [9, 8], temperature=0.0, logit_bias={7: 5.0, 6: 4.0}, **words)
+    table, sampler = SamplingTable(16), Sampler(max_slots=16, vocab_size=V, device=torch.device("cpu"), backend="torch")
+    last = torch.full((16,), 9)
+
+    def step(members: list[Sequence], num_decodes: int) -> tuple[list[int], list[int] | None]:
+        batch = table.batch(Step(samples=members, num_decodes=num_decodes, sample_rows=list(range(len(members)))))
+        assert batch is not None and batch.edits is not None
+        sent = None if batch.edits.fresh is None else batch.edits.fresh.slots.tolist()
+        return sampler(logits[: len(members)], batch, torch.tensor([m.slot for m in members]), last).tokens.tolist(), sent
+
+    likeliest = int(logits[1].index_fill(0, torch.tensor([2]), -math.inf).argmax())
+    assert step(first, 0) == ([V - 1, likeliest], [0, 1])
+    assert step(first, 2) == ([V - 1, likeliest], None)
+    assert step([*first, large], 2) == ([V - 1, likeliest, V - 1], [2])
+    first[1].num_sampled = 6
+    assert step([first[1], taken], 1) == ([2, 6], [0, 1]), "the end is no longer held back, and 9, 8, 7 would be a bad word"
+    last[0] = 8
+    assert step([first[1], taken], 2) == ([2, 6], None)
+    last[0] = 7
+    assert step([first[1], taken], 2) == ([2, 7], None)
+
+
+def test_a_request_keeps_no_more_on_the_device_than_is_reserved_for_it() -> None:
+    most = protocol.MAX_BIASES + protocol.MAX_STOP_IDS + 2 * protocol.MAX_BAD_WORDS
+    assert 3 * 4 * most < sizing.EDIT_BYTES
 
 
 def test_what_edits_cost_the_host_does_not_grow_with_the_answer() -> None:

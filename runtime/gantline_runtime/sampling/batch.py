@@ -5,8 +5,6 @@ Nothing of this is needed, and nothing is made, while every request of a step is
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from gantline_runtime.request import Sequence
+from gantline_runtime.sampling.edits import Edits, EditTable
 from gantline_runtime.sampling.random import uniforms
 from gantline_runtime.scheduler import Step
 
-__all__ = ["Edits", "SamplingBatch", "SamplingTable", "TokenMask"]
+__all__ = ["SamplingBatch", "SamplingTable", "TokenMask"]
 
 _RANDOM, _FILTERED, _PENALIZED, _EDITED, _LOGPROBS = 1, 2, 4, 8, 16
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -27,17 +26,6 @@ _LEAST_TEMPERATURE = 1e-5
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Edits:
-    """Sparse changes of logits: `logits[rows, tokens] += values`; a token is forbidden by -inf. With `after` (not -1), only where that was
-    the row's last token, which may be known on the device alone."""
-
-    rows: Integers
-    tokens: Integers
-    values: Floats
-    after: Integers | None = None
 
 
 @dataclass(frozen=True)
@@ -62,22 +50,6 @@ class FreshPenalties:
     prompt_tokens: Integers
     output_slots: Integers
     output_tokens: Integers
-
-
-@dataclass(frozen=True)
-class _FixedEdits:
-    """What a request changes in every step: `logits[tokens] += values`, of which the first `num_stops` forbid its stop tokens while it may
-    not end. Bad words of several tokens depend on what came before."""
-
-    tokens: Integers
-    values: Floats
-    num_stops: int
-    words: tuple[tuple[int, ...], ...]
-    """All of several tokens."""
-    pairs: Integers
-    """[2, n]: of words of two tokens the second ones, and the first ones."""
-    longer: Mapping[int, list[tuple[int, ...]]]
-    """Words of three tokens and more by the third from their end."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +87,7 @@ class SamplingTable:
         self._floats = {name: np.zeros(max_slots, dtype=np.float32) for name in _FLOATS}
         self._top_k = np.zeros(max_slots, dtype=np.int64)
         self._seeds = np.zeros(max_slots, dtype=np.uint64)
-        self._fixed: dict[int, _FixedEdits] = {}
-        """Of the slots whose requests change logits."""
+        self._edits = EditTable(max_slots)
 
     def set(self, sequence: Sequence) -> None:
         """Take over the parameters of a sequence that samples its first token in this slot."""
@@ -135,9 +106,8 @@ class SamplingTable:
             flags |= _RANDOM | (_FILTERED if filtered else 0)
         if penalized:
             flags |= _PENALIZED
-        if params.logit_bias or params.bad_words or (params.min_new_tokens and sequence.stop_ids):
+        if self._edits.set(sequence):
             flags |= _EDITED
-            self._fixed[slot] = _fixed_edits(sequence)
         if params.num_logprobs is not None:
             flags |= _LOGPROBS
         self._flags[slot] = flags
@@ -157,8 +127,7 @@ class SamplingTable:
         if present & _PENALIZED:
             parts |= self._penalty_part(step, slots, flags)
         if present & _EDITED:
-            edited = [(row, step.samples[row]) for row in np.flatnonzero(flags & _EDITED).tolist()]
-            parts["edits"] = _edits([(row, sequence, self._fixed[sequence.slot]) for row, sequence in edited], step.num_decodes)
+            parts["edits"] = self._edits.batch(step.samples, np.flatnonzero(flags & _EDITED), step.num_decodes)
         if present & _LOGPROBS:
             rows = np.flatnonzero(flags & _LOGPROBS)
             parts["logprob_rows"] = rows
@@ -199,69 +168,3 @@ def _fresh(sequences: list[Sequence]) -> FreshPenalties:
 
 def _repeat(slots: Integers, parts: list[Integers]) -> Integers:
     return np.repeat(slots, [len(part) for part in parts])
-
-
-def _fixed_edits(sequence: Sequence) -> _FixedEdits:
-    params = sequence.sampling
-    stops = sorted(sequence.stop_ids) if params.min_new_tokens else []
-    alone = [word[0] for word in params.bad_words if len(word) == 1]
-    words = tuple(word for word in params.bad_words if len(word) > 1)
-    longer: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
-    for word in words:
-        if len(word) > 2:
-            longer[word[-3]].append(word)
-    values = [-np.inf] * len(stops) + list(params.logit_bias.values()) + [-np.inf] * len(alone)
-    return _FixedEdits(
-        tokens=np.array([*stops, *params.logit_bias, *alone], dtype=np.int64),
-        values=np.array(values, dtype=np.float32),
-        num_stops=len(stops),
-        words=words,
-        pairs=np.array([word[::-1] for word in words if len(word) == 2], dtype=np.int64).reshape(-1, 2).T,
-        longer=longer,
-    )
-
-
-def _edits(members: list[tuple[int, Sequence, _FixedEdits]], num_decodes: int) -> Edits | None:
-    tokens: list[Integers] = []
-    values: list[Floats] = []
-    completions: list[tuple[int, Integers]] = []
-    for row, sequence, fixed in members:
-        first = 0 if sequence.num_sampled <= sequence.min_new_tokens else fixed.num_stops  # this sample counts already
-        tokens.append(fixed.tokens[first:])
-        values.append(fixed.values[first:])
-        if fixed.words:
-            found = _completions_on_device(sequence, fixed) if row < num_decodes else _completions(sequence, fixed)
-            completions.append((row, found))
-    counts = [len(own) for own in tokens]
-    rows = np.repeat(np.array([row for row, _, _ in members], dtype=np.int64), counts)
-    if not any(found.size for _, found in completions):
-        return Edits(rows, np.concatenate(tokens), np.concatenate(values)) if len(rows) else None
-    last, before = np.hstack([found for _, found in completions])
-    more = np.repeat(np.array([row for row, _ in completions], dtype=np.int64), [found.shape[1] for _, found in completions])
-    return Edits(
-        np.concatenate([rows, more]),
-        np.concatenate([*tokens, last]),
-        np.concatenate([*values, np.full(len(last), -np.inf, dtype=np.float32)]),
-        np.concatenate([np.full(len(rows), -1, dtype=np.int64), before]),
-    )
-
-
-def _completions(sequence: Sequence, fixed: _FixedEdits) -> Integers:
-    """[2, n]: tokens that would complete a bad word of several, and -1, since what comes before them is known to be so."""
-    known = tuple(sequence.tokens[sequence.prompt_len :])
-    found = [word[-1] for word in fixed.words if known[len(known) - len(word) + 1 :] == word[:-1]]
-    return np.array([found, [-1] * len(found)], dtype=np.int64)
-
-
-def _completions_on_device(sequence: Sequence, fixed: _FixedEdits) -> Integers:
-    """As `_completions`, with the token that must come before each: the last one may not have reached the host yet. (All before it have,
-    since steps run at most one ahead.)"""
-    end = sequence.prompt_len + sequence.num_sampled - 2  # without this sample and the last
-    if not fixed.longer or end <= sequence.prompt_len:
-        return fixed.pairs
-    found = [
-        (word[-1], word[-2])
-        for word in fixed.longer.get(sequence.tokens[end - 1], ())
-        if len(word) - 2 <= end - sequence.prompt_len and tuple(sequence.tokens[end - len(word) + 2 : end]) == word[:-2]
-    ]
-    return np.hstack([fixed.pairs, np.array(found, dtype=np.int64).T]) if found else fixed.pairs

@@ -14,10 +14,16 @@ import numpy as np
 import torch
 from gantline_kernels import api
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 
-from gantline_runtime.sampling.batch import Edits, SamplingBatch, TokenMask
+from gantline_runtime import sizing
+from gantline_runtime.sampling.batch import SamplingBatch, TokenMask
+from gantline_runtime.sampling.edits import ALWAYS, ON_DEVICE, Edits, FreshEdits
 
 __all__ = ["SampledTokens", "Sampler"]
+
+_EDIT_STEP = 256
+"""Columns by which the changes kept of each request grow."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class SampledTokens:
 
 
 class Sampler:
-    """Keeps, for requests with penalties, how often each token has occurred; the memory is taken when the first such request comes."""
+    """Keeps, for requests with penalties, how often each token has occurred, and for others what they change in logits; the memory is taken
+    when the first such request comes."""
 
     def __init__(self, *, max_slots: int, vocab_size: int, device: torch.device, backend: str) -> None:
         self._max_slots = max_slots
@@ -40,24 +47,25 @@ class Sampler:
         self._backend = backend
         self._output_counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
+        self._edits = torch.zeros((max_slots, 3, 0), dtype=torch.int32, device=device)
+        """Rows of `FreshEdits.columns`, by slot."""
 
     @staticmethod
     def state_bytes(max_slots: int, vocab_size: int) -> int:
-        """What penalties take on the device once a request uses them."""
-        return max_slots * vocab_size * (2 + 1)
+        """What penalties and changes of logits take on the device once requests use them."""
+        return max_slots * (vocab_size * (2 + 1) + sizing.EDIT_BYTES)
 
-    def __call__(
-        self, logits: torch.Tensor, batch: SamplingBatch | None, slots: torch.Tensor, last_tokens: torch.Tensor | None = None
-    ) -> SampledTokens:
+    def __call__(self, logits: torch.Tensor, batch: SamplingBatch | None, slots: torch.Tensor, last_tokens: torch.Tensor) -> SampledTokens:
         """`logits` [S, vocabulary] in any floating type; `slots` int64 [S], each row's place in the per-request state; `last_tokens` int64
-        [slots], the token that each request got last, which conditional edits need."""
+        [slots], the token that each request got last."""
         if batch is None:
             return SampledTokens(api.argmax(logits, backend=self._backend))
         edited = logits
         if batch.repetition_penalty is not None:
             edited = self._penalize(logits.float(), batch, slots)
         if batch.edits is not None:
-            edited = self._edit(edited.float(), batch.edits, slots, last_tokens)
+            edited = edited.to(torch.float32, copy=edited is logits, memory_format=torch.contiguous_format)
+            self._edit(edited, batch.edits, slots, last_tokens)
         if batch.mask is not None:
             if edited is logits and batch.logprob_rows is not None:
                 edited = logits.clone()
@@ -105,13 +113,28 @@ class Sampler:
         penalized -= presence * (count > 0)
         return penalized
 
-    def _edit(self, logits: torch.Tensor, edits: Edits, slots: torch.Tensor, last_tokens: torch.Tensor | None) -> torch.Tensor:
-        rows, tokens, values = (self._upload(x) for x in (edits.rows, edits.tokens, edits.values))
-        if edits.after is not None:
-            assert last_tokens is not None
-            after = self._upload(edits.after)
-            values = torch.where((after < 0) | (after == last_tokens[slots[rows]]), values, 0.0)
-        return logits.index_put((rows, tokens), values, accumulate=True)
+    def _edit(self, logits: torch.Tensor, edits: Edits, slots: torch.Tensor, last_tokens: torch.Tensor) -> None:
+        """In place; `logits` float32, without holes. No token has two finite changes, so the order in which they are added is all one."""
+        if edits.fresh is not None:
+            self._keep(edits.fresh)
+        rows, known = self._upload(np.stack((edits.rows, edits.last))).unbind()
+        last = torch.where(known == ON_DEVICE, last_tokens[slots[rows]], known)
+        tokens, values, after = self._edits[slots[rows], :, : edits.width].unbind(1)
+        applied = torch.where((after == ALWAYS) | (after == last.unsqueeze(-1)), values.view(torch.float32), 0.0)
+        places = rows.unsqueeze(-1) * self._vocab_size + tokens
+        logits.view(-1).scatter_add_(0, places.view(-1), applied.view(-1))
+        if edits.begun is not None:
+            at, tokens, after = self._upload(edits.begun).unbind()
+            logits.index_put_((rows[at], tokens), torch.where(after == last[at], -torch.inf, 0.0), accumulate=True)
+
+    def _keep(self, fresh: FreshEdits) -> None:
+        count, width = fresh.columns.shape[1:]
+        if width > self._edits.shape[-1]:
+            wider = self._edits.new_zeros((self._max_slots, count, -(-width // _EDIT_STEP) * _EDIT_STEP))
+            wider[..., : self._edits.shape[-1]] = self._edits
+            self._edits = wider
+        slots, columns = self._upload(fresh.slots), self._upload(fresh.columns)
+        self._edits.index_copy_(0, slots, pad(columns, (0, self._edits.shape[-1] - width)))
 
     def _count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         counts, _ = self._penalty_state()
