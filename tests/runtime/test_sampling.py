@@ -129,6 +129,20 @@ def test_penalties_count_prompt_and_output_as_each_is_defined() -> None:
     torch.testing.assert_close(sampler._penalize(logits, batch, torch.tensor([0]))[0], expected)
 
 
+@pytest.mark.parametrize("times", [32_766, 40_000])
+def test_a_token_that_has_come_more_often_than_is_counted_stays_penalized(times: int) -> None:
+    """As it comes once more and again, and when a request that was preempted comes back with so many."""
+    made = sequence(0, [3], [7] * times, temperature=0.0, frequency_penalty=0.01)
+    table, sampler = SamplingTable(4), Sampler(max_slots=4, vocab_size=V, device=torch.device("cpu"), backend="torch")
+    logits = torch.zeros(1, V)
+    logits[0, 7] = 400.0
+    for wanted in (min(times, 32_767), 32_767, 32_767):
+        batch = table.batch(Step(samples=[made], num_decodes=int(wanted != min(times, 32_767)), sample_rows=[0]))
+        assert batch is not None
+        assert sampler._penalize(logits, batch, torch.tensor([0]))[0, 7] == pytest.approx(400.0 - 0.01 * wanted)
+        assert sampler(logits, batch, torch.tensor([0]), torch.zeros(4, dtype=torch.int64)).tokens.tolist() == [7]
+
+
 class Operators(TorchDispatchMode):
     """Counts what is launched; views are not."""
 

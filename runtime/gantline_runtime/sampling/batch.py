@@ -5,6 +5,7 @@ Nothing of this is needed, and nothing is made, while every request of a step is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from gantline_runtime.sampling.edits import Edits, EditTable
 from gantline_runtime.sampling.random import uniforms
 from gantline_runtime.scheduler import Step
 
-__all__ = ["SamplingBatch", "SamplingTable", "TokenMask"]
+__all__ = ["MAX_COUNT", "SamplingBatch", "SamplingTable", "TokenMask"]
 
 _RANDOM, _FILTERED, _PENALIZED, _EDITED, _LOGPROBS = 1, 2, 4, 8, 16
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _LEAST_TEMPERATURE = 1e-5
 """Below it the likeliest token is taken, as with 0: logits over a smaller one leave float32, and only ties would be drawn anyway."""
+
+MAX_COUNT = 32_767
+"""A token's occurrences are counted in 16 bits, and no further: with a frequency penalty of 0.01 it has lost 328 by then."""
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -42,14 +46,16 @@ class TokenMask:
 
 @dataclass(frozen=True)
 class FreshPenalties:
-    """Requests whose token counts begin anew on the device: their slots, and pairs of slot and token, of their prompts (each pair once) and
-    of their outputs so far."""
+    """Requests whose token counts begin anew on the device: their slots, and pairs of slot and token, each once, of their prompts and of
+    their outputs so far, with how often these have come."""
 
     slots: Integers
     prompt_slots: Integers
     prompt_tokens: Integers
     output_slots: Integers
     output_tokens: Integers
+    output_counts: Integers
+    """At most MAX_COUNT."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +168,13 @@ def _fresh(sequences: list[Sequence]) -> FreshPenalties:
     slots = np.array([s.slot for s in sequences], dtype=np.int64)
     tokens = [np.array(s.tokens, dtype=np.int64) for s in sequences]
     prompts = [np.unique(own[: s.prompt_len]) for s, own in zip(sequences, tokens, strict=True)]
-    outputs = [own[s.prompt_len :] for s, own in zip(sequences, tokens, strict=True)]
-    return FreshPenalties(slots, _repeat(slots, prompts), np.concatenate(prompts), _repeat(slots, outputs), np.concatenate(outputs))
+    outputs, counts = zip(
+        *(np.unique(own[s.prompt_len :], return_counts=True) for s, own in zip(sequences, tokens, strict=True)), strict=True
+    )
+    of_prompts, of_outputs = _repeat(slots, prompts), _repeat(slots, outputs)
+    most = np.minimum(np.concatenate(counts), MAX_COUNT)
+    return FreshPenalties(slots, of_prompts, np.concatenate(prompts), of_outputs, np.concatenate(outputs), most)
 
 
-def _repeat(slots: Integers, parts: list[Integers]) -> Integers:
+def _repeat(slots: Integers, parts: Iterable[Integers]) -> Integers:
     return np.repeat(slots, [len(part) for part in parts])

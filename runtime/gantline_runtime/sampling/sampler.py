@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from gantline_runtime import sizing
-from gantline_runtime.sampling.batch import SamplingBatch, TokenMask
+from gantline_runtime.sampling.batch import MAX_COUNT, SamplingBatch, TokenMask
 from gantline_runtime.sampling.edits import ALWAYS, ON_DEVICE, Edits, FreshEdits
 
 __all__ = ["SampledTokens", "Sampler"]
@@ -100,7 +100,7 @@ class Sampler:
             counts.index_fill_(0, fresh, 0)
             in_prompt.index_fill_(0, fresh, False)
             in_prompt.index_put_(tuple(pairs[:2]), in_prompt.new_ones(()))
-            counts.index_put_(tuple(pairs[2:]), counts.new_ones(()), accumulate=True)
+            counts.index_put_(tuple(pairs[2:4]), pairs[4].to(counts.dtype))
         count = counts[slots]
         seen = in_prompt[slots] | (count > 0)
         columns = self._upload_columns(batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
@@ -138,7 +138,8 @@ class Sampler:
 
     def _count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         counts, _ = self._penalty_state()
-        counts.index_put_((slots, tokens), counts.new_ones(()), accumulate=True)
+        count = counts[slots, tokens]
+        counts.index_put_((slots, tokens), count + (count < MAX_COUNT))
 
     def _penalty_state(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._output_counts is None or self._in_prompt is None:
