@@ -5,12 +5,14 @@ there are, become machine code for Hopper's own instructions (sm_90a): only ther
 served by Triton's. Others would become code for compute capability 8.0 and 9.0, and intermediate code of 8.0 for what is newer.
 
 nvcc is looked for in --nvcc, in the cache, and on the PATH; --fetch installs it from PyPI into the cache (271 MB). The library goes into
-the cache, named by a hash of the sources, where `library.py` finds it; images copy it beside this file.
+the cache, named by a hash of the sources, where `library.py` finds it; images copy it beside this file. The hash is in the library, too,
+so that one of other sources is known wherever it lies.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import os
 import shutil
@@ -23,13 +25,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-__all__ = ["build", "cache_folder", "fetch_toolkit", "find_nvcc", "library_path", "main"]
+__all__ = ["build", "cache_folder", "fetch_toolkit", "find_nvcc", "library_path", "main", "sources_hash", "stamp_of"]
 
 _SOURCES = Path(__file__).parent / "cuda_kernels"
 _TOOLKIT = "cuda-toolkit[nvcc,cccl,cudart]==13.0.*"
 _HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 _GENERAL = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"]
 _FLAGS = ["-std=c++17", "-O3", "--compiler-options=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-lmem-usage"]
+_STAMP = "gantline_kernels_sources"
+_HASH_CHARS = 16
 
 
 def cache_folder() -> Path:
@@ -38,13 +42,26 @@ def cache_folder() -> Path:
 
 
 @cache
-def library_path() -> Path:
-    """Where the library of these very sources lies in the cache, built or not."""
+def sources_hash() -> str:
+    """Of these very sources and how they are compiled."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.glob("*.cu*")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     digest.update(" ".join([*_FLAGS, *_HOPPER, *_GENERAL]).encode())
-    return cache_folder() / f"kernels-{digest.hexdigest()[:16]}" / "libgantline_kernels.so"
+    return digest.hexdigest()[:_HASH_CHARS]
+
+
+def library_path() -> Path:
+    """Where the library of these very sources lies in the cache, built or not."""
+    return cache_folder() / f"kernels-{sources_hash()}" / "libgantline_kernels.so"
+
+
+def stamp_of(library: ctypes.CDLL) -> str:
+    """`sources_hash` of what it was built from; empty if it does not say."""
+    try:
+        return (ctypes.c_char * (_HASH_CHARS + 1)).in_dll(library, _STAMP).value.decode(errors="replace")
+    except ValueError:
+        return ""
 
 
 def find_nvcc(given: str = "") -> Path | None:
@@ -75,8 +92,10 @@ def build(nvcc: Path, output: Path, *, jobs: int = 0) -> None:
     toolkit = nvcc.resolve().parent.parent
     with tempfile.TemporaryDirectory(prefix="gantline-kernels-") as folder:
         work = Path(folder)
+        stamp = work / "stamp.cpp"
+        stamp.write_text(f'extern "C" __attribute__((visibility("default"))) const char {_STAMP}[] = "{sources_hash()}";\n')
         with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(nvcc, source, work), sorted(_SOURCES.glob("*.cu"))))
+            objects = list(pool.map(lambda source: _compile(nvcc, source, work), [*sorted(_SOURCES.glob("*.cu")), stamp]))
         libraries = [f"-L{path}" for path in (toolkit / "lib", toolkit / "lib64") if path.is_dir()]
         linked = work / output.name
         subprocess.run([nvcc, *_HOPPER, "-shared", "-cudart", "static", *libraries, "-o", linked, *objects], check=True)
@@ -93,6 +112,13 @@ def _compile(nvcc: Path, source: Path, folder: Path) -> Path:
     return target
 
 
+def _is_current(output: Path) -> bool:
+    try:
+        return stamp_of(ctypes.CDLL(str(output))) == sources_hash()
+    except OSError:
+        return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the CUDA C++ kernels.")
     parser.add_argument("--nvcc", default="", help="the compiler; default: the cache's, or the PATH's")
@@ -100,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fetch", action="store_true", help="install the compiler into the cache first, from PyPI")
     args = parser.parse_args(arguments)
     output = args.output or library_path()
-    if output.exists():
+    if _is_current(output):
         print(f"{output} is up to date")
         return 0
     nvcc = fetch_toolkit() if args.fetch else find_nvcc(args.nvcc)

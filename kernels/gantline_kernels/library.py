@@ -73,10 +73,10 @@ def load() -> ctypes.CDLL | None:
             log.warning("there are no CUDA kernels at %s, named by %s; Triton's serve alone", os.environ[VARIABLE], VARIABLE)
         return None
     library = ctypes.CDLL(str(path))
+    if build.stamp_of(library) != build.sources_hash():
+        raise OSError(f"{path} was built from other sources; build it again: python -m gantline_kernels.build --output {path}")
     for name, types in _SIGNATURES.items():
-        function = getattr(library, name, None)
-        if function is None:
-            raise OSError(f"{path} has no {name}: it was built from other sources; build it again: python -m gantline_kernels.build")
+        function = getattr(library, name)
         function.argtypes, function.restype = types, _INT
     return library
 
