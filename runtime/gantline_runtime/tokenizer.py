@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from gantline_runtime.checkpoint import LocalFiles
-from gantline_runtime.checkpoint.files import MAX_JSON_BYTES, load_json
+from gantline_runtime.checkpoint.files import MAX_JSON_BYTES, load_json, not_a_model, refuse_pointer
 from gantline_runtime.errors import CheckpointError
 
 __all__ = ["Tokenizer"]
@@ -92,15 +92,17 @@ class Tokenizer:
 def _load_backend(files: LocalFiles) -> tokenizers.Tokenizer:
     size = files.sizes.get("tokenizer.json")
     if size is None:
+        if "config.json" not in files.sizes:
+            raise not_a_model(files, "config.json")
         return _convert(files.root)
     if size > MAX_TOKENIZER_BYTES:
         raise CheckpointError(
             f"tokenizer.json has {size} bytes, more than {MAX_TOKENIZER_BYTES}", cure="Use the model's original tokenizer."
         )
+    data = files.read("tokenizer.json", 0, size)
+    refuse_pointer(data, "tokenizer.json")
     try:
-        return tokenizers.Tokenizer.from_buffer(files.read("tokenizer.json", 0, size))
-    except CheckpointError:
-        raise
+        return tokenizers.Tokenizer.from_buffer(data)
     except BaseException as error:  # the library raises bare Exception, and PanicException (a BaseException) for some broken files
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise

@@ -22,6 +22,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
     "torch_dtype": "bfloat16",
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 11540992\n"
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 

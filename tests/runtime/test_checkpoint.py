@@ -17,7 +17,17 @@ from gantline_runtime.errors import CheckpointError, GantlineError, SourceError
 from gantline_runtime.model_facts import ModelFacts
 from gantline_runtime.termination import Reason
 
-from tests.runtime.checkpoint_files import AWQ, CONFIG, build_header, encode, model_files, safetensors_bytes, tensors_of, write_files
+from tests.runtime.checkpoint_files import (
+    AWQ,
+    CONFIG,
+    LFS_POINTER,
+    build_header,
+    encode,
+    model_files,
+    safetensors_bytes,
+    tensors_of,
+    write_files,
+)
 from tests.runtime.checkpoints import CONFIGURATIONS, write_checkpoint
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -100,6 +110,7 @@ def test_a_snapshot_of_a_hugging_face_cache_is_read_through_its_links(tmp_path: 
     for link, blob in (("config.json", "a1"), ("model.safetensors", "b2")):
         (snapshot / link).symlink_to(os.path.relpath(blobs / blob, snapshot))
     assert open_checkpoint(snapshot).facts.num_layers == 2
+    assert str(snapshot) in refused(tmp_path / "models--org--name", Reason.NOT_A_MODEL).cure
 
 
 def test_reading_a_checkpoint_imports_no_torch(tmp_path: Path) -> None:
@@ -118,6 +129,16 @@ def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist") as caught:
         open_checkpoint(tmp_path / "nothing")
     assert caught.value.reason == Reason.MODEL_NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [("hf://org/name", "hf://org/name"), ("s3://bucket/a/b", "s3://bucket/a/b"), ("org/name-1.5", "hf://org/name-1.5"), ("/a/b", "")],
+)
+def test_a_hubs_name_in_place_of_a_folder_is_told_how_it_is_downloaded(name: str, address: str) -> None:
+    with pytest.raises(SourceError, match="does not exist") as caught:
+        open_checkpoint(Path(name))
+    assert (f"gantline fetch {address} " in caught.value.cure) == bool(address)
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
@@ -364,6 +385,20 @@ def test_a_link_that_leads_out_of_the_folder_is_not_followed(name: str, tmp_path
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
     refused(folder, Reason.INVALID_CHECKPOINT, name, "link")
+
+
+def test_a_link_to_nothing_is_named_with_where_it_leads(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "model", model_files())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/b2")
+    error = refused(folder, Reason.INVALID_CHECKPOINT, "model.safetensors", "'../../blobs/b2', where nothing is")
+    assert "cp -L" in error.cure
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_told_from_a_truncated_one(name: str, tmp_path: Path) -> None:
+    folder = write_files(tmp_path, {**model_files(), name: LFS_POINTER})
+    assert "git lfs pull" in refused(folder, Reason.INVALID_CHECKPOINT, name, "pointer of Git LFS").cure
 
 
 def test_a_pipe_in_place_of_the_weights_is_never_opened(tmp_path: Path) -> None:

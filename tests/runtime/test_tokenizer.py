@@ -12,6 +12,7 @@ from gantline_runtime.errors import CheckpointError
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.tokenizer import Tokenizer
 
+from tests.runtime.checkpoint_files import LFS_POINTER
 from tests.runtime.server_fakes import SPECIAL, byte_tokenizer, write_model
 from tests.runtime.test_detokenizer import PIECES
 
@@ -60,11 +61,13 @@ def test_the_chat_template_is_found_where_checkpoints_put_it(tmp_path: Path, fil
 @pytest.mark.parametrize(
     ("files", "cause"),
     [
-        ({}, "no tokenizer.json"),
+        ({}, "no config.json"),
+        ({"config.json": "{}"}, "no tokenizer.json"),
         ({"tokenizer.json": ""}, "tokenizer.json cannot be used"),
         ({"tokenizer.json": "{}"}, "tokenizer.json cannot be used"),
         ({"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["x"]]}}'}, "tokenizer.json cannot be used"),
         ({"tokenizer.json": "\x00" * 100}, "tokenizer.json cannot be used"),
+        ({"tokenizer.json": LFS_POINTER.decode()}, "tokenizer.json is a pointer of Git LFS"),
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json is not valid JSON"),
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json is not a JSON object"),
     ],

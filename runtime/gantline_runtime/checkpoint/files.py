@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any, Protocol
 from gantline_runtime.errors import CheckpointError, SourceError
 from gantline_runtime.termination import Reason
 
-__all__ = ["MAX_FILES", "MAX_JSON_BYTES", "FileSource", "LocalFiles", "load_json", "quote"]
+__all__ = ["MAX_FILES", "MAX_JSON_BYTES", "FileSource", "LocalFiles", "load_json", "not_a_model", "quote", "refuse_pointer"]
 
 MAX_FILES = 20_000
 """Most entries of a model's folder that are looked at."""
 MAX_JSON_BYTES = 16 << 20
 """Largest config.json, index or safetensors header that is read, in bytes; the largest public models stay under 2 MiB."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git made in the place of a large one, where Git LFS was not installed."""
+_MODEL_FILES = (".json", ".safetensors", ".jinja")
 
 
 class FileSource(Protocol):
@@ -60,10 +65,15 @@ class LocalFiles:
                             cure="Give the folder that holds config.json and the *.safetensors files, and little else.",
                         )
                     size = _regular_size(entry)
+                    if size is None and entry.name.endswith(_MODEL_FILES) and _is_dangling(entry):
+                        raise CheckpointError(
+                            f"{quote(entry.name)} in {self.label} is a link to {quote(os.readlink(entry.path))}, where nothing is",
+                            cure="Copy the files that links lead to (cp -L), or mount the whole folder in which they lie.",
+                        )
                     if size is not None:
                         sizes[entry.name] = size
         except FileNotFoundError:
-            raise SourceError(f"{self.label} does not exist", cure="Check the path, and in a pod the claim it is mounted from.") from None
+            raise SourceError(f"{self.label} does not exist", cure=_cure_of_missing(self.label)) from None
         except NotADirectoryError:
             raise CheckpointError(
                 f"{self.label} is not a folder", reason=Reason.NOT_A_MODEL, cure="Give the folder that holds config.json."
@@ -120,8 +130,45 @@ def _regular_size(entry: os.DirEntry[str]) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
+def _is_dangling(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.lexists(os.path.realpath(entry.path))
+
+
+def _cure_of_missing(folder: str) -> str:
+    """Names of hubs, which other engines take in the place of a folder, are known by their form."""
+    scheme, _, rest = folder.partition(":/")
+    if scheme in ("hf", "s3", "oci"):
+        return f"Download it first: `gantline fetch {scheme}://{rest.lstrip('/')} FOLDER`, and give that folder."
+    cure = "Check the path, and in a pod the claim it is mounted from."
+    hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", folder)
+    return f"{cure} A hub's model is downloaded first: `gantline fetch hf://{folder} FOLDER`." if hub else cure
+
+
+def not_a_model(files: FileSource, missing: str) -> CheckpointError:
+    """The error (NotAModel) for a folder that lacks what a model must have, with what it looks like as the cure."""
+    cure = "Give the folder that holds config.json and the *.safetensors files of a transformers model."
+    snapshots = sorted(files.root.glob("snapshots/*/config.json")) if isinstance(files, LocalFiles) else []
+    if snapshots:
+        cure = f"This is a repository of a Hugging Face cache; give a snapshot inside of it: {snapshots[-1].parent}."
+    elif "adapter_config.json" in files.sizes:
+        cure = "This is an adapter (LoRA); give the folder of its base model."
+    elif any(file.endswith(".gguf") for file in files.sizes):
+        cure = "GGUF files are not read; give the original checkpoint in safetensors."
+    return CheckpointError(f"{files.label} has no {missing}", reason=Reason.NOT_A_MODEL, cure=cure)
+
+
+def refuse_pointer(data: bytes, what: str) -> None:
+    """Raises CheckpointError where a file that begins with `data` is what Git made in its place."""
+    if data.startswith(_LFS_POINTER):
+        raise CheckpointError(
+            f"{what} is a pointer of Git LFS, not the file itself",
+            cure="Run `git lfs pull` where it was cloned, or download it with `gantline fetch`.",
+        )
+
+
 def load_json(data: bytes, what: str) -> dict[str, Any]:
     """The JSON object in `data`. Raises CheckpointError for anything else: bad UTF-8, duplicate keys, NaN, too deep."""
+    refuse_pointer(data, what)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gantline_runtime.checkpoint.files import MAX_JSON_BYTES, FileSource, load_json, quote
+from gantline_runtime.checkpoint.files import MAX_JSON_BYTES, FileSource, load_json, quote, refuse_pointer
 from gantline_runtime.errors import CheckpointError
 
 __all__ = ["DTYPE_BITS", "MAX_TENSORS", "TensorInfo", "parse_header", "read_header"]
@@ -57,6 +57,7 @@ def read_header(files: FileSource, file: str) -> tuple[bytes, list[TensorInfo]]:
         raise CheckpointError(f"{quote(file)} has {size} bytes, which is no safetensors file", cure=_AGAIN)
     length = int.from_bytes(files.read(file, 0, 8), "little")
     if length > size - 8:
+        refuse_pointer(files.read(file, 0, min(size, 64)), quote(file))
         raise CheckpointError(f"{quote(file)} is truncated: its header claims {length} bytes and {size - 8} are left", cure=_AGAIN)
     if length > MAX_JSON_BYTES:
         raise CheckpointError(f"the header of {quote(file)} claims {length} bytes; at most {MAX_JSON_BYTES} are read", cure=_AGAIN)

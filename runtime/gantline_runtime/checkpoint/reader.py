@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gantline_runtime.checkpoint.files import MAX_JSON_BYTES, FileSource, LocalFiles, load_json, quote
+from gantline_runtime.checkpoint.files import MAX_JSON_BYTES, FileSource, LocalFiles, load_json, not_a_model, quote
 from gantline_runtime.checkpoint.headers import MAX_TENSORS, TensorInfo, read_header
 from gantline_runtime.checkpoint.shape import ModelShape, parse_shape
 from gantline_runtime.checkpoint.tensors import check_tensors
@@ -98,22 +98,12 @@ def _printable(name: str) -> str:
 def _read_whole(files: FileSource, name: str, digest: Any) -> bytes:
     size = files.sizes.get(name)
     if size is None:
-        _refuse_non_model(files, name)
-    assert size is not None
+        raise not_a_model(files, name)
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{quote(name)} has {size} bytes; at most {MAX_JSON_BYTES} are read", cure="This is not a model's file.")
     data = files.read(name, 0, size)
     digest.update(b"%s\0%d\0" % (name.encode(), size) + data)
     return data
-
-
-def _refuse_non_model(files: FileSource, name: str) -> None:
-    cure = "Give the folder that holds config.json and the *.safetensors files of a transformers model."
-    if "adapter_config.json" in files.sizes:
-        cure = "This is an adapter (LoRA); give the folder of its base model."
-    elif any(file.endswith(".gguf") for file in files.sizes):
-        cure = "GGUF files are not read; give the original checkpoint in safetensors."
-    raise CheckpointError(f"{files.label} has no {name}", reason=Reason.NOT_A_MODEL, cure=cure)
 
 
 def _find_shards(files: FileSource, digest: Any) -> tuple[Mapping[str, str] | None, list[str]]:
@@ -137,8 +127,7 @@ def _find_shards(files: FileSource, digest: Any) -> tuple[Mapping[str, str] | No
             reason=Reason.UNSAFE_WEIGHTS,
             cure="Convert the weights to safetensors (transformers' save_pretrained does), or use a revision that has them.",
         )
-    _refuse_non_model(files, "safetensors file")
-    raise AssertionError("unreachable")
+    raise not_a_model(files, "safetensors file")
 
 
 def _parse_index(data: bytes) -> dict[str, str]:
