@@ -91,6 +91,30 @@ def test_greedy_tokens_equal_those_of_transformers_in_chunks_with_prefixes_and_p
         reference.verify(prompts, [tokens_of(outputs[str(i)]) for i in range(len(prompts))])
 
 
+@pytest.mark.parametrize(("session_len", "factors"), [(128, "short_factor"), (320, "long_factor")])
+def test_the_session_length_alone_decides_between_the_two_rotary_embeddings_of_a_long_context(
+    session_len: int, factors: str, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    rotary = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [4.0 + i for i in range(8)],
+    }
+    folder = write_model("phi3", tmp_path / "model", {**_SMALL, "rope_parameters": rotary, "original_max_position_embeddings": 128})
+    prompts = [prompt for prompt in make_prompts(16, 200, VOCAB) if len(prompt) < session_len]
+    engine = make_engine(folder, session_len=session_len, max_prefill_token_num=64)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(request(str(i), prompt, count=NEW_TOKENS))
+    outputs = drain(engine, checked=False)
+    engine.close()
+    config = json.loads((folder / "config.json").read_text())
+    both = dict.fromkeys(("short_factor", "long_factor"), config["rope_parameters"][factors])  # else transformers changes in the middle
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {**config["rope_parameters"], **both}}))
+    Reference(folder, is_ordinary=False).verify(prompts, [tokens_of(outputs[str(i)]) for i in range(len(prompts))])
+
+
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_standard_attention_cannot_run_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
@@ -102,6 +126,16 @@ def test_what_standard_attention_cannot_run_is_refused_by_name(model_type: str, 
     with pytest.raises(CheckpointError, match=why) as caught:
         open_checkpoint(write_files(tmp_path, {"config.json": json.dumps(config).encode(), "model.safetensors": b""}))
     assert caught.value.reason is Reason.UNSUPPORTED_ARCHITECTURE and architecture in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("mrope", "transformers knows no rotary embedding of the type 'mrope'"), ("dynamic", "longest of the sequences")]
+)
+def test_a_rotary_embedding_that_cannot_be_kept_is_refused_by_name(kind: str, why: str, tmp_path: Path) -> None:
+    config = {**_SMALL, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "rope_scaling": {"rope_type": kind, "factor": 2.0}}
+    with pytest.raises(CheckpointError, match=why) as caught:
+        open_checkpoint(write_files(tmp_path, {"config.json": json.dumps(config).encode(), "model.safetensors": b""}))
+    assert caught.value.reason is Reason.UNSUPPORTED_ARCHITECTURE
 
 
 def test_layers_that_keep_a_state_beside_the_cache_are_found_out_when_the_model_is_loaded(tmp_path: Path) -> None:
@@ -128,6 +162,7 @@ def test_code_that_comes_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:
         ({"vocab_size": -1}, "cannot be|config.json"),
         ({"model_type": "llama"}, "is transformers' LlamaForCausalLM"),
         ({"model_type": ["gpt2"]}, "expected a text"),
+        ({"activation_function": "foo"}, "transformers knows no 'foo', which config.json names"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints"),
     ],
 )

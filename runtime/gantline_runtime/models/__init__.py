@@ -62,5 +62,5 @@ def build_model(checkpoint: Checkpoint, *, session_len: int, parallel: Parallel,
     if checkpoint.shape.family == "transformers":
         from gantline_runtime.models.transformers_decoder import TransformersDecoder  # transformers takes seconds to import
 
-        return TransformersDecoder(checkpoint, build)
+        return TransformersDecoder(checkpoint, session_len, build)
     return Decoder(decoder_config(checkpoint), session_len=session_len, parallel=parallel, build=build)

@@ -26,7 +26,7 @@ from gantline_runtime.errors import CheckpointError
 from gantline_runtime.layers.attention import AttentionContext, LayerCache
 from gantline_runtime.layers.weights import BuildContext
 from gantline_runtime.loader import Loaded, Progress
-from gantline_runtime.models.transformers_trace import AttentionLayer, quiet, read_config, trace
+from gantline_runtime.models.transformers_trace import AttentionLayer, fix_rotary, quiet, read_config, trace
 from gantline_runtime.termination import Reason
 
 __all__ = ["TransformersDecoder"]
@@ -45,11 +45,13 @@ class TransformersDecoder:
     capturable = False
     """Whether decode steps may be captured as CUDA graphs: nobody promises that transformers' code never waits for the device."""
 
-    def __init__(self, checkpoint: Checkpoint, build: BuildContext) -> None:
+    def __init__(self, checkpoint: Checkpoint, session_len: int, build: BuildContext) -> None:
+        """`session_len` in tokens decides between the frequencies of a model that has some for short and some for long contexts."""
         log.warning("transformers' own implementation runs this model, slower than one of Gantline's", extra=logs.fields(
             architecture=checkpoint.shape.architecture, reason=checkpoint.shape.fallback_reason
         ))  # fmt: skip
         self._build = build
+        self._session_len = session_len
         self._config = read_config(checkpoint.config)
         self._layers = trace(self._config)
         self.kv_heads = self._layers[0].num_kv_heads
@@ -84,6 +86,7 @@ class TransformersDecoder:
         for kind, what in _FAULTS.items():
             if found[kind]:
                 raise CheckpointError(f"the tensor {str(sorted(map(str, found[kind]))[0])[:200]!r} {what}", cure=_CURE)
+        fix_rotary(model, self._session_len)
         model.config.pad_token_id = None  # or each step waits for the device: tokens are searched for it, to warn of missing masks
         return model.eval().to(self._build.device)
 

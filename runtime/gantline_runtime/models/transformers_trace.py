@@ -5,8 +5,12 @@ attention. Whether that is possible, and how large the cache's rows are, is not 
 built on torch's meta device, where tensors have shapes but no data, and two tokens are sent through it: each attention layer then says its
 heads, scale and window by the call that it makes.
 
+LongRoPE (https://arxiv.org/abs/2402.13753: Phi-3 and Phi-4 of 128k) has two sets of frequencies, and transformers takes the one or the
+other by the longest sequence of the call: what others send would change a sequence's keys. Here the session length decides, once.
+
 What cannot be served is refused by name: encoders and decoders with an encoder, recurrent layers, latent attention (keys and values of
-different widths), attention sinks and biases, chunked attention, layers that differ in their heads, code that comes with the checkpoint.
+different widths), attention sinks and biases, chunked attention, layers that differ in their heads, dynamic rotary embeddings, code that
+comes with the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import transformers
 from gantline_kernels import api
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -32,7 +37,7 @@ from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason
 from gantline_runtime.torch_import import complete_torch
 
-__all__ = ["AttentionLayer", "architecture_of", "describe", "quiet", "read_config", "trace"]
+__all__ = ["AttentionLayer", "architecture_of", "describe", "fix_rotary", "quiet", "read_config", "trace"]
 
 _TRACING = "gantline_trace"
 _MAX_LAYERS = 512
@@ -161,19 +166,42 @@ def trace(config: Any) -> list[AttentionLayer]:
         raise _unsupported(name, "it has recurrent layers")
     if not kind._supports_attention_backend:
         raise _unsupported(name, "its attention cannot be replaced: transformers offers no interface for it")
+    _check_rotary(name, config)
     recorder = _Recorder(name)
     complete_torch()
     try:
         with quiet(), torch.device("meta"), torch.inference_mode():
             model = AutoModelForCausalLM.from_config(config, attn_implementation=_TRACING, experts_implementation=_TRACING).eval()
+            fix_rotary(model, session_len=1)
             recorder.watch(model)
             ids = torch.zeros((1, 2), dtype=torch.int64)
             model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False, logits_to_keep=1)
     except CheckpointError:
         raise
+    except KeyError as error:
+        raise _unsupported(name, f"transformers knows no {quote(error.args[0])}, which config.json names") from None
     except Exception as error:
         raise _unsupported(name, f"it cannot be traced: {type(error).__name__}: {str(error)[:200]}") from None
     return recorder.checked()
+
+
+def _check_rotary(name: str, config: Any) -> None:
+    section = getattr(config, "rope_parameters", None) or {}
+    for part in section.values() if all(isinstance(value, dict) for value in section.values()) else (section,):
+        kind = part.get("rope_type", "default")
+        if kind == "dynamic":
+            raise _unsupported(name, "its rotary embedding changes with the longest of the sequences that run together (dynamic)")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            raise _unsupported(name, f"transformers knows no rotary embedding of the type {quote(kind)}")
+
+
+def fix_rotary(model: torch.nn.Module, session_len: int) -> None:
+    """Give LongRoPE the frequencies of sessions of up to `session_len` tokens, whatever a step holds."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, module.inv_freq.device, seq_len=session_len)
+            module.inv_freq = frequencies
+            module.rope_type = "default"
 
 
 class _Recorder:
