@@ -190,7 +190,7 @@ class EngineLoop:
         self.config = config
         self.session_len: int = config.session_len
         self.eos_token_ids = tuple(eos_token_ids)
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._executor = executor
         self._load_seconds = load_seconds
         self._cache = CacheManager(
@@ -238,7 +238,7 @@ class EngineLoop:
             arrival=self._arrivals,
             session_len=self.session_len,
             eos_token_ids=self.eos_token_ids,
-            vocab_size=self._vocab_size,
+            vocab_size=self.vocab_size,
         )
         self._scheduler.add(sequence)
         if self._grammars is not None and request.grammar:
@@ -250,7 +250,7 @@ class EngineLoop:
         self._arrivals += 1
 
     def _check(self, request: EngineRequest) -> None:
-        prompt, vocab_size = request.prompt_ids, self._vocab_size
+        prompt, vocab_size = request.prompt_ids, self.vocab_size
         if not prompt:
             raise RequestRejected("the prompt is empty")
         if len(prompt) + min(1, request.sampling.max_new_tokens) > self.session_len:

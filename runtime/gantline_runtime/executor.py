@@ -251,8 +251,9 @@ def _resolve(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         raise ConfigurationError(
             "device is 'cuda', but torch sees no GPU", cure="Give --device cpu, or check the driver with `gantline check-env`."
         )
-    if device == "cpu" and config.backend == "cuda":
-        raise ConfigurationError("the cuda backend cannot run on a CPU", cure="Give --backend auto or torch.")
+    interpreted = config.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu" and config.backend in ("cuda", "triton") and not interpreted:
+        raise ConfigurationError(f"the {config.backend} backend cannot run on a CPU", cure="Give --backend auto or torch.")
     backend = api.select(config.backend, device)
     if config.batch_invariant:
         _check_invariant(config, checkpoint, backend, device)
@@ -352,10 +353,10 @@ def _size_cache(config: EngineConfig, checkpoint: Checkpoint, free: int, block_b
         num_blocks = int(share) // block_bytes
         if config.device == "cpu":  # memory is shared with others there: no more than can ever be used
             num_blocks = min(num_blocks, config.max_batch_size * -(-wanted // size))
-    capacity = num_blocks * size
+    capacity, raised = num_blocks * size, "cache_max_entry_count" if config.num_cache_blocks is None else "num_cache_blocks"
     if capacity < (wanted if config.session_len is not None else min(wanted, sizing.MIN_SESSION_LEN)):
         raise CapacityError(
             f"the cache holds {capacity} tokens ({free / 1e9:.2f} GB free after loading), but one session needs {wanted}",
-            cure=f"Lower session_len to {capacity} or less, raise cache_max_entry_count, or give more memory.",
+            cure=f"Lower session_len to {capacity} or less, raise {raised}, or give more memory.",
         )
     return num_blocks, replace(config, session_len=min(wanted, capacity), num_cache_blocks=num_blocks)

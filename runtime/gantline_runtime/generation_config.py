@@ -39,7 +39,7 @@ class GenerationConfig:
             ("top_k", self.top_k is None or self.top_k >= 0, "0 or more"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty is None or 0.01 <= self.repetition_penalty <= 10, "a number from 0.01 to 10"),
-            ("stop_words", all(self.stop_words), "texts that are not empty"),
+            ("stop_words", not isinstance(self.stop_words, str) and all(self.stop_words), "a list of texts that are not empty"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "0 to 20"),
         )

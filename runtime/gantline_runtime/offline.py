@@ -37,6 +37,7 @@ from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
 from gantline_runtime.offline_answers import Answer, Response, Score, append, build_reading
 from gantline_runtime.request import QueueFull
+from gantline_runtime.server import smoke
 from gantline_runtime.server.output import ChoiceOutput
 from gantline_runtime.tokenizer import Tokenizer
 
@@ -67,6 +68,12 @@ class Pipeline:
         with LoadingDisplay() as display:
             self._engine = LLMEngine(model_path, config, on_progress=display.show if progress else None)
         self._names = count()
+        self._closed = False
+        try:
+            self._judge()
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(
         self, prompts: Prompt | Sequence[Prompt], gen_config: GenerationConfig | None = None, *, do_preprocess: bool = True
@@ -112,11 +119,21 @@ class Pipeline:
             score.take(output)
         return [score.loss for score in scores]
 
+    def _judge(self) -> None:
+        """Raises GantlineError (SmokeRequestFailed) where a first answer shows that the weights are damaged."""
+        self._engine.add_request(smoke.judged_request([*self._engine.eos_token_ids[:1]] or [0]))
+        outputs = list[TokenOutput]()
+        while self._engine.has_work():
+            outputs += self._engine.step()
+        smoke.judge(outputs)
+
     def _run(
         self, prompts: Sequence[list[int]], begin: Callable[[int, list[int]], tuple[Reader, EngineRequest]]
     ) -> Generator[tuple[Reader, TokenOutput], None, None]:
         """Every output of every prompt's request, with who reads it, which it must have done when the next is asked for. As many requests
         wait in the engine as may. Leaving the loop ends what still runs."""
+        if self._closed:
+            raise ConfigurationError("the pipeline is closed", cure="Make another, or use it inside of its `with` block.")
         running: dict[str, Reader] = {}
         try:
             pending, room = deque(enumerate(prompts)), True
@@ -145,6 +162,7 @@ class Pipeline:
         return self._engine
 
     def close(self) -> None:
+        self._closed = True
         self._engine.close()
 
     def __enter__(self) -> Pipeline:
@@ -176,16 +194,20 @@ class Pipeline:
         if not 0 < len(ids) < limit:
             cause = f"a prompt has {len(ids)} tokens; the context holds {limit}, with at least one to generate"
             raise ConfigurationError(cause, cure="Shorten the prompt, or raise session_len if the model allows it.")
-        return ids
+        return self._known(ids, "a prompt")
+
+    def _known(self, ids: Sequence[int], what: str) -> list[int]:
+        vocab_size = self._engine.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise ConfigurationError(f"{what} has a token outside of 0 to {vocab_size - 1}", cure="Give tokens of this model.")
+        return list(ids)
 
     def _scorable(self, ids: Sequence[int]) -> list[int]:
-        limit, vocab_size = self._engine.session_len, self.tokenizer.vocab_size
+        limit = self._engine.session_len
         if not 2 <= len(ids) <= limit:
             cause = f"a text of {len(ids)} tokens cannot be scored; the context holds {limit}, and the first has no likelihood"
             raise ConfigurationError(cause, cure="Give texts of at least two tokens that fit the context.")
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise ConfigurationError(f"a text has a token outside of 0 to {vocab_size - 1}", cure="Give tokens of this model.")
-        return list(ids)
+        return self._known(ids, "a text")
 
     def _fill(
         self,
@@ -237,9 +259,19 @@ class Pipeline:
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """(prompts, whether it was one): a text, a list of messages and a list of token numbers are one prompt."""
+    _check_kind(prompts)
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, Mapping))):
         return [cast(Prompt, prompts)], True
+    for prompt in prompts:
+        _check_kind(prompt)
     return cast(list[Prompt], list(prompts)), False
+
+
+def _check_kind(given: object) -> None:
+    if isinstance(given, (bytes, bytearray)) or not isinstance(given, Sequence):
+        raise ConfigurationError(
+            f"a prompt is of the type {type(given).__name__}", cure="Give a text, a list of messages or a list of token numbers."
+        )
 
 
 class Session:

@@ -297,12 +297,13 @@ def test_auto_session_length_is_the_models_or_what_the_cache_holds(model: Path) 
         ({"session_len": 2048}, ConfigurationError, "made for 1024"),
         ({"tp": 8}, ConfigurationError, "4 attention heads"),
         ({"device": "cpu", "backend": "cuda"}, ConfigurationError, "cuda backend"),
+        ({"device": "cpu", "backend": "triton"}, ConfigurationError, "triton backend"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_cause_and_cure(model: Path, settings: dict[str, Any], error: Any, cause: str) -> None:
     with pytest.raises(error, match=cause) as raised:
         LLMEngine(model, config(**settings))
-    assert raised.value.cure
+    assert raised.value.cure and ("num_cache_blocks" in raised.value.cure) == ("tokens" in cause)
 
 
 def test_the_cache_is_sized_from_free_memory_and_never_larger_than_it_can_be_used(model: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from gantline_runtime import GenerationConfig, cli, pipeline
 from gantline_runtime.config import EngineConfig
 from gantline_runtime.errors import CheckpointError, ConfigurationError
 from gantline_runtime.offline import Pipeline, Response
+from safetensors.torch import load_file, save_file
 
 TINY = Path(__file__).parents[2] / "examples/tiny-model"
 QUESTIONS = ["What does os.path.join do?", "Hello!", "The licence"]
@@ -108,7 +111,31 @@ def test_bad_prompts_and_settings_are_refused_before_anything_runs(pipe: Pipelin
         GenerationConfig(temperature=3)
     with pytest.raises(CheckpointError):
         pipe([[{"role": "nobody"}]])
+    with pytest.raises(ConfigurationError, match="stop_words is 'end'"):
+        GenerationConfig(stop_words="end")  # type: ignore[arg-type]
+    for strange in (b"bytes", 5, None, ["a", b"b"], {"role": "user", "content": "Hello!"}):
+        with pytest.raises(ConfigurationError, match="a prompt is of the type"):
+            pipe(strange)  # type: ignore[arg-type]
+    for read in (pipe, pipe.get_ppl):
+        with pytest.raises(ConfigurationError, match="has a token outside of 0 to 4095"):
+            read([[1, 2, 3], [1, 4096]])
     assert not pipe.engine.has_work()
+
+
+def test_a_pipeline_that_is_closed_says_so() -> None:
+    with pipeline(TINY, EngineConfig(device="cpu", num_cache_blocks=8, session_len=512), progress=False) as made:
+        pass
+    with pytest.raises(ConfigurationError, match="the pipeline is closed"):
+        made("Hello!")
+
+
+def test_weights_that_are_no_numbers_are_found_out_before_anything_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * math.nan}, tmp_path / "model/model.safetensors")
+    assert cli.main(["generate", str(tmp_path / "model"), "Hello!", "--device", "cpu", "--num-cache-blocks", "32"]) == 65
+    captured = capsys.readouterr()
+    assert not captured.out and "the smoke request failed: the log-probability of its token is no such number: [nan]" in captured.err
 
 
 def test_gantline_chat_holds_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,9 @@ def test_the_template_gets_tools_calls_results_and_reasoning(ask: Any) -> None:
     assert "<think>Hm.</think><tool_call>Bern</tool_call>" in text and "3 degrees" in text
     with_tools = ask("", messages=messages, tools=TOOLS, max_tokens=1).usage.prompt_tokens
     assert with_tools > len(tokens) + 50
+    function["arguments"] = '{"city": "Be'
+    error = server.post("/v1/chat/completions", {"messages": messages}).json()["error"]
+    assert error["param"] == "messages[1].tool_calls" and "the arguments of a call are no JSON text" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ class ToolCall(_Strict):
             arguments = msgspec.json.decode(self.function.arguments or "{}")
         except RecursionError:
             raise ValueError("the arguments of a call are nested too deeply") from None
+        except msgspec.DecodeError as error:
+            raise ValueError(f"the arguments of a call are no JSON text: {str(error)[:100]}") from None
         if not isinstance(arguments, dict):
             raise ValueError("the arguments of a call are a JSON object, as text")
         function = {"name": self.function.name, "arguments": self.function.arguments if arguments_as_text else arguments}

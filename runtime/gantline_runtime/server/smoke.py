@@ -16,7 +16,7 @@ from gantline_runtime.errors import GantlineError
 from gantline_runtime.messages import EngineRequest, SamplingParams, TokenOutput
 from gantline_runtime.termination import Reason
 
-__all__ = ["ask", "judge"]
+__all__ = ["ask", "judge", "judged_request"]
 
 _CURE = "Copy or quantize the model again; if it answers elsewhere, report this with the server's log."
 
@@ -33,29 +33,29 @@ async def ask(engine: EngineClient, prompt_ids: list[int]) -> None:
                 ended = outputs[-1].finish_reason is not None
     except RequestFailed as error:
         raise _failed(f"the engine refused it: {error}") from error
-    if problem := judge(outputs):
-        raise _failed(problem)
+    judge(outputs)
 
 
-def judge(outputs: Iterable[TokenOutput]) -> str:
-    """What is wrong with the answers to the smoke requests; empty where nothing is."""
+def judge(outputs: Iterable[TokenOutput]) -> None:
+    """Raises GantlineError (SmokeRequestFailed) where something is wrong with the answers to the smoke requests."""
     answers = list(outputs)
     if not all(answer.token_ids for answer in answers):
-        return "no token came back"
+        raise _failed(next((answer.error for answer in answers if answer.error), "no token came back"))
     logprobs = [entry.chosen for answer in answers for entry in answer.logprobs or ()]
     # A log-probability is at most 0; NaN fails every comparison.
     if not logprobs or not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
-        return f"the log-probability of its token is no such number: {logprobs or 'none'}"
-    return ""
+        raise _failed(f"the log-probability of its token is no such number: {logprobs or 'none'}")
+
+
+def judged_request(prompt_ids: list[int]) -> EngineRequest:
+    """One token, with its log-probability."""
+    sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True, num_logprobs=0)
+    return EngineRequest(request_id="smoke", prompt_ids=prompt_ids, sampling=sampling)
 
 
 def _requests(prompt_ids: list[int]) -> list[EngineRequest]:
     usual = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
-    judged = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True, num_logprobs=0)
-    return [
-        EngineRequest(request_id="warm-up", prompt_ids=prompt_ids, sampling=usual),
-        EngineRequest(request_id="smoke", prompt_ids=prompt_ids, sampling=judged),
-    ]
+    return [EngineRequest(request_id="warm-up", prompt_ids=prompt_ids, sampling=usual), judged_request(prompt_ids)]
 
 
 def _failed(problem: str) -> GantlineError:
