@@ -115,6 +115,7 @@ def run_again(failed: list[Stream], environment: dict[str, str], begun: Callable
 
 def main(arguments: list[str]) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would each compile what they import
     running: list[Stream] = []
     interrupted = threading.Event()
 

@@ -75,3 +75,10 @@ def test_the_file_of_what_fails_once_is_run_again_and_the_test_named(
 )  # fmt: skip
 def test_what_is_broken_fails_the_suite(runner: ModuleType, tmp_path: Path, tests: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(runner, tmp_path, tests, monkeypatch) == 1
+
+
+def test_what_its_processes_import_is_compiled_once(runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "imported.py").write_text("")
+    assert run(runner, tmp_path, "import sys\nsys.path.insert(0, '.')\ndef test_it():\n    import imported\n", monkeypatch) == 0
+    assert list((tmp_path / "__pycache__").glob("imported.*.pyc"))
