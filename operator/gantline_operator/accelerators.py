@@ -18,11 +18,15 @@ from gantline_runtime.sizing import GIB
 from gantline_operator.cloud_labels import CloudGpu, from_cloud
 from gantline_operator.quantities import parse_quantity
 
-__all__ = ["AMD", "ASCEND_PREFIX", "DEVICE_CLASS_PREFIX", "NVIDIA", "Device", "Labels", "numbers", "read_devices", "vendor_of"]
+__all__ = [
+    "AMD", "ASCEND_PREFIX", "DEVICE_CLASS_PREFIX", "NVIDIA", "USUAL_TAINTS", "Device", "Labels", "numbers", "read_devices", "vendor_of",
+]  # fmt: skip
 
 Labels = Mapping[str, str]
 
 NVIDIA, AMD, ASCEND_PREFIX = "nvidia.com/gpu", "amd.com/gpu", "huawei.com/Ascend"
+USUAL_TAINTS = (NVIDIA, AMD)
+"""Keys of taints that nodes with such devices carry by custom."""
 DEVICE_CLASS_PREFIX = "deviceclass.resource.kubernetes.io/"
 """Before the name of a DeviceClass, a resource for which the scheduler makes a claim (`dynamic_devices.py`)."""
 _MIB = 1 << 20

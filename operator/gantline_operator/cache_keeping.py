@@ -26,6 +26,7 @@ from gantline_runtime.termination import TerminationMessage
 from gantline_operator import resources
 from gantline_operator.apply import Problem, problem_of
 from gantline_operator.cache_ledger import LEDGER, LIMIT, MAX_ENTRIES, Entry, Eviction, Ledger, parse, render, user_of
+from gantline_operator.claim_sharing import sharing_of
 from gantline_operator.client import ApiError, Conflict, NotFound, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.eviction import Room, artefacts_of_pods, artefacts_of_template, plan_eviction, template_of
@@ -88,7 +89,7 @@ class CacheKeeping(StageRunner):
         """
         name, uid = claim["metadata"]["name"], claim["metadata"]["uid"]
         self._claim = claim
-        self.owner = replace(self.owner, cache_shared=resources.is_shared(claim))
+        self.owner = replace(self.owner, cache_sharing=sharing_of(claim, read_only=False))
         written = parse((claim["metadata"].get("annotations") or {}).get(LEDGER))
         self._ledger = written if written != Ledger() else Ledger(claim=uid)  # a claim that nothing was noted of need not be written to
         if written.claim not in ("", uid):

@@ -90,6 +90,7 @@ class Reason(StrEnum):
     GPU_LABELS_MISSING = "GPULabelsMissing"
     NO_RUNTIME_IMAGE = "NoRuntimeImage"
     CACHE_NOT_SHAREABLE = "CacheNotShareable"
+    SOURCE_NOT_SHAREABLE = "SourceNotShareable"
     CACHE_MISSING = "CacheMissing"
     IMAGE_VOLUME_UNAVAILABLE = "ImageVolumeUnavailable"
 

@@ -161,12 +161,15 @@ def _ended(terminated: Object) -> Trouble:
 
 def _unscheduled(condition: Object) -> Trouble:
     message = _text(condition.get("message"), "No node takes the pod yet.")
+    if "unbound immediate PersistentVolumeClaims" in message:  # it goes on with what preemption did not find
+        return Trouble(Reason.WAITING_FOR_VOLUME, message, "Check the claim's StorageClass.")
     if "persistentvolumeclaim" in message.lower() and "not found" in message:
         return Trouble(Reason.WAITING_FOR_VOLUME, message, "Create the claim.")
     if "persistentvolumeclaim" in message.lower() and "being deleted" in message:
         return Trouble(Reason.WAITING_FOR_VOLUME, message, "It goes once no pod mounts it: then one that Gantline made is made anew.")
-    if "unbound immediate PersistentVolumeClaims" in message:
-        return Trouble(Reason.WAITING_FOR_VOLUME, message, "Check the claim's StorageClass.")
+    if "ReadWriteOncePod" in message:
+        cure = "It starts once the other pod is gone: set replicas to 0 until a Job is through, or use a claim that several pods can mount."
+        return Trouble(Reason.WAITING_FOR_VOLUME, message, cure)
     return Trouble(Reason.WAITING_FOR_CAPACITY, message)
 
 

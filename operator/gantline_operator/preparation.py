@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gantline_runtime.errors import CheckpointError
@@ -11,11 +12,13 @@ from gantline_runtime.model_facts import ModelFacts
 from gantline_runtime.termination import TerminationMessage
 
 from gantline_operator import resources
+from gantline_operator.accelerators import USUAL_TAINTS
 from gantline_operator.cache_keeping import CLAIMS, CacheKeeping
+from gantline_operator.claim_sharing import Sharing, sharing_of
 from gantline_operator.client import NotFound, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.image_volumes import refusal_of_nodes, refusal_of_server, refusal_of_source
-from gantline_operator.plan import Plan, Rejected, cache_size, plan, plan_inputs, stands
+from gantline_operator.plan import Plan, Rejected, StagePlan, cache_size, plan, plan_inputs, stands
 from gantline_operator.plan_status import from_status, rejected_status, to_status
 from gantline_operator.pod_state import Trouble
 from gantline_operator.reconcile_pass import sentence
@@ -37,13 +40,13 @@ class Preparation(CacheKeeping):
     async def _inspect(self) -> ModelFacts | None:
         digest = resources.inspect_hash(self.owner)
         known = self.recorded.get("model") or {}
-        if known.get("inputs") != digest:
-            if await self._source_missing():
-                return None
+        inspected = known.get("inputs") == digest
+        if not await self._open_source(inspected):
+            return None
+        if not inspected:
 
             def build(attempt: int) -> Object:
-                placement = self._plan_stage("inspect")
-                return resources.inspect_job(self.owner, placement, self.cluster.rendering, attempt=attempt)
+                return resources.inspect_job(self.owner, self._place_inspection(), self.cluster.rendering, attempt=attempt)
 
             answer = await self._stage("inspect", digest, build)
             if answer is None:
@@ -57,17 +60,31 @@ class Preparation(CacheKeeping):
         self._found["model"] = known
         return model
 
-    async def _source_missing(self) -> bool:
-        """Whether a pvc:// source names a claim that is not there: its Job would hang, and say so only to the scheduler."""
+    async def _open_source(self, inspected: bool) -> bool:
+        """Whether the claim that a pvc:// source names is there, and who may mount it: without it pods would hang, and say so only to the
+        scheduler."""
         location = resources.source_location(self.spec.model.uri)
         for mount in location.mounts if location else ():
-            if await self._find_claim(mount.claim) is None:
+            claim = await self._find_claim(mount.claim)
+            if claim is None:
                 cure = "Create it, or correct spec.model.uri."
                 trouble = Trouble(Reason.MODEL_NOT_FOUND, f"PersistentVolumeClaim {mount.claim} does not exist.", cure)
                 self._found["stage"] = ("inspect", Running("", 0, trouble))
                 self._look_again(_MISSING_POLL_S)
-                return True
-        return False
+                return False
+            if inspected and "deletionTimestamp" in claim["metadata"]:
+                await self._let_claim_go(claim)
+            self.owner = replace(self.owner, source_sharing=sharing_of(claim, read_only=True))
+        return True
+
+    def _place_inspection(self) -> StagePlan:
+        """Where only one node can mount the source, it goes to whatever has it already, be that on nodes that are for pods with devices."""
+        placement = self._plan_stage("inspect")
+        if self.owner.source_sharing is Sharing.ANY:
+            return placement
+        previous = self._previous_plan()
+        usual = (*placement.tolerated, *(previous.placement.tolerated if previous else ()), *USUAL_TAINTS)
+        return replace(placement, tolerated=tuple(dict.fromkeys(usual)))
 
     async def _find_claim(self, name: str) -> Object | None:
         try:
@@ -123,7 +140,7 @@ class Preparation(CacheKeeping):
     async def _prepare(self, model: ModelFacts, planned: Plan) -> ModelLocation | None:
         """Where the files to be served lie, once they are there."""
         await self._checkpoint()
-        location = resources.source_location(self.spec.model.uri)
+        location = resources.source_location(self.spec.model.uri, self.owner.source_sharing)
         if self.spec.model.delivery == "files":
             self.artefacts.pop("image", None)
         else:

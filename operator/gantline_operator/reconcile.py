@@ -26,6 +26,7 @@ from gantline_runtime.model_facts import ModelFacts
 
 from gantline_operator import resources
 from gantline_operator.calibration import key_of
+from gantline_operator.claim_sharing import Sharing, Tie
 from gantline_operator.client import Forbidden, KindMissing, Object
 from gantline_operator.conditions import Reason
 from gantline_operator.eviction import claims_of_template, template_of
@@ -49,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 _REVISIONS = next(kind for kind in CHILD_KINDS if kind.kind == "ControllerRevision")
 _BY_CLAIM = "sharedByClaim"
-"""Key of a revision's data that those of releases lack which did not ask the claim whether it is shared."""
+"""Key of a revision's data that those of releases lack which did not ask claims whether they are shared."""
 _HAND_OVER_POLL_S = 1.0
 _KEPT_REVISIONS = 3
 """The current one, the one it replaces, and one more for a look back."""
@@ -116,7 +117,7 @@ class Reconcile(Preparation):
     async def _roll_out(self, planned: Plan, location: ModelLocation) -> None:
         location = self._as_it_began(planned, location)
         mark = resources.revision(self.owner, planned, location)
-        self._found["one_node"] = location.one_node
+        self._found["tie"] = self._tie(location)
         record = RolloutRecord.from_status(self.recorded.get("rollout"))
         if self._is_rolled_back(record, mark):
             await self._roll_back(record)
@@ -131,12 +132,19 @@ class Reconcile(Preparation):
             self._look_again(0.0)  # the decision is written down first: a restart in between must come to the same
 
     def _as_it_began(self, planned: Plan, location: ModelLocation) -> ModelLocation:
-        """Earlier releases took it from the spec whether the cache ties pods to one node. A revision of theirs stays as it is."""
-        other = replace(location, one_node=not location.one_node)
+        """Earlier releases took it from the spec whether the cache ties pods to one node, and a source tied none. A revision of theirs
+        stays as it is."""
+        other = replace(location, sharing=Sharing.ANY if location.one_node else Sharing.ONE_NODE)
         mark = resources.revision(self.owner, planned, other)
         stored = self._revision(mark)
         tried = (self.recorded.get("revision"), RolloutRecord.from_status(self.recorded.get("rollout")).failed)
         return other if stored is not None and _BY_CLAIM not in stored["data"] and mark in tried else location
+
+    def _tie(self, location: ModelLocation) -> Tie | None:
+        if not location.one_node:
+            return None
+        (mount,) = location.mounts
+        return Tie(mount.claim, location.sharing, is_cache=mount.claim == self.owner.cache_claim)
 
     def _is_rolled_back(self, record: RolloutRecord, mark: str) -> bool:
         """Whether another revision than `mark`, which the spec asks for, is to serve."""
@@ -208,7 +216,7 @@ class Reconcile(Preparation):
         if stored is not None:
             on_cpu = not planned.placement.resource and not location.one_node
             return Strategy.from_stored(stored["data"].get("strategy"), on_cpu=on_cpu)
-        return choose_strategy(self.spec, planned, self.cluster.facts(self.key, ()), one_node=location.one_node)
+        return choose_strategy(self.spec, planned, self.cluster.facts(self.key, ()), sharing=location.sharing)
 
     async def _roll_back(self, record: RolloutRecord) -> None:
         """The last good revision serves until the spec asks for another one than that which failed."""

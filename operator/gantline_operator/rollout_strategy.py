@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gantline_operator.claim_sharing import Sharing
 from gantline_operator.facts import ClusterFacts, NodeFacts
 from gantline_operator.plan_types import Placement, Plan
 from gantline_operator.resource import InferenceServiceSpec
@@ -36,14 +37,16 @@ class Strategy:
         return Strategy(section["name"], str(section.get("why", "")))
 
 
-def choose_strategy(spec: InferenceServiceSpec, planned: Plan, cluster: ClusterFacts, *, one_node: bool) -> Strategy:
-    """`cluster`: with the service's own pods counted as they are. `one_node`: a volume ties all pods to one node."""
+def choose_strategy(spec: InferenceServiceSpec, planned: Plan, cluster: ClusterFacts, *, sharing: Sharing) -> Strategy:
+    """`cluster`: with the service's own pods counted as they are. `sharing`: of the volume that pods mount."""
+    if sharing is Sharing.ONE_POD:
+        return Strategy("Drain", "Only one pod at a time can mount the volume (ReadWriteOncePod).")
     asked = spec.rollout.strategy
     if asked != "Auto":
         return Strategy(asked, "spec.rollout.strategy says so.")  # type: ignore[arg-type]
     placement = planned.placement
-    if one_node:
-        return Strategy("Drain", "The cache volume ties all pods to one node, which may not hold one more.")
+    if sharing is Sharing.ONE_NODE:
+        return Strategy("Drain", "The volume ties all pods to one node, which may not hold one more.")
     if not placement.resource:
         return Strategy("Surge", "A further pod takes only CPU and memory.")
     nodes, _ = eligible_nodes(spec, cluster, placement.resource)

@@ -15,6 +15,7 @@ from typing import Any
 from gantline_operator.apply import Problem
 from gantline_operator.autoscaling.policy import Policy
 from gantline_operator.autoscaling.targets import Report
+from gantline_operator.claim_sharing import Sharing, Tie
 from gantline_operator.conditions import Condition, ConditionType, Reason, unique
 from gantline_operator.pod_state import PodState, Trouble
 from gantline_operator.stages import Create, Failed, Record, Running, StageName, Step
@@ -35,8 +36,10 @@ __all__ = [
 Object = dict[str, Any]
 
 _UNDER_WAY = {"inspect": Reason.INSPECTING, "fetch": Reason.FETCHING, "quantize": Reason.QUANTIZING, "evict": Reason.EVICTING}
-UNPLACED = {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME, Reason.CACHE_NOT_SHAREABLE}
+UNPLACED = {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME, Reason.CACHE_NOT_SHAREABLE, Reason.SOURCE_NOT_SHAREABLE}
 """A pod's troubles that are only a wait for a node."""
+_CROWDED = {Sharing.ONE_NODE: {Reason.WAITING_FOR_CAPACITY}, Sharing.ONE_POD: {Reason.WAITING_FOR_CAPACITY, Reason.WAITING_FOR_VOLUME}}
+"""What a pod waits for whose volume others of its service have."""
 _DOING = {
     "inspect": "The model's files are being read.",
     "fetch": "The model is being downloaded into the cache volume.",
@@ -101,8 +104,8 @@ class Findings:
     """`status.rollout`: the strategy, the last good revision, and the one that was given up."""
     rolled_back: Trouble | None = None
     """The revision that the spec asks for was given up, and the last good one serves."""
-    one_node: bool = False
-    """All replicas have to share a node, because of the volume."""
+    tie: Tie | None = None
+    """The volume, where it ties all replicas to one node, or to one pod."""
     scaling: Policy | None = None
     """Absent where the spec has none."""
     scaling_trouble: Trouble | None = None
@@ -264,7 +267,7 @@ def _scheduled(found: Findings) -> Condition | None:
         if homeless:
             text = f"{homeless} of {len(pods)} pods wait for the scheduler."
             return Condition(ConditionType.SCHEDULED, "False", Reason.STARTING, text)
-        return Condition(ConditionType.SCHEDULED, "True", Reason.SCHEDULED, f"{_pods(len(pods))} placed.")
+        return Condition(ConditionType.SCHEDULED, "True", Reason.SCHEDULED, f"{_pods(len(pods))} placed{_together(found)}.")
     trouble = _placement_trouble(found, unplaced)
     text = f"{len(unplaced)} of {len(pods)} pods wait: {trouble.text}"
     return Condition(ConditionType.SCHEDULED, "False", trouble.reason, text)
@@ -274,10 +277,17 @@ def _placement_trouble(found: Findings, unplaced: Sequence[PodState]) -> Trouble
     first = min(unplaced, key=lambda pod: pod.name)
     assert first.trouble is not None, "only pods with trouble are unplaced"
     placed = any(pod.node for pod in found.server_pods)
-    if found.one_node and placed and first.role == "server" and first.trouble.reason is Reason.WAITING_FOR_CAPACITY:
-        cure = "Use a cache claim with the access mode ReadWriteMany, or fewer replicas."
-        return Trouble(Reason.CACHE_NOT_SHAREABLE, f"The cache volume ties all replicas to one node: {first.trouble.message}", cure)
+    if found.tie and placed and first.role == "server" and first.trouble.reason in _CROWDED[found.tie.sharing]:
+        return Trouble(found.tie.reason, f"{found.tie.effect}: {first.trouble.message}", found.tie.cure)
     return first.trouble
+
+
+def _together(found: Findings) -> str:
+    """What somebody who wants several replicas should know while all of them run."""
+    nodes = [pod.node for pod in found.server_pods]
+    if found.tie is None or len(nodes) < 2 or len(set(nodes)) > 1:
+        return ""
+    return f", the server's all on the node that has claim {found.tie.claim}"
 
 
 def _servable(found: Findings) -> Condition:
@@ -308,11 +318,17 @@ def _scaling_ready(found: Findings) -> Condition | None:
     policy = found.scaling
     if policy is None or found.spec_trouble:
         return None
-    trouble = found.scaling_trouble or found.scaling_report.trouble
+    trouble = found.scaling_trouble or found.scaling_report.trouble or _beyond_volume(found, policy)
     if trouble is not None:
         return Condition(kind, "False", trouble.reason, trouble.text)
     span = f"{policy.min} to {policy.max} replicas by {policy.metric}, target {policy.target or 'auto'}"
     return Condition(kind, "True", Reason.SCALING_ACTIVE, f"{policy.controller} keeps {span}.")
+
+
+def _beyond_volume(found: Findings, policy: Policy) -> Trouble | None:
+    if found.tie is None or found.tie.sharing is not Sharing.ONE_POD or policy.max <= 1:
+        return None
+    return Trouble(found.tie.reason, f"{found.tie.effect}, and scaling.max is {policy.max}.", found.tie.cure)
 
 
 def _ready(found: Findings, blocking: Sequence[Condition], scheduled: Condition | None) -> Condition:

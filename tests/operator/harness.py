@@ -9,7 +9,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -281,13 +281,15 @@ def serving(cluster: ApiCluster, namespace: str, **changes: Any) -> Iterator[Ope
         yield operator
 
 
-def volume(cluster: ApiCluster, namespace: str, claim: str) -> None:
+def volume(
+    cluster: ApiCluster, namespace: str, claim: str, modes: Sequence[str] = ("ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany")
+) -> None:
     """A volume that is kept for this claim: the API-only cluster has no provisioner. It goes with the claim."""
     body = {
         "metadata": {"name": f"{namespace}-{claim}"},
         "spec": {
             "capacity": {"storage": "500Gi"},
-            "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
+            "accessModes": list(modes),
             "hostPath": {"path": "/nowhere"},
             "persistentVolumeReclaimPolicy": "Retain",
             "claimRef": {"namespace": namespace, "name": claim},

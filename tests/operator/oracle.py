@@ -19,6 +19,7 @@ from gantline_devcluster.api_only import ApiCluster
 from gantline_devcluster.client import ApiError
 from gantline_operator import resources
 from gantline_operator.apply import controller_uid
+from gantline_operator.claim_sharing import sharing_of
 from gantline_operator.eviction import claims_of_template, template_of
 from gantline_operator.main import version
 from gantline_operator.plan_status import from_status
@@ -109,8 +110,8 @@ class _Seen:
 
     live: dict[Name, Object]
     """What is ours, by kind and name."""
-    shared: dict[str, bool]
-    """Whether several nodes may mount it, of each claim, by name."""
+    claims: dict[str, Object]
+    """By name."""
     known: set[str]
     """Kinds that the cluster has."""
 
@@ -118,7 +119,7 @@ class _Seen:
     def of(cluster: ApiCluster, namespace: str) -> _Seen:
         return _Seen(
             {(item["kind"], _name(item)): item for item in _owned(cluster, namespace)},
-            {_name(claim): resources.is_shared(claim) for claim in items(cluster, "persistentvolumeclaims", namespace)},
+            {_name(claim): claim for claim in items(cluster, "persistentvolumeclaims", namespace)},
             {kind.kind for kind in resources.MANAGED_KINDS if not kind.optional or is_known(cluster, kind)},
         )
 
@@ -133,7 +134,10 @@ def _desired(parent: Object, seen: _Seen, settings: OperatorSettings) -> Iterato
     planned = from_status(status.get("plan") or {}, spec)
     if planned is None or not status.get("model"):
         raise _NotYet("there is no plan")
-    owner = replace(owner, cache_shared=seen.shared.get(owner.cache_claim))
+    if (claim := seen.claims.get(owner.cache_claim)) is not None:
+        owner = replace(owner, cache_sharing=sharing_of(claim, read_only=False))
+    for mount in (resources.source_location(spec.model.uri) or resources.ModelLocation("")).mounts:
+        owner = replace(owner, source_sharing=sharing_of(seen.claims[mount.claim], read_only=True))
     location = _location(owner, planned.quantize, status["model"])
     wanted, rollout = resources.revision(owner, planned, location), status.get("rollout") or {}
     mark = rollout["good"] if rollout.get("failed") == wanted and spec.rollout.auto_rollback else wanted
@@ -162,7 +166,7 @@ def _location(owner: resources.Parent, quantize: bool, model: Object) -> resourc
     spec = owner.spec
     if quantize:
         return resources.cache_location(owner, spec.quantization.method, resources.quantize_hash(spec, model["fingerprint"]))
-    source = resources.source_location(spec.model.uri)
+    source = resources.source_location(spec.model.uri, owner.source_sharing)
     return source or resources.cache_location(owner, "fetch", resources.fetch_hash(spec, model.get("revision") or None))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from gantline_operator import resources
+from gantline_operator.claim_sharing import Sharing
 from gantline_operator.resources import MissingImage, ModelLocation, Mount, Parent
 from gantline_operator.resources.naming import content_hash, job_name
 from gantline_operator.resources.quantities import bytes_quantity, cpu_quantity, overlay
@@ -179,19 +180,21 @@ def test_ranks_of_one_pod_get_shared_memory_and_a_single_one_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "replicas", "one_node", "expected"),
+    ("strategy", "replicas", "sharing", "expected"),
     [
-        ("Surge", 1, False, (1, 0)),
-        ("Surge", 3, True, (1, 0)),
-        ("Drain", 0, False, "Recreate"),
-        ("Drain", 1, False, "Recreate"),
-        ("Drain", 3, True, "Recreate"),
-        ("Drain", 2, False, (0, 1)),
+        ("Surge", 1, Sharing.ANY, (1, 0)),
+        ("Surge", 3, Sharing.ONE_NODE, (1, 0)),
+        ("Surge", 1, Sharing.ONE_POD, "Recreate"),
+        ("Surge", 3, Sharing.ONE_POD, "Recreate"),
+        ("Drain", 0, Sharing.ANY, "Recreate"),
+        ("Drain", 1, Sharing.ANY, "Recreate"),
+        ("Drain", 3, Sharing.ONE_NODE, "Recreate"),
+        ("Drain", 2, Sharing.ANY, (0, 1)),
     ],
 )
-def test_a_revision_takes_over_by_its_strategy(strategy: StrategyName, replicas: int, one_node: bool, expected: Any) -> None:
+def test_a_revision_takes_over_by_its_strategy(strategy: StrategyName, replicas: int, sharing: Sharing, expected: Any) -> None:
     case = changed(CASES["cpu-from-image"], replicas=replicas)
-    location = ModelLocation("/m", (), one_node)
+    location = ModelLocation("/m", (), sharing)
     objects = resources.serving(case.parent, GPU_PLAN, location, SETTINGS, strategy=strategy)
     made = next(item for item in objects if item["kind"] == "Deployment")["spec"]["strategy"]
     if expected == "Recreate":
@@ -230,6 +233,30 @@ def test_whoever_mounts_a_cache_for_one_node_is_put_beside_the_others() -> None:
     assert len(terms) == 1
     for item in with_pods(CASES["hub-to-gpu"]):
         assert "podAffinity" not in pod_template(item)["spec"].get("affinity", {}), "ReadWriteMany: any node will do"
+
+
+def only_term(item: Object) -> Object:
+    (term,) = pod_template(item)["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    return dict(term["labelSelector"])
+
+
+def test_whoever_mounts_a_source_for_one_node_is_put_beside_the_others() -> None:
+    parent = replace(CASES["gpu-from-claim"].parent, source_sharing=Sharing.ONE_NODE)
+    location = resources.source_location(parent.spec.model.uri, Sharing.ONE_NODE)
+    assert location is not None
+    inspect = resources.inspect_job(parent, CPU_STAGE, SETTINGS)
+    made = {item["kind"]: item for item in resources.serving(parent, GPU_PLAN, location, SETTINGS, strategy="Drain")}
+    ((mark,),) = {tuple(only_term(item)["matchLabels"].items()) for item in (inspect, made["Deployment"])}
+    for item in (inspect, made["Deployment"]):
+        assert mark in pod_template(item)["metadata"]["labels"].items(), "the first pod has to match its own term"
+    for cache, either in ((Sharing.ONE_NODE, True), (Sharing.ANY, False)):
+        both = replace(parent, cache_sharing=cache)
+        quantize = resources.quantize_job(both, GPU_STAGE, SETTINGS, source=location, fingerprint=FINGERPRINT)
+        own = pod_template(quantize)["metadata"]["labels"]["gantline.io/cache-volume"]
+        expected = [{"key": mark[0], "operator": "In", "values": [mark[1], own]}]
+        assert only_term(quantize) == ({"matchExpressions": expected} if either else {"matchLabels": dict([mark])})
+        assert own != mark[1], "it is the cache's: what an eviction must not touch is found by it"
 
 
 def test_jobs_run_where_the_server_will_run() -> None:
@@ -536,4 +563,4 @@ def test_our_variables_stand_unless_the_user_may_change_them() -> None:
 
 def test_a_parent_needs_no_more_than_its_spec() -> None:
     parent = Parent("chat", "team", "uid", parse_spec({"model": {"uri": "hf://a/b"}}))
-    assert (parent.served_name, parent.cache_claim, parent.cache_on_one_node) == ("chat", "chat-cache", True)
+    assert (parent.served_name, parent.cache_claim, parent.sharing_of_cache) == ("chat", "chat-cache", Sharing.ONE_NODE)

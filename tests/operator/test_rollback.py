@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster
+from gantline_operator.claim_sharing import Sharing
 from gantline_operator.conditions import Reason
 from gantline_operator.pod_state import Trouble
 from gantline_operator.rollback import RolloutRecord, advance
@@ -86,19 +87,20 @@ def test_a_late_revision_without_a_visible_cause_is_given_up_for_being_late() ->
 
 
 @pytest.mark.parametrize(
-    ("profile", "spec", "one_node", "expected", "why"),
+    ("profile", "spec", "sharing", "expected", "why"),
     [
-        ("h100", {}, False, "Surge", "free"),
-        ("cpu", {"accelerator": {"resource": "cpu"}}, False, "Surge", "CPU"),
-        ("h100", {}, True, "Drain", "volume"),
-        ("h100", {"rollout": {"strategy": "Drain"}}, False, "Drain", "says so"),
-        ("cpu", {"accelerator": {"resource": "cpu"}, "rollout": {"strategy": "Surge"}}, True, "Surge", "says so"),
+        ("h100", {}, Sharing.ANY, "Surge", "free"),
+        ("cpu", {"accelerator": {"resource": "cpu"}}, Sharing.ANY, "Surge", "CPU"),
+        ("h100", {}, Sharing.ONE_NODE, "Drain", "volume"),
+        ("h100", {"rollout": {"strategy": "Surge"}}, Sharing.ONE_POD, "Drain", "ReadWriteOncePod"),
+        ("h100", {"rollout": {"strategy": "Drain"}}, Sharing.ANY, "Drain", "says so"),
+        ("cpu", {"accelerator": {"resource": "cpu"}, "rollout": {"strategy": "Surge"}}, Sharing.ONE_NODE, "Surge", "says so"),
     ],
 )
-def test_auto_surges_where_there_is_room(profile: str, spec: Any, one_node: bool, expected: str, why: str) -> None:
+def test_auto_surges_where_there_is_room(profile: str, spec: Any, sharing: Sharing, expected: str, why: str) -> None:
     cluster = cluster_of(profile)
     planned = accepted("tiny" if profile == "cpu" else "8b", cluster, **spec)
-    found = choose_strategy(spec_of(**spec), planned, cluster, one_node=one_node)
+    found = choose_strategy(spec_of(**spec), planned, cluster, sharing=sharing)
     assert found.name == expected and why in found.why
 
 
@@ -107,7 +109,7 @@ def test_auto_drains_where_every_gpu_is_taken_or_nobody_knows() -> None:
     planned = accepted("8b", cluster)
     for free, why in ((0, "has 1 nvidia.com/gpu free"), (None, "not known")):
         nodes = tuple(replace(node, offers=tuple(replace(offer, free=free) for offer in node.offers)) for node in cluster.nodes)
-        found = choose_strategy(spec_of(), planned, replace(cluster, nodes=nodes), one_node=False)
+        found = choose_strategy(spec_of(), planned, replace(cluster, nodes=nodes), sharing=Sharing.ANY)
         assert found.name == "Drain" and why in found.why
 
 

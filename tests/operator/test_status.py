@@ -10,6 +10,7 @@ import pytest
 from gantline_operator.apply import Problem
 from gantline_operator.autoscaling.policy import Policy
 from gantline_operator.autoscaling.targets import Report
+from gantline_operator.claim_sharing import Sharing, Tie
 from gantline_operator.conditions import Reason
 from gantline_operator.events import transitions
 from gantline_operator.pod_state import PodState, Trouble, read_pod
@@ -178,9 +179,21 @@ NEW = replace(SERVING, pods=[], rollout=None, revision="", current=False, model=
         ),
         (
             replace(
-                STARTING, one_node=True, rollout=Rollout(True, 2, 2, 2, 1), pods=[pod("a"), pod("b", ready=False, node="", trouble=WAITS)]
+                STARTING,
+                tie=Tie("chat-cache", Sharing.ONE_NODE, is_cache=True),
+                rollout=Rollout(True, 2, 2, 2, 1),
+                pods=[pod("a"), pod("b", ready=False, node="", trouble=WAITS)],
             ),
             {"Ready": "CacheNotShareable", "Scheduled": "CacheNotShareable", "Servable": "Available"},
+        ),
+        (
+            replace(
+                STARTING,
+                tie=Tie("models", Sharing.ONE_POD),
+                rollout=Rollout(True, 2, 2, 2, 1),
+                pods=[pod("a"), pod("b", ready=False, node="", trouble=Trouble(Reason.WAITING_FOR_VOLUME, "Another has it."))],
+            ),
+            {"Ready": "SourceNotShareable", "Scheduled": "SourceNotShareable", "Servable": "Available"},
         ),
     ],
 )
@@ -297,6 +310,10 @@ CONTAINER = {"name": "server", "image": "i:1"}
         ),
         (
             {"conditions": [{"type": "PodScheduled", "status": "False", "message": 'persistentvolumeclaim "x" not found'}]},
+            Reason.WAITING_FOR_VOLUME,
+        ),
+        (
+            {"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes: pod using ReadWriteOncePod access mode."}]},
             Reason.WAITING_FOR_VOLUME,
         ),
     ],

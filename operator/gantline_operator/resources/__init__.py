@@ -22,7 +22,6 @@ from gantline_operator.resources.context import (
     Settings,
     cache_location,
     image_location,
-    is_shared,
     source_location,
 )
 from gantline_operator.resources.inference_pool import inference_pool
@@ -102,7 +101,6 @@ __all__ = [
     "ingress",
     "inspect_hash",
     "inspect_job",
-    "is_shared",
     "job_name",
     "labels",
     "load_path",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gantline_operator.claim_sharing import Sharing
 from gantline_operator.resource import InferenceServiceSpec
 from gantline_operator.resources.naming import Object, cache_claim_name, owner_reference
 from gantline_operator.resources.pod import CACHE_MOUNT, IMAGE_MOUNT, POD_USER, SOURCE_MOUNT, ImageMount, Mount
@@ -19,9 +20,8 @@ __all__ = [
     "cache_location",
     "cache_mount",
     "image_location",
-    "is_shared",
     "source_location",
-    "source_mounts",
+    "tied_claims",
 ]
 
 
@@ -34,15 +34,17 @@ class MissingImage(LookupError):
 
 @dataclass(frozen=True)
 class Parent:
-    """The service that owns what is built. `restarted_at` is its annotation gantline.io/restartedAt; `cache_shared`, whether several nodes
-    may mount the cache's claim, as the claim itself says (None: there is none yet, and the spec says how one is made)."""
+    """The service that owns what is built. `restarted_at` is its annotation gantline.io/restartedAt; `cache_sharing`, how the cache's
+    claim may be mounted, as the claim itself says (None: there is none yet, and the spec says how one is made); `source_sharing`, the same
+    of the claim that a pvc:// source names."""
 
     name: str
     namespace: str
     uid: str
     spec: InferenceServiceSpec
     restarted_at: str = ""
-    cache_shared: bool | None = None
+    cache_sharing: Sharing | None = None
+    source_sharing: Sharing = Sharing.ANY
 
     @property
     def owner(self) -> Object:
@@ -58,10 +60,9 @@ class Parent:
         return self.spec.cache.claim_name or cache_claim_name(self.name)
 
     @property
-    def cache_on_one_node(self) -> bool:
-        """Whether everything that mounts the cache has to run on one node."""
-        asked = self.spec.cache.access_mode == _SHARED
-        return not (asked if self.cache_shared is None else self.cache_shared)
+    def sharing_of_cache(self) -> Sharing:
+        asked = Sharing.ANY if self.spec.cache.access_mode == _SHARED else Sharing.ONE_NODE
+        return self.cache_sharing or asked
 
 
 @dataclass(frozen=True)
@@ -109,30 +110,36 @@ class Settings:
 class ModelLocation:
     """Where a model's files lie inside a pod: at `path`, on `mounts`, or in the image where there are none.
 
-    `one_node` says that the volume can be mounted on one node only.
+    `sharing` is that of the volume.
     """
 
     path: str
     mounts: tuple[Mount, ...] = field(default=())
-    one_node: bool = False
+    sharing: Sharing = Sharing.ANY
     images: tuple[ImageMount, ...] = field(default=())
     """Images that are mounted as volumes."""
     pull_bytes: int = 0
     """What a node has to pull of them, weights alone."""
 
+    @property
+    def one_node(self) -> bool:
+        """Whether all that mount it have to run on one node."""
+        return self.sharing is not Sharing.ANY
+
 
 _CLAIM_URI = re.compile(r"pvc://([^/]+)(/.*)?")
 
 
-def source_location(uri: str) -> ModelLocation | None:
-    """Where a local source lies: file:///path in the image, pvc://claim/path on its claim, mounted read-only. None for remote sources."""
+def source_location(uri: str, sharing: Sharing = Sharing.ANY) -> ModelLocation | None:
+    """Where a local source lies: file:///path in the image, pvc://claim/path on its claim, mounted read-only. None for remote sources.
+    `sharing` is the claim's."""
     if uri.startswith("file://"):
         return ModelLocation(uri.removeprefix("file://").rstrip("/"))
     match = _CLAIM_URI.fullmatch(uri)
     if match is None:
         return None
     claim, path = match.group(1), (match.group(2) or "").rstrip("/")
-    return ModelLocation(f"{SOURCE_MOUNT}{path}", (Mount(claim, SOURCE_MOUNT, read_only=True),))
+    return ModelLocation(f"{SOURCE_MOUNT}{path}", (Mount(claim, SOURCE_MOUNT, read_only=True),), sharing)
 
 
 def image_location(spec: InferenceServiceSpec, revision: str, folder: str, weight_bytes: int) -> ModelLocation:
@@ -148,15 +155,10 @@ def image_location(spec: InferenceServiceSpec, revision: str, folder: str, weigh
     return ModelLocation(f"{IMAGE_MOUNT}/{folder}".rstrip("/"), images=(mount,), pull_bytes=weight_bytes)
 
 
-def source_mounts(uri: str) -> tuple[Mount, ...]:
-    location = source_location(uri)
-    return location.mounts if location else ()
-
-
-def is_shared(claim: Object) -> bool:
-    """Whether several nodes may mount the claim at once. Its spec counts, which never changes, and not what its volume could do beside
-    that: a claim that is bound late would replace the pods that bound it."""
-    return _SHARED in ((claim.get("spec") or {}).get("accessModes") or ())
+def tied_claims(parent: Parent, mounts: Sequence[Mount]) -> list[str]:
+    """Of the claims that a pod mounts, those that only pods of one node can."""
+    sharing = {mount.claim: parent.source_sharing for mount in mounts} | {parent.cache_claim: parent.sharing_of_cache}
+    return [claim for claim in dict.fromkeys(mount.claim for mount in mounts) if sharing[claim] is not Sharing.ANY]
 
 
 def cache_mount(parent: Parent, *, read_only: bool) -> Mount:
@@ -165,4 +167,4 @@ def cache_mount(parent: Parent, *, read_only: bool) -> Mount:
 
 def cache_location(parent: Parent, kind: str, digest: str) -> ModelLocation:
     """Folder of the artefact `kind` (fetch, awq) that was made from inputs with the hash `digest`, as the server mounts it."""
-    return ModelLocation(f"{CACHE_MOUNT}/{kind}-{digest}", (cache_mount(parent, read_only=True),), parent.cache_on_one_node)
+    return ModelLocation(f"{CACHE_MOUNT}/{kind}-{digest}", (cache_mount(parent, read_only=True),), parent.sharing_of_cache)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from gantline_operator.plan_types import Placement
 from gantline_operator.resource import InferenceServiceSpec
-from gantline_operator.resources.context import ModelLocation, Parent, Settings, cache_location, cache_mount, source_location
+from gantline_operator.resources.context import ModelLocation, Parent, Settings, cache_location, cache_mount, source_location, tied_claims
 from gantline_operator.resources.naming import GROUP, Object, Stage, content_hash, job_name, labels, metadata, service_account_name
 from gantline_operator.resources.placement import (
     build_base,
@@ -134,14 +134,15 @@ def _job(
 ) -> Object:
     marks = labels(parent.name, stage, version=settings.version, revision=digest)
     meta = metadata(job_name(parent.name, stage, digest, attempt), parent.namespace, marks, parent.owner)
-    beside = volume_labels(mounts, parent.cache_claim)
+    tied = tied_claims(parent, mounts)
+    beside = volume_labels(mounts, parent.cache_claim, tied)
     pod = build_pod(
         base,
         build_container(stage, base, arguments, env=env, mounts=mounts, images=images),
         service_account=service_account_name(parent.name),
         mounts=mounts,
         images=images,
-        affinity=same_node(beside) if parent.cache_on_one_node else {},
+        affinity=same_node(tied),
         restartPolicy="Never",
         terminationGracePeriodSeconds=30,
     )

@@ -48,21 +48,35 @@ def cpu_threads(base: PodBase, processes: int) -> int:
     return max(1, int(cores) // processes)
 
 
-def volume_labels(mounts: Sequence[Mount], cache_claim: str) -> dict[str, str]:
-    """A label on each pod that mounts the cache claim, so that others can be put beside it; a claim's name itself may be too long."""
-    uses_cache = any(mount.claim == cache_claim for mount in mounts)
-    return {_VOLUME_LABEL: content_hash({"claim": cache_claim})} if uses_cache else {}
+def volume_labels(mounts: Sequence[Mount], cache_claim: str, tied: Sequence[str]) -> dict[str, str]:
+    """A label on each pod that mounts the cache claim, or else one that is `tied` to a node, so that others can be put beside it."""
+    marked = [cache_claim] if any(mount.claim == cache_claim for mount in mounts) else list(tied)
+    return {_VOLUME_LABEL: _mark(marked[0])} if marked else {}
 
 
 def cache_selector(claim: str) -> str:
     """A label selector for every pod that mounts the cache claim, of whatever service."""
-    return f"{_VOLUME_LABEL}={content_hash({'claim': claim})}"
+    return f"{_VOLUME_LABEL}={_mark(claim)}"
 
 
-def same_node(marks: Mapping[str, str]) -> Object:
-    """Affinity to the node on which the cache volume is in use, by whomever. The first pod is free: it matches its own term."""
-    term = {"labelSelector": {"matchLabels": dict(marks)}, "topologyKey": _HOST}
-    return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}} if marks else {}
+def same_node(tied: Sequence[str]) -> Object:
+    """Affinity to the node on which one of the claims is in use, by whomever. The first pod is free: it matches its own term.
+
+    One label for whatever claim, and one term: the scheduler counts only pods that match all terms, and no other pod mounts both a source
+    and a cache, as one that quantizes does. It has the label of its cache.
+    """
+    if not tied:
+        return {}
+    marks = [_mark(claim) for claim in tied]
+    one_of = {"matchExpressions": [{"key": _VOLUME_LABEL, "operator": "In", "values": marks}]}
+    selector = {"matchLabels": {_VOLUME_LABEL: marks[0]}} if len(marks) == 1 else one_of
+    term = {"labelSelector": selector, "topologyKey": _HOST}
+    return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+
+
+def _mark(claim: str) -> str:
+    """A claim's name itself may be too long for a label."""
+    return content_hash({"claim": claim})
 
 
 def spread(marks: Mapping[str, str]) -> list[Object]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gantline_runtime.config import ServerConfig, to_arguments
 
+from gantline_operator.claim_sharing import Sharing
 from gantline_operator.plan_types import Plan
 from gantline_operator.resources.context import ModelLocation, Parent, Settings
 from gantline_operator.resources.naming import GROUP, REVISION, Object, content_hash, labels, metadata, pod_selector, service_account_name
@@ -114,7 +115,8 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
     container = build_container("server", base, arguments, env=_environment(plan, base), mounts=model.mounts, images=model.images, tp=tp)
     container["ports"] = [{"name": "http", "containerPort": SERVER_PORT, "protocol": "TCP"}]
     container.update(_probes(plan))
-    beside, mark = volume_labels(model.mounts, parent.cache_claim), revision(parent, plan, model)
+    tied = [mount.claim for mount in model.mounts] if model.one_node else []
+    beside, mark = volume_labels(model.mounts, parent.cache_claim, tied), revision(parent, plan, model)
     # Of the same revision alone: pods that are about to go must not decide where their successors run.
     siblings = {**pod_selector(parent.name, "server"), REVISION: mark}
     pod = build_pod(
@@ -124,8 +126,8 @@ def build_template(parent: Parent, plan: Plan, model: ModelLocation, settings: S
         mounts=model.mounts,
         images=model.images,
         tp=tp,
-        affinity=same_node(beside) if model.one_node else apart(siblings),
-        topologySpreadConstraints=[] if model.one_node else spread(siblings),
+        affinity=same_node(tied) if tied else apart(siblings),
+        topologySpreadConstraints=[] if tied else spread(siblings),
         terminationGracePeriodSeconds=math.ceil(server.drain_delay + server.drain_timeout) + _EXIT_ALLOWANCE_S,
     )
     marks = {**labels(parent.name, "server", revision=mark), **beside}
@@ -192,9 +194,9 @@ def _deployment(
 
 
 def _strategy(count: int, model: ModelLocation, strategy: StrategyName) -> Object:
-    """Surge: one more pod first. Drain: replicas are replaced one by one in place; first all go, then all come, where there is only one, or
-    where a volume ties pods to a node that may not hold both."""
-    if strategy == "Surge":
+    """Surge: one more pod first, where the volume lets it in. Drain: replicas are replaced one by one in place; first all go, then all
+    come, where there is only one, or where a volume ties pods to a node that may not hold both."""
+    if strategy == "Surge" and model.sharing is not Sharing.ONE_POD:
         return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     if model.one_node or count <= 1:
         return {"type": "Recreate"}
