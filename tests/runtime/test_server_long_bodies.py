@@ -66,11 +66,27 @@ def test_many_values_make_a_body_long_and_source_code_in_a_text_does_not() -> No
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
+WRONG = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "texts"}}}}}
+LARGE = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"maximum": 10**30}}}}}
+SCHEMA = {"type": "json_schema", "name": "x", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+ASKED = [{"role": "user", "content": "hi"}]
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": [65, 66] * 50, "max_tokens": 4}),
     ("/v1/completions", {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 2, "logprobs": 1}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "é😀"}]}], "tools": [TOOL]}),
-    ("/v1/responses", {"input": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "name": "f"}]}),
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [TOOL], "tool_choice": "none", "max_tokens": 4}),
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [TOOL], "tool_choice": "required", "max_tokens": 9}),
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [TOOL, TOOL]}),
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [WRONG]}),
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
+    ("/v1/chat/completions", {"messages": ASKED, "tools": [LARGE]}),
+    ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 4, "response_format": {"type": "json_object"}, "min_tokens": 1}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 2, "structured_outputs": {"json": {"type": 5}}}),
+    ("/generate", {"prompt": "a", "max_tokens": 2, "structured_outputs": {"regex": "a"}, "min_tokens": 1}),
+    ("/v1/responses", {"input": ASKED, "tools": [{"type": "function", "name": "f"}]}),
+    ("/v1/responses", {"input": ASKED, "tools": [{"type": "function", **TOOL["function"]}], "text": {"format": SCHEMA}}),
+    ("/v1/responses", {"input": ASKED, "tools": [{"type": "function", **WRONG["function"]}]}),
+    ("/v1/responses", {"input": ASKED, "text": {"format": {**SCHEMA, "schema": {"type": 5}}}}),
     ("/v1/embeddings", {"input": [[65, 66], [67]]}),
     ("/v1/completions", {"prompt": [65, -1]}),
     ("/v1/completions", {"prompt": "a", "temperature": "hot"}),
@@ -95,6 +111,26 @@ def test_a_long_body_means_what_a_short_one_does(server: ServerProcess, path: st
         answer.get("usage", {}).pop("prompt_tokens_details", None)
         answer.get("usage", {}).pop("input_tokens_details", None)
     assert answers[0] == answers[1]
+
+
+def test_tools_and_schemas_of_megabytes_do_not_hold_the_event_loop(server: ServerProcess) -> None:
+    """They are judged and written down for the template and the grammar where they are read; here nothing is left of them but text."""
+    schema = {"type": "object", "properties": {f"property_{i}": {"type": "string", "description": "what it is"} for i in range(1200)}}
+    tools = [{"name": f"f{i}", "parameters": schema} for i in range(50)]
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "$defs": {"x": {"enum": [[]] * 600_000}}}}}
+    chat = {"messages": ASKED, "tools": [{"type": "function", "function": tool} for tool in tools]}
+    bodies = [
+        ("/v1/chat/completions", chat, "context_length_exceeded"),
+        ("/v1/responses", {"input": ASKED, "tools": [{"type": "function", **tool} for tool in tools]}, "context_length_exceeded"),
+        ("/v1/chat/completions", {"messages": ASKED, "response_format": format, "min_tokens": 1}, "invalid_value"),
+    ]
+    assert post(server, "/v1/completions", b'{"prompt": "a", "max_tokens": 1}' + b" " * (2 << 20)).status_code == 200
+    reader = reading_process(server)
+    began = cpu_seconds(server.process.pid), cpu_seconds(reader)
+    for path, body, code in bodies * 2:
+        assert post(server, path, _encoded(body)).json()["error"]["code"] == code
+    ours, others = cpu_seconds(server.process.pid) - began[0], cpu_seconds(reader) - began[1]
+    assert ours < others / 4, f"{ours:.2f} s in the event loop's thread, {others:.2f} s in the other process"
 
 
 def test_what_is_no_json_is_told_so(server: ServerProcess) -> None:

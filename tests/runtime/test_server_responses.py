@@ -362,12 +362,12 @@ def _frame() -> dict[str, Any]:
 
 
 def test_an_error_in_a_converted_chat_is_told_by_the_names_of_this_endpoint() -> None:
-    from gantline_runtime.server.responses import _renamed
+    from gantline_runtime.server.response_form import renamed
 
-    assert _renamed(ApiError(400, "x", param="response_format.json_schema.schema.a")).param == "text.format.schema.a"
-    assert _renamed(ApiError(400, "x", param="tools[1].function.parameters.type")).param == "tools[1].parameters.type"
-    assert _renamed(ApiError(400, "x", param="messages[3].content")).param == "input"
-    assert _renamed(ApiError(400, "x", param="tools[0]")).param == "tools[0]" and _renamed(ApiError(400, "x")).param is None
+    assert renamed(ApiError(400, "x", param="response_format.json_schema.schema.a")).param == "text.format.schema.a"
+    assert renamed(ApiError(400, "x", param="tools[1].function.parameters.type")).param == "tools[1].parameters.type"
+    assert renamed(ApiError(400, "x", param="messages[3].content")).param == "input"
+    assert renamed(ApiError(400, "x", param="tools[0]")).param == "tools[0]" and renamed(ApiError(400, "x")).param is None
 
 
 def test_a_body_that_is_no_object_is_an_error_like_any_other() -> None:

@@ -1,7 +1,7 @@
 """The process that reads long bodies for `body_reader.py`: JSON, and what is wrong with it.
 
-parent -> child   (model, body, whether prefixes are wanted)                               (pickled, as `helper_process.py` passes it on)
-child -> parent   ("parsed", model's object, prefixes) or ("refused", message, code, param)
+parent -> child   (model, body) or (model, body, what takes from the model's object)       (pickled, as `helper_process.py` passes it on)
+child -> parent   ("parsed", model's object), ("parsed", (the rest of it, what was taken, prefixes)) or ("refused", message, code, param)
 """
 
 from __future__ import annotations
@@ -13,24 +13,30 @@ from collections.abc import Callable
 import pydantic
 
 from gantline_runtime.prompt_prefixes import read_prefixes
-from gantline_runtime.server import protocol_prompts, protocol_responses
-from gantline_runtime.server.errors import translate_validation
+from gantline_runtime.server import protocol_prompts, response_form
+from gantline_runtime.server.errors import ApiError, translate_validation
 from gantline_runtime.server.helper_process import answer_messages
 
 __all__ = ["answer"]
 
-_MODELS = (protocol_prompts, protocol_responses)
+_MODELS = (protocol_prompts, response_form)
 """Imported before the first message, as all that they import."""
 
 
 def answer(message: bytes) -> bytes:
-    model, data, with_prefixes = pickle.loads(message)
+    model, data, *take = pickle.loads(message)
     try:
         parsed = model.model_validate_json(data)
+        told = (*take[0](parsed), list(read_prefixes(data))) if take else parsed
     except pydantic.ValidationError as error:
-        refusal = translate_validation(error)
-        return pickle.dumps(("refused", str(refusal), refusal.code, refusal.param))
-    return pickle.dumps(("parsed", parsed, list(read_prefixes(data)) if with_prefixes else []), protocol=5)
+        return _refuse(translate_validation(error))
+    except ApiError as error:
+        return _refuse(error)
+    return pickle.dumps(("parsed", told), protocol=5)
+
+
+def _refuse(error: ApiError) -> bytes:
+    return pickle.dumps(("refused", str(error), error.code, error.param))
 
 
 def _prepare() -> Callable[[bytes], bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -33,6 +34,7 @@ _MOST_WAITING = 32
 """Long bodies, each of which is held in memory meanwhile."""
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 def is_long(data: bytes) -> bool:
@@ -57,14 +59,22 @@ class BodyReader:
     async def parse(self, request: Request, model: type[M]) -> M:
         """Raises ApiError 400, 408, 413, 415 or 503, ClientLeft, or pydantic.ValidationError."""
         data = await self._read(request)
-        return (await self._parse_long(data, model, False))[0] if is_long(data) else model.model_validate_json(data)
+        if not is_long(data):
+            return model.model_validate_json(data)
+        fields: M = await self._exchange_long((model, data))
+        return fields
 
-    async def parse_prompt(self, request: Request, model: type[M]) -> tuple[M, list[PromptPrefixes]]:
-        """As `parse`, and what each of the body's prompts begins with, as a gateway reads it from the same bytes."""
+    async def parse_prompt(
+        self, request: Request, model: type[M], take: Callable[[M], tuple[M, T]]
+    ) -> tuple[M, list[PromptPrefixes], T | None]:
+        """As `parse`, and what each of the body's prompts begins with, as a gateway reads it from the same bytes. `take`, which may be a
+        function of a module that `body_process.py` imports, works out what is large and takes it from the fields, if the body is long;
+        otherwise that is None and still to do."""
         data = await self._read(request)
-        if is_long(data):
-            return await self._parse_long(data, model, True)
-        return model.model_validate_json(data), list(read_prefixes(data))
+        if not is_long(data):
+            return model.model_validate_json(data), list(read_prefixes(data)), None
+        fields, taken, prefixes = await self._exchange_long((model, data, take))
+        return fields, prefixes, taken
 
     async def close(self) -> None:
         await self._helper.close()
@@ -73,20 +83,20 @@ class BodyReader:
         check_content_type(request.headers)
         return await read_body(request, self._limits)
 
-    async def _parse_long(self, data: bytes, model: type[M], with_prefixes: bool) -> Any:
+    async def _exchange_long(self, message: tuple[Any, ...]) -> Any:
         if self._waiting >= _MOST_WAITING:
-            message = f"{_MOST_WAITING} long bodies of requests are waiting to be read. Try again soon."
-            raise ApiError(503, message, code="overloaded", headers={"Retry-After": "1"})
-        exchange = asyncio.create_task(self._exchange(pickle.dumps((model, data, with_prefixes), protocol=5)))
+            cause = f"{_MOST_WAITING} long bodies of requests are waiting to be read. Try again soon."
+            raise ApiError(503, cause, code="overloaded", headers={"Retry-After": "1"})
+        exchange = asyncio.create_task(self._exchange(pickle.dumps(message, protocol=5)))
         # A client that leaves in the middle must not cost the others the process: the exchange ends as it would have.
         exchange.add_done_callback(lambda task: task.cancelled() or task.exception())
         answer = await asyncio.shield(exchange)
         with garbage.held_back():
             status, *told = pickle.loads(answer)  # of our own process, not of a client
         if status == "parsed":
-            return told
-        message, code, param = told
-        raise ApiError(400, message, code=code, param=param)
+            return told[0]
+        cause, code, param = told
+        raise ApiError(400, cause, code=code, param=param)
 
     async def _exchange(self, message: bytes) -> bytes:
         self._waiting += 1

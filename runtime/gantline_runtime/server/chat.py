@@ -12,6 +12,7 @@ from starlette.responses import Response
 from gantline_runtime.messages import FinishReason
 from gantline_runtime.parsers.events import ArgumentsDelta, CallBegin, ContentDelta, Event, ReasoningDelta, gather
 from gantline_runtime.prompt_prefixes import PromptPrefixes
+from gantline_runtime.server.answer_form import AnswerForm, take_form
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
@@ -22,7 +23,7 @@ from gantline_runtime.server.protocol import ChatRequest
 from gantline_runtime.server.sampling import num_new_tokens
 from gantline_runtime.server.service import Model, Service, Ticket, new_request_id
 from gantline_runtime.server.sse import unless_client_leaves
-from gantline_runtime.server.tools import ToolUse, new_tool_call, plan_tool_use
+from gantline_runtime.server.tools import new_tool_call
 
 __all__ = ["ChatWriter", "create_chat_completion", "start_chat"]
 
@@ -30,13 +31,13 @@ __all__ = ["ChatWriter", "create_chat_completion", "start_chat"]
 async def create_chat_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields, prefixes = await service.bodies.parse_prompt(request, ChatRequest)
+    fields, prefixes, form = await service.bodies.parse_prompt(request, ChatRequest, take_form)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(fields.n)
     request_id = new_request_id("chatcmpl")
     try:
-        prompt, generation = await unless_client_leaves(request, start_chat(service, model, request_id, fields, ticket, prefixes))
+        prompt, generation = await unless_client_leaves(request, start_chat(service, model, request_id, fields, ticket, prefixes, form))
     except BaseException:
         ticket.release()
         raise
@@ -46,18 +47,24 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 async def start_chat(
-    service: Service, model: Model, request_id: str, fields: ChatRequest, ticket: Ticket, prefixes: Sequence[PromptPrefixes]
+    service: Service,
+    model: Model,
+    request_id: str,
+    fields: ChatRequest,
+    ticket: Ticket,
+    prefixes: Sequence[PromptPrefixes],
+    form: AnswerForm | None,
 ) -> tuple[list[int], Generation]:
     """The prompt's tokens, and its answer. Raises ApiError for what the model, its template or its context cannot do."""
-    constraint = await service.build_constraint(fields)
-    use = await service.in_thread(lambda: _plan_tools(fields)) if fields.tools else _plan_tools(fields)  # a megabyte of them takes a second
+    form = await service.read_form(fields, form)
+    use = form.use
     if use is not None and not use.held and not model.formats.takes_tools:
         message = "tools: this model's chat template does not tell it of tools. With tool_choice required or a name it is made to call."
         raise ApiError(400, message, code="unsupported_parameter", param="tools")
     variables = {**model.formats.variables(fields.reasoning_effort), **fields.chat_template_kwargs}
-    text = await service.render_chat(fields.messages, variables, use.tools if use is not None else ())
+    text = await service.render_chat(fields.messages, variables, use.described if use is not None else None)
     prompt = await service.encode_prompt(text)
-    plan = plan_output(constraint, formats=model.formats, use=use, prompt=text, min_tokens=fields.min_tokens)
+    plan = plan_output(form.constraint, formats=model.formats, use=use, prompt=text, min_tokens=fields.min_tokens)
     wanted = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
     sampling = await service.build_sampling(
         fields,
@@ -68,10 +75,6 @@ async def start_chat(
         request_id, [prompt], [sampling], fields, ticket, plan=plan, num_prompt_logprobs=fields.prompt_logprobs, prefixes=prefixes
     )
     return prompt, generation
-
-
-def _plan_tools(fields: ChatRequest) -> ToolUse | None:
-    return plan_tool_use(fields.tools, fields.tool_choice, parallel=fields.parallel_tool_calls)
 
 
 class ChatWriter(AnswerWriter):

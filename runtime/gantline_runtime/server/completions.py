@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.prompt_prefixes import PromptPrefixes
+from gantline_runtime.server.answer_form import AnswerForm, take_form
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, chosen_logprob, token_logprobs
 from gantline_runtime.server.echo import PromptEcho
 from gantline_runtime.server.errors import ApiError
@@ -31,14 +32,14 @@ _DEFAULT_MAX_TOKENS = 16
 async def create_completion(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields, prefixes = await service.bodies.parse_prompt(request, CompletionRequest)
+    fields, prefixes, form = await service.bodies.parse_prompt(request, CompletionRequest, take_form)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(len(fields.prompt) * fields.n)
     request_id = new_request_id("cmpl")
     try:
         prompts, echoes = await unless_client_leaves(request, _read_prompts(service, model, fields))
-        generation = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket, prompts, prefixes))
+        generation = await unless_client_leaves(request, _start(service, model, request_id, fields, ticket, prompts, prefixes, form))
     except BaseException:
         ticket.release()
         raise
@@ -72,9 +73,9 @@ async def _start(
     ticket: Ticket,
     prompts: Sequence[list[int]],
     prefixes: Sequence[PromptPrefixes],
+    form: AnswerForm | None,
 ) -> Generation:
-    constraint = await service.build_constraint(fields)
-    plan = plan_output(constraint, min_tokens=fields.min_tokens)
+    plan = plan_output((await service.read_form(fields, form)).constraint, min_tokens=fields.min_tokens)
     sampling = []
     for prompt in prompts:
         limit = num_new_tokens(fields.max_tokens, len(prompt), service.session_len, default=_DEFAULT_MAX_TOKENS, param="prompt")

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from gantline_runtime.messages import FinishReason, TokenLogprobs
 from gantline_runtime.prompt_prefixes import PromptPrefixes
+from gantline_runtime.server.answer_form import AnswerForm, take_form
 from gantline_runtime.server.answers import AnswerWriter, WholeChoice, answer, finite_logprob
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
@@ -26,20 +27,27 @@ __all__ = ["generate"]
 async def generate(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields, prefixes = await service.bodies.parse_prompt(request, GenerateRequest)
+    fields, prefixes, form = await service.bodies.parse_prompt(request, GenerateRequest, take_form)
     model = service.check_state()
     service.check_model_name(fields.model)
     ticket = service.admit(1)
     try:
-        generation = await unless_client_leaves(request, _start(service, model, fields, ticket, prefixes))
+        generation = await unless_client_leaves(request, _start(service, model, fields, ticket, prefixes, form))
     except BaseException:
         ticket.release()
         raise
     return await answer(request, service, _GenerateWriter(generation, model, fields), stream=fields.stream)
 
 
-async def _start(service: Service, model: Model, fields: GenerateRequest, ticket: Ticket, prefixes: Sequence[PromptPrefixes]) -> Generation:
-    plan = plan_output(await service.build_constraint(fields), min_tokens=fields.min_tokens)
+async def _start(
+    service: Service,
+    model: Model,
+    fields: GenerateRequest,
+    ticket: Ticket,
+    prefixes: Sequence[PromptPrefixes],
+    form: AnswerForm | None,
+) -> Generation:
+    plan = plan_output((await service.read_form(fields, form)).constraint, min_tokens=fields.min_tokens)
     prompt, param = fields.input_ids, "input_ids"
     if prompt is None:
         assert fields.prompt is not None  # held by GenerateRequest

@@ -210,6 +210,11 @@ class ResponsesRequest(SamplingFields):
             body["parallel_tool_calls"] = self.parallel_tool_calls
         return body
 
+    def without_form(self) -> Self:
+        """All but what is asked of the answer's form."""
+        nothing = {"tools": [], "text": _TextSettings.model_validate({}), "response_format": None, "structured_outputs": None}
+        return self.model_copy(update=nothing)
+
     def _messages(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:

@@ -4,34 +4,25 @@ whole or as a stream from the same state machine."""
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
-import pydantic
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gantline_runtime.server.answers import AnswerWriter, answer
 from gantline_runtime.server.chat import ChatWriter, start_chat
-from gantline_runtime.server.errors import ApiError, translate_validation
+from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.generation import Generation
 from gantline_runtime.server.output import Delta
 from gantline_runtime.server.protocol import ChatRequest
 from gantline_runtime.server.protocol_responses import ResponsesRequest
+from gantline_runtime.server.response_form import as_chat, renamed, repeated, take_response_form
 from gantline_runtime.server.response_items import ResponseItems
 from gantline_runtime.server.service import Model, Service, new_request_id
 from gantline_runtime.server.sse import encode_event, unless_client_leaves
 
 __all__ = ["create_response"]
-
-_NAMES = {
-    "messages": "input",
-    "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-}
-"""Fields of the chat, by the names that they have here."""
-
 
 _MANY_ITEMS = 100
 """To write them as a chat takes some 60 us each."""
@@ -40,37 +31,23 @@ _MANY_ITEMS = 100
 async def create_response(request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_state()
-    fields, prefixes = await service.bodies.parse_prompt(request, ResponsesRequest)
+    fields, prefixes, form = await service.bodies.parse_prompt(request, ResponsesRequest, take_response_form)
     model = service.check_state()
     service.check_model_name(fields.model)
     request_id = new_request_id("resp")
     ticket = service.admit(1)
     try:
-        chat = await service.in_thread(lambda: _as_chat(fields)) if len(fields.input) > _MANY_ITEMS else _as_chat(fields)
-        _, generation = await unless_client_leaves(request, start_chat(service, model, request_id, chat, ticket, prefixes))
+        chat = await service.in_thread(lambda: as_chat(fields)) if len(fields.input) > _MANY_ITEMS else as_chat(fields)
+        asked = form.answer if form is not None else None
+        _, generation = await unless_client_leaves(request, start_chat(service, model, request_id, chat, ticket, prefixes, asked))
     except ApiError as error:
         ticket.release()
-        raise _renamed(error) from None
+        raise renamed(error) from None
     except BaseException:
         ticket.release()
         raise
-    return await answer(request, service, _ResponseWriter(generation, model, request_id, fields, chat), stream=fields.stream)
-
-
-def _as_chat(fields: ResponsesRequest) -> ChatRequest:
-    try:
-        return ChatRequest.model_validate(fields.for_chat())
-    except pydantic.ValidationError as error:
-        raise translate_validation(error) from None
-
-
-def _renamed(error: ApiError) -> ApiError:
-    """The error with its field as this endpoint's clients know it."""
-    if error.param is not None:
-        first = error.param.split(".")[0].split("[")[0]
-        param = "input" if first == "messages" else _NAMES.get(first, first) + error.param[len(first) :]
-        error.param = param.replace("text.format.json_schema", "text.format").replace(".function.", ".")
-    return error
+    frame = _frame(request_id, model, fields, form.repeated if form is not None else repeated(fields))
+    return await answer(request, service, _ResponseWriter(generation, model, frame, chat), stream=fields.stream)
 
 
 class _ResponseWriter(AnswerWriter):
@@ -78,10 +55,10 @@ class _ResponseWriter(AnswerWriter):
 
     ending = b""
 
-    def __init__(self, generation: Generation, model: Model, request_id: str, fields: ResponsesRequest, chat: ChatRequest) -> None:
+    def __init__(self, generation: Generation, model: Model, frame: dict[str, Any], chat: ChatRequest) -> None:
         super().__init__(generation, model.tokenizer, {})
         self._chat = ChatWriter(generation, model, {}, chat)
-        self._items = ResponseItems(_frame(request_id, model, fields))
+        self._items = ResponseItems(frame)
 
     async def events(self, first: Sequence[tuple[int, Delta]]) -> AsyncGenerator[bytes, None]:
         async for event in self._typed_events(first):
@@ -127,8 +104,8 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _frame(request_id: str, model: Model, fields: ResponsesRequest) -> dict[str, Any]:
-    """The response before anything was generated: the request's settings, as OpenAI's repeats them."""
+def _frame(request_id: str, model: Model, fields: ResponsesRequest, form: Mapping[str, Any]) -> dict[str, Any]:
+    """The response before anything was generated: the request's settings, as OpenAI's repeats them. `form`: as `repeated`."""
     return {
         "id": request_id,
         "object": "response",
@@ -148,9 +125,9 @@ def _frame(request_id: str, model: Model, fields: ResponsesRequest) -> dict[str,
         "reasoning": {"effort": fields.reasoning.effort, "summary": None},
         "store": False,
         "temperature": fields.temperature if fields.temperature is not None else model.defaults.temperature,
-        "text": {"format": fields.text.format.model_dump(by_alias=True, exclude_none=True)},
+        "text": form["text"],
         "tool_choice": fields.tool_choice,
-        "tools": [tool.model_dump() for tool in fields.tools],
+        "tools": form["tools"],
         "top_logprobs": fields.top_logprobs or 0,
         "top_p": fields.top_p if fields.top_p is not None else model.defaults.top_p,
         "truncation": "disabled",

@@ -19,6 +19,7 @@ from gantline_runtime.engine_client import EngineClient
 from gantline_runtime.generation_defaults import GenerationDefaults
 from gantline_runtime.messages import EngineRequest, Pooling, SamplingParams
 from gantline_runtime.prompt_prefixes import PromptPrefixes
+from gantline_runtime.server.answer_form import AnswerForm, is_plain, read_form
 from gantline_runtime.server.body_reader import BodyReader
 from gantline_runtime.server.callers import Caller, current_caller
 from gantline_runtime.server.errors import ApiError, not_accepting, queue_full
@@ -29,9 +30,7 @@ from gantline_runtime.server.output import ChoiceOutput
 from gantline_runtime.server.output_plan import PLAIN, ModelFormats, OutputPlan
 from gantline_runtime.server.prefix_directory import PrefixDirectory
 from gantline_runtime.server.protocol import Message, SamplingFields
-from gantline_runtime.server.protocol_formats import Tool
 from gantline_runtime.server.sampling import build_sampling, seeded, spell_bad_words
-from gantline_runtime.server.structured import Constraint, build_constraint
 from gantline_runtime.server.template_process import TemplateRenderer
 from gantline_runtime.tokenizer import Tokenizer
 
@@ -54,7 +53,7 @@ class Model:
     pooling: Pooling = "last"
     formats: ModelFormats = ModelFormats()
     renderer: TemplateRenderer | None = None
-    template_problem: str = "This model has no chat template; use /v1/completions, or start the server with --chat-template."
+    template_problem: str = "This model has no chat template; use /v1/completions."
     created: int = 0
 
 
@@ -150,8 +149,9 @@ class Service:
         """Token ids of what `render_chat` made: templates write their special tokens themselves."""
         return await self.encode(text, add_special_tokens=False, param="messages")
 
-    async def render_chat(self, messages: Sequence[Message], variables: dict[str, Any], tools: Sequence[Tool] = ()) -> str:
-        """The prompt that the model's template makes of `messages`. Raises ApiError where it refuses them."""
+    async def render_chat(self, messages: Sequence[Message], variables: dict[str, Any], tools: msgspec.Raw | None = None) -> str:
+        """The prompt that the model's template makes of `messages` and `tools` (`ToolUse.described`). Raises ApiError where it refuses
+        them."""
         assert self.model is not None
         reserved = RESERVED_NAMES & variables.keys()
         if reserved:
@@ -159,7 +159,7 @@ class Service:
         if self.model.renderer is None:
             raise ApiError(400, self.model.template_problem, code="invalid_template", param="messages")
         try:
-            described = {"tools": [tool.for_template() for tool in tools]} if tools else {}
+            described = {"tools": tools} if tools is not None else {}
             return await self.model.renderer.render(self._for_template(messages), {**variables, **described})
         except TemplateError as error:
             raise ApiError(400, f"{str(error)[:1].upper()}{str(error)[1:]}.", code="invalid_template", param="messages") from None
@@ -185,11 +185,12 @@ class Service:
             raise ApiError(400, message, code="context_length_exceeded", param=param)
         return await self.in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), size=len(text))
 
-    async def build_constraint(self, fields: SamplingFields) -> Constraint | None:
-        """What the answer must match. Beside the event loop, since a schema of thousands of references takes a second. Raises ApiError."""
-        if fields.response_format is None and fields.structured_outputs is None:
-            return None
-        return await self.in_thread(lambda: build_constraint(fields.response_format, fields.structured_outputs))
+    async def read_form(self, fields: SamplingFields, form: AnswerForm | None) -> AnswerForm:
+        """`form`, or, where it was not read with the body, what `fields` ask: beside the event loop, since a schema of thousands of
+        references takes a second. Raises ApiError."""
+        if form is not None:
+            return form
+        return read_form(fields) if is_plain(fields) else await self.in_thread(lambda: read_form(fields))
 
     async def build_sampling(self, fields: SamplingFields, *, max_new_tokens: int, num_logprobs: int | None) -> SamplingParams:
         """What the engine is told of `fields`. Raises ApiError for what this model cannot do."""

@@ -38,8 +38,9 @@ class Constraint:
         return msgspec.json.encode({"type": "structural_tag", "format": self.format}).decode()
 
 
-def json_format(schema: dict[str, Any] | bool) -> Format:
-    return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": _MAX_WHITESPACE}
+def json_format(schema: dict[str, Any] | bool | msgspec.Raw) -> Format:
+    """JSON that matches `schema`, which is held as its text."""
+    return {"type": "json_schema", "json_schema": msgspec.Raw(msgspec.json.encode(schema)), "max_whitespace_cnt": _MAX_WHITESPACE}
 
 
 def sequence(elements: Sequence[Format]) -> Format:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from gantline_runtime.parsers.tool_formats import ToolFormat
 from gantline_runtime.server.errors import ApiError
 from gantline_runtime.server.json_schema import prepare_schema
@@ -18,43 +20,50 @@ __all__ = ["ToolUse", "calls_format", "free_or_calls_format", "new_tool_call", "
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What a request's tools come to. `schemas`: of the arguments of each tool that may be called, by its name. `held`: a grammar holds the
-    model to calls, and only to calls."""
+    """What a request's tools come to."""
 
-    tools: tuple[Tool, ...]
-    schemas: Mapping[str, Any]
+    described: msgspec.Raw
+    """All of them as templates expect them, in MessagePack."""
+    schemas: Mapping[str, msgspec.Raw]
+    """Of the arguments of each tool that may be called, by its name, in JSON."""
+    strict: bool
+    """Whether calls are to match their schemas, also where the model decides whether to call."""
     held: bool
+    """A grammar holds the model to calls, and only to calls."""
     parallel: bool
-
-    @property
-    def strict(self) -> bool:
-        """Whether calls are to match their schemas, also where the model decides whether to call."""
-        return any(tool.function.strict for tool in self.tools if tool.function.name in self.schemas)
 
 
 def plan_tool_use(tools: Sequence[Tool], choice: ToolChoice | None, *, parallel: bool) -> ToolUse | None:
     """None where no tool may be called. Raises ApiError for a choice without its tool, names that are not unique, and wrong schemas."""
-    schemas: dict[str, Any] = {}
+    schemas: dict[str, msgspec.Raw] = {}
     for i, tool in enumerate(tools):
         if tool.function.name in schemas:
             message = f"Two tools are named {tool.function.name!r}."
             raise ApiError(400, message, code="invalid_value", param=f"tools[{i}].function.name")
-        schemas[tool.function.name] = _prepare_arguments(tool, f"tools[{i}].function.parameters")
+        schemas[tool.function.name] = msgspec.Raw(msgspec.json.encode(_prepare_arguments(tool, f"tools[{i}].function.parameters")))
     if not tools and choice not in (None, "none", "auto"):
         raise ApiError(400, "tool_choice asks for a call, but there are no tools.", code="invalid_value", param="tool_choice")
     if not tools or choice == "none":
         return None
+    chosen, held = schemas, choice == "required"
     if isinstance(choice, NamedChoice):
-        chosen = {choice.function.name: _schema_of(choice, schemas, "tool_choice")}
-        return ToolUse(tuple(tools), chosen, held=True, parallel=False)
+        chosen, held, parallel = {choice.function.name: _schema_of(choice, schemas, "tool_choice")}, True, False
     if isinstance(choice, AllowedChoice):
         allowed = enumerate(choice.allowed_tools.tools)
         chosen = {tool.function.name: _schema_of(tool, schemas, f"tool_choice.allowed_tools.tools[{i}]") for i, tool in allowed}
-        return ToolUse(tuple(tools), chosen, held=choice.allowed_tools.mode == "required", parallel=parallel)
-    return ToolUse(tuple(tools), schemas, held=choice == "required", parallel=parallel)
+        held = choice.allowed_tools.mode == "required"
+    strict = any(tool.function.strict for tool in tools if tool.function.name in chosen)
+    return ToolUse(_describe(tools), chosen, strict=strict, held=held, parallel=parallel)
 
 
-def _schema_of(choice: NamedChoice, schemas: Mapping[str, Any], param: str) -> Any:
+def _describe(tools: Sequence[Tool]) -> msgspec.Raw:
+    try:
+        return msgspec.Raw(msgspec.msgpack.encode([tool.for_template() for tool in tools]))
+    except OverflowError as error:  # integers of more than 64 bits
+        raise ApiError(400, f"tools: no template can be told of them: {error}.", code="invalid_value", param="tools") from None
+
+
+def _schema_of(choice: NamedChoice, schemas: Mapping[str, msgspec.Raw], param: str) -> msgspec.Raw:
     name = choice.function.name
     if name not in schemas:
         message = f"{param} names {name!r}, which is not among the tools."
