@@ -83,6 +83,7 @@ class ServerConfig:
     port: int = _option(8000, "Port to listen on; 0 picks a free one and prints it.")
     api_workers: int = _option(1, "Processes that answer on the port, in front of one engine: more where many stream at once.")
     served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
+    chat_template: str | None = _option(None, "File with the chat template (Jinja). auto: the checkpoint's.")
     api_keys: str | None = _option(None, "File of API keys, or a folder with one in each file (a mounted Secret). auto: anyone may ask.")
     trust_gateway: bool = _option(
         False, "Believe the header X-Gantline-Caller, by which a gateway says whose request it passes on. Only where nobody else gets in."

@@ -331,6 +331,26 @@ def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
         assert server.client().models.retrieve("org/base").id == "org/base"
 
 
+def test_a_chat_template_can_be_given_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("<own>{{ messages[-1].content }}</own>")
+    flags = ("--drain-delay=0", "--api-workers=2", f"--chat-template={tmp_path / 'own.jinja'}")
+    for template in ("{{ messages[0].content }}", None):
+        with running(write_model(tmp_path / "model", template=template), *flags) as server:
+            for _ in range(4):
+                tokens = server.post("/tokenize", {"messages": _user("a")}).json()["tokens"]
+                assert server.post("/detokenize", {"tokens": tokens}).json()["prompt"] == "<own>a</own>"
+
+
+@pytest.mark.parametrize(("given_template", "cause"), [(None, "No such file"), (b"\xff", "utf-8"), (b"{% broken", "template is invalid")])
+def test_a_given_chat_template_that_cannot_be_used_ends_the_server(given_template: bytes | None, cause: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    if given_template is not None:
+        file.write_bytes(given_template)
+    server = ServerProcess(write_model(tmp_path / "model"), f"--chat-template={file}")
+    assert server.wait_exit() == 64
+    assert cause in server.lines[-1] and "--chat-template" in server.lines[-1]
+
+
 def test_a_poisoned_request_fails_alone(tmp_path: Path) -> None:
     model = write_model(tmp_path / "poison", fail_at="request", error="ValueError: cannot run this")
     with running(model, "--drain-delay=0") as server:

@@ -53,7 +53,7 @@ class Model:
     pooling: Pooling = "last"
     formats: ModelFormats = ModelFormats()
     renderer: TemplateRenderer | None = None
-    template_problem: str = "This model has no chat template; use /v1/completions."
+    template_problem: str = "This model has no chat template; use /v1/completions, or start the server with --chat-template."
     created: int = 0
 
 
