@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -136,6 +137,22 @@ def test_weights_that_are_no_numbers_are_found_out_before_anything_is_answered(t
     assert cli.main(["generate", str(tmp_path / "model"), "Hello!", "--device", "cpu", "--num-cache-blocks", "32"]) == 65
     captured = capsys.readouterr()
     assert not captured.out and "the smoke request failed: the log-probability of its token is no such number: [nan]" in captured.err
+
+
+@pytest.mark.parametrize("declares", [True, False])
+def test_an_answer_ends_at_the_tokenizers_end_where_the_configuration_names_another_token(declares: bool, tmp_path: Path) -> None:
+    """As a base model's configuration does after fine-tuning for chats."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("generation_config.json"))
+    for name, changes in (
+        ("config.json", {"eos_token_id": 0}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2": {"content": "<|im_end|>"}}} if declares else {}),
+    ):
+        (folder / name).write_text(json.dumps({**json.loads((TINY / name).read_text()), **changes}))
+    with pipeline(folder, EngineConfig(device="cpu", num_cache_blocks=16, session_len=512), progress=False) as made:
+        answer = made("Hello!", GenerationConfig(max_new_tokens=100))
+        assert isinstance(answer, Response) and (answer.finish_reason, answer.token_ids[-1]) == ("stop", 2)
+        assert made.engine.eos_token_ids == (0, 2)
 
 
 def test_gantline_chat_holds_a_conversation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
