@@ -78,7 +78,7 @@ class Executor:
         _check_parallel(config, checkpoint)
         self.device = torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
         self.depth = 1 if self.device.type == "cuda" else 0
-        plan = _worker_plan(model_dir, config, checkpoint.shape.max_position_embeddings)
+        plan = _worker_plan(model_dir, config, checkpoint.facts.max_position_embeddings)
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(plan.num_threads)
         if config.batch_invariant:
@@ -260,7 +260,7 @@ def _resolve(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else checkpoint.facts.dtype  # type: ignore[assignment]
-    limit = checkpoint.shape.max_position_embeddings
+    limit = checkpoint.facts.max_position_embeddings
     if config.session_len is not None and config.session_len > limit and not _stretches(checkpoint):
         raise ConfigurationError(
             f"session_len is {config.session_len}, but the model was made for {limit} tokens", cure=f"Give at most {limit}, or auto."
@@ -339,7 +339,7 @@ def _limits(config: EngineConfig, session_len: int) -> BatchLimits:
 
 def _size_cache(config: EngineConfig, checkpoint: Checkpoint, free: int, block_bytes: int) -> tuple[int, EngineConfig]:
     """(blocks, settings with `session_len` resolved). Raises CapacityError if one session does not fit."""
-    size, limit = config.block_size, checkpoint.shape.max_position_embeddings
+    size, limit = config.block_size, checkpoint.facts.max_position_embeddings
     wanted = config.session_len or limit
     if config.num_cache_blocks is not None:
         num_blocks = config.num_cache_blocks

@@ -369,19 +369,29 @@ def test_a_model_with_its_own_end_of_sequence_tokens_stops_there(model: Path, br
     assert outputs[-1].finish_reason == "stop"
 
 
-# ---- dynamic NTK scaling beyond the trained context
+# ---- beyond the trained context
 
 
-def test_dynamic_rope_goes_beyond_the_models_limit_as_transformers_generates(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "rope", "session_len"),
+    [
+        ("qwen3-biases-dynamic-rope", {"rope_type": "dynamic", "factor": 2.0}, 128),
+        ("mistral-no-window-yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, None),
+    ],
+)
+def test_an_answer_goes_beyond_the_models_limit_as_transformers_generates(
+    name: str, rope: dict[str, Any], session_len: int | None, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = write_checkpoint("qwen3-biases-dynamic-rope", tmp_path / "model")
-    edit_config(folder, max_position_embeddings=64)
+    folder = write_checkpoint(name, tmp_path / "model")
+    edit_config(folder, max_position_embeddings=64, rope_parameters={"rope_theta": 10000.0, **rope})
     prompt = list(range(10, 60))
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([prompt])
     generated = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=511)
-    engine = LLMEngine(folder, config(session_len=128))
+    engine = LLMEngine(folder, config(session_len=session_len))
+    assert engine.session_len == 128
     engine.add_request(request("a", prompt, count=40))
     tokens = tokens_of(drain(engine)["a"])
     engine.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from gantline_runtime.checkpoint.files import MAX_JSON_BYTES, FileSource, LocalFiles, load_json, not_a_model, quote
 from gantline_runtime.checkpoint.headers import MAX_TENSORS, TensorInfo, read_header
-from gantline_runtime.checkpoint.shape import ModelShape, parse_shape
+from gantline_runtime.checkpoint.shape import ModelShape, longest_session, parse_shape
 from gantline_runtime.checkpoint.tensors import check_tensors
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.model_facts import ModelFacts, Quantization
@@ -71,14 +71,14 @@ def read_checkpoint(files: FileSource, *, name: str = "", revision: str = "") ->
     unused = check_tensors(shape, tensors) if shape.family != "transformers" else ()  # that code knows its tensors when it loads them
     _sample_data(files, tensors, digest)
     label = _printable(name or Path(files.label).name)
-    facts = _build_facts(shape, tensors, name=label, revision=revision, fingerprint=f"sha256:{digest.hexdigest()}")
+    facts = _build_facts(config, shape, tensors, name=label, revision=revision, fingerprint=f"sha256:{digest.hexdigest()}")
     return Checkpoint(files.label, files, MappingProxyType(config), shape, facts, MappingProxyType(tensors), unused)
 
 
 def describe_checkpoint(config: Mapping[str, Any], name: str) -> Checkpoint:
     """A checkpoint of which there is nothing but config.json, decoded: for what looks at shapes alone. Raises CheckpointError."""
     shape = parse_shape(config)
-    facts = _build_facts(shape, {}, name=name, revision="", fingerprint="")
+    facts = _build_facts(config, shape, {}, name=name, revision="", fingerprint="")
     return Checkpoint(name, _NoFiles(name), MappingProxyType(dict(config)), shape, facts, {}, ())
 
 
@@ -186,7 +186,9 @@ def _check_index(placed: Mapping[str, str] | None, tensors: Mapping[str, TensorI
             )
 
 
-def _build_facts(shape: ModelShape, tensors: Mapping[str, TensorInfo], *, name: str, revision: str, fingerprint: str) -> ModelFacts:
+def _build_facts(
+    config: Mapping[str, Any], shape: ModelShape, tensors: Mapping[str, TensorInfo], *, name: str, revision: str, fingerprint: str
+) -> ModelFacts:
     awq = shape.awq
     return ModelFacts(
         name=name,
@@ -202,7 +204,7 @@ def _build_facts(shape: ModelShape, tensors: Mapping[str, TensorInfo], *, name: 
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.max_position_embeddings,
+        max_position_embeddings=longest_session(config, shape),
         sliding_window=shape.sliding_window,
         tie_word_embeddings=shape.tie_word_embeddings,
         dtype=shape.dtype or _main_dtype(tensors),

@@ -10,7 +10,7 @@ from gantline_runtime.checkpoint.files import quote
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason
 
-__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "HEAD_DIMS", "ROPE_TYPES", "AwqFormat", "ModelShape", "parse_shape"]
+__all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "HEAD_DIMS", "ROPE_TYPES", "AwqFormat", "ModelShape", "longest_session", "parse_shape"]
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -23,6 +23,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)
 """Those of the kernels, which are not imported here: who judges a model need not have torch."""
 _MODEL_TYPES = {family: architecture for architecture, family in FAMILIES.items()}
+_MAX_CONTEXT = 1 << 28
 _DTYPES = ("float32", "bfloat16", "float16")
 _CONFIG_CURE = "Correct config.json, or download the checkpoint again."
 _QUANTIZATION_CURE = (
@@ -58,6 +59,7 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    """What config.json says; `longest_session` has what that means."""
     sliding_window: int | None
     tie_word_embeddings: bool
     dtype: str | None
@@ -98,7 +100,7 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
         num_kv_heads=kv_heads,
         head_dim=_parse_head_dim(config, family, hidden, heads),
         vocab_size=_count(config, "vocab_size", 1 << 24),
-        max_position_embeddings=_count(config, "max_position_embeddings", 1 << 28),
+        max_position_embeddings=_count(config, "max_position_embeddings", _MAX_CONTEXT),
         sliding_window=_parse_sliding_window(config, family),
         tie_word_embeddings=_flag(config, "tie_word_embeddings"),
         dtype=_parse_dtype(config),
@@ -168,6 +170,23 @@ def _why_not_ours(config: Mapping[str, Any], architecture: str) -> str:
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         return f"Gantline's implementation of {architecture} has no rotary embedding of the type {quote(kind)}"
     return ""
+
+
+def longest_session(config: Mapping[str, Any], shape: ModelShape) -> int:
+    """Tokens, prompt and output. YaRN (https://arxiv.org/abs/2309.00071) stretches the context of the training by its factor, also where
+    max_position_embeddings was left as it is, as the publishers of Qwen advise."""
+    section = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(section, Mapping) or section.get("rope_type", section.get("type")) != "yarn":
+        return shape.max_position_embeddings
+    original: Any = section.get("original_max_position_embeddings") or shape.max_position_embeddings
+    factor: Any = section.get("factor")
+    if not _is_length(original) or not _is_length(factor):
+        return shape.max_position_embeddings
+    return max(shape.max_position_embeddings, min(int(original * factor), _MAX_CONTEXT))
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 1 <= value <= _MAX_CONTEXT
 
 
 def _parse_head_dim(config: Mapping[str, Any], family: str, hidden: int, heads: int) -> int:
