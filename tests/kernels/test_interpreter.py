@@ -20,5 +20,5 @@ def test_those_whose_rows_depend_on_themselves_alone_do_so_to_the_last_bit_and_e
 
 
 def _check(backend: str, *arguments: str) -> None:
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-n0"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest"]
     run_check("-m", "pytest", *options, *arguments, TRITON_INTERPRET="1", GANTLINE_KERNEL_BACKEND=backend)

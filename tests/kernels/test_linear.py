@@ -27,7 +27,7 @@ for early in {False, sys.argv[1] == "90"}:
 
 
 def test_the_one_row_kernel_equals_its_reference_under_the_interpreter() -> None:
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-n0"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest"]
     run_check("-m", "pytest", *options, "tests/kernels/linear_checks.py", TRITON_INTERPRET="1", GANTLINE_KERNEL_BACKEND="triton")
 
 
