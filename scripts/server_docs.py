@@ -1,4 +1,5 @@
-"""Writes the tables of docs/server.md that repeat what the code says: settings and metrics. `--check` only compares (exit code 1 if stale).
+"""Writes the tables of docs/server.md that repeat what the code says: settings, other engines' flags and metrics. `--check` only compares
+(exit code 1 if stale).
 
 Each table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; everything else in the file is written by hand.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.engine_messages import EngineReport
+from gantline_runtime.foreign_flags import FOREIGN_FLAGS
 from gantline_runtime.server.lifecycle import State
 from gantline_runtime.server.metrics import Metrics
 
@@ -31,6 +33,15 @@ def _shown(default: object) -> object:
     return "auto" if default is None else default
 
 
+def foreign_table() -> str:
+    theirs: dict[str, list[str]] = {}
+    for flag, ours in FOREIGN_FLAGS.items():
+        theirs.setdefault(ours, []).append(f"`{flag}`")
+    flag = re.compile("(--[a-z-]+)")
+    rows = ["| {} | {} |".format(", ".join(flags), flag.sub(r"`\1`", ours)) for ours, flags in theirs.items()]
+    return "\n".join(["| of vLLM, SGLang or LMDeploy | here |", "|---|---|", *rows])
+
+
 def metrics_table() -> str:
     metrics = Metrics("0")
     metrics.render(State.LOADING)
@@ -48,7 +59,12 @@ def metrics_table() -> str:
 
 
 def fill(text: str) -> str:
-    tables = {"server settings": settings_table(ServerConfig), "engine settings": settings_table(EngineConfig), "metrics": metrics_table()}
+    tables = {
+        "server settings": settings_table(ServerConfig),
+        "engine settings": settings_table(EngineConfig),
+        "other engines' flags": foreign_table(),
+        "metrics": metrics_table(),
+    }
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.S)
         text, count = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)  # type: ignore[misc]

@@ -19,6 +19,7 @@ from typing import NoReturn
 from gantline_runtime import termination
 from gantline_runtime.errors import ConfigurationError, GantlineError
 from gantline_runtime.failures import describe_exception
+from gantline_runtime.foreign_flags import cure_of_foreign
 
 __all__ = ["COMMANDS", "main"]
 
@@ -115,7 +116,8 @@ class _Parser(argparse.ArgumentParser):
     """A bad flag is a ConfigurationError like any other, so that a pod's termination message names it."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(message, cure=f"See `{self.prog} --help`.")
+        unknown = message.partition("unrecognized arguments: ")[2]
+        raise ConfigurationError(message, cure=cure_of_foreign(unknown) or f"See `{self.prog} --help`.")
 
 
 def _overview() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
+import re
 import subprocess
 import sys
 import types
@@ -17,7 +19,9 @@ from gantline_kernels import api, library
 from gantline_runtime import cli, logs, termination
 from gantline_runtime.commands import check_env
 from gantline_runtime.commands.display import LoadingDisplay
+from gantline_runtime.config import EngineConfig, ServerConfig
 from gantline_runtime.errors import CheckpointError
+from gantline_runtime.foreign_flags import FOREIGN_FLAGS
 from gantline_runtime.termination import Reason
 
 from tests.runtime.server_fakes import write_model
@@ -88,6 +92,29 @@ def test_a_bad_command_line_is_one_line_and_a_reason(
     assert capsys.readouterr().err.startswith("gantline: ")
     message = termination.parse(last_word.read_text())
     assert message is not None and message.reason is Reason.INVALID_CONFIGURATION and message.cure
+
+
+@pytest.mark.parametrize(
+    ("flags", "cure"),
+    [
+        (["--tensor-parallel-size", "2"], "For --tensor-parallel-size of other engines give --tp."),
+        (["--session-len=9", "--gpu_memory_utilization=0.9"], "give --cache-max-entry-count, a share"),
+        (["--enable-lora"], "give nothing: adapters"),
+        (["--gpu-memory"], "See `gantline serve --help`."),
+    ],
+)
+def test_flags_of_other_engines_are_told_what_they_are_called_here(
+    flags: list[str], cure: str, capsys: pytest.CaptureFixture[str], last_word: Path
+) -> None:
+    assert cli.main(["serve", "model", *flags]) == 64
+    assert cure in capsys.readouterr().err
+
+
+def test_what_flags_of_other_engines_are_called_here_is_a_flag() -> None:
+    ours = {item.name for cls in (EngineConfig, ServerConfig) for item in dataclasses.fields(cls)}
+    named = {flag for text in FOREIGN_FLAGS.values() for flag in re.findall("--([a-z-]+)", text)}
+    assert {name.removeprefix("no-").replace("-", "_") for name in named} <= ours
+    assert not ours & {flag.removeprefix("--").replace("-", "_") for flag in FOREIGN_FLAGS}
 
 
 @pytest.mark.parametrize(
