@@ -65,7 +65,7 @@ def cut_windows(tokenizer: Any, text: str, *, samples: int, length: int, vocab_s
     Each begins as the tokenizer begins a text (with BOS, where it has one). Raises QuantizationError where the text is too short.
     """
     prefix = tokenizer("").input_ids[:1]
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # or it warns of texts that are longer than a window
     body = length - len(prefix)
     count = len(ids) // body
     held_out = min(_MOST_HELD_OUT, max(1, int(count * _HELD_OUT_SHARE)))

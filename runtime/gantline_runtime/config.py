@@ -82,7 +82,9 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "Address to listen on; in a pod 0.0.0.0.")
     port: int = _option(8000, "Port to listen on; 0 picks a free one and prints it.")
     api_workers: int = _option(1, "Processes that answer on the port, in front of one engine: more where many stream at once.")
-    served_model_name: str | None = _option(None, "Name that clients use. auto: the model folder's name.")
+    served_model_name: str | None = _option(
+        None, "Name that clients use. auto: the model folder's name, or the repository's in a Hugging Face cache."
+    )
     chat_template: str | None = _option(None, "File with the chat template (Jinja). auto: the checkpoint's.")
     api_keys: str | None = _option(None, "File of API keys, or a folder with one in each file (a mounted Secret). auto: anyone may ask.")
     trust_gateway: bool = _option(

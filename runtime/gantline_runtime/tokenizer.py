@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["Tokenizer"]
 MAX_TOKENIZER_BYTES = 256 << 20
 """Largest tokenizer.json that is read; those of the largest vocabularies (256k) have about 35 MB."""
 
+_OLDER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -111,19 +113,24 @@ def _load_backend(files: LocalFiles) -> tokenizers.Tokenizer:
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a checkpoint that has only older files (tokenizer.model, vocab.json), converted by `transformers`."""
-    missing = CheckpointError(
-        f"{folder} has no tokenizer.json, and no other tokenizer that can be converted to one",
-        cure="Copy the tokenizer's files beside the weights.",
-    )
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")):
-        raise missing
+    found = [name for name in _OLDER_FILES if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, and no other tokenizer that can be converted to one",
+            cure="Copy the tokenizer's files beside the weights.",
+        )
     from transformers import AutoTokenizer
 
     try:
         converted = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         return converted.backend_tokenizer
     except Exception as error:  # any of a dozen libraries may raise here, each in its own way
-        raise missing from error
+        absent = " and ".join(name for name in ("sentencepiece", "tiktoken") if find_spec(name) is None)
+        cure = "Save it where that works: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, and {found[0]} cannot be converted to one: {str(error)[:120].splitlines()[0]}",
+            cure=f"{cure}, or install {absent}." if absent else f"{cure}.",
+        ) from error
 
 
 def _read_json(files: LocalFiles, name: str) -> dict[str, Any]:

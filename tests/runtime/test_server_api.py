@@ -331,6 +331,12 @@ def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
         assert server.client().models.retrieve("org/base").id == "org/base"
 
 
+def test_a_snapshot_of_a_hugging_face_cache_is_served_by_its_repositorys_name(tmp_path: Path) -> None:
+    with running(write_model(tmp_path / "models--org--name" / "snapshots" / "0a1b2c"), "--drain-delay=0") as server:
+        assert [model.id for model in server.client().models.list()] == ["org/name"]
+        assert server.client().completions.create(model="org/name", prompt="a").choices[0].text == "a"
+
+
 def test_a_chat_template_can_be_given_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("<own>{{ messages[-1].content }}</own>")
     flags = ("--drain-delay=0", "--api-workers=2", f"--chat-template={tmp_path / 'own.jinja'}")

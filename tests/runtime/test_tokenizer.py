@@ -62,7 +62,8 @@ def test_the_chat_template_is_found_where_checkpoints_put_it(tmp_path: Path, fil
     ("files", "cause"),
     [
         ({}, "no config.json"),
-        ({"config.json": "{}"}, "no tokenizer.json"),
+        ({"config.json": "{}"}, "no tokenizer.json, and no other"),
+        ({"config.json": "{}", "tokenizer.model": "?"}, "no tokenizer.json, and tokenizer.model cannot be converted to one"),
         ({"tokenizer.json": ""}, "tokenizer.json cannot be used"),
         ({"tokenizer.json": "{}"}, "tokenizer.json cannot be used"),
         ({"tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["x"]]}}'}, "tokenizer.json cannot be used"),

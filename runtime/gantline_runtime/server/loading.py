@@ -44,7 +44,12 @@ async def load_model(service: Service, model_dir: Path) -> None:
 
 
 def _folder_name(folder: Path) -> str:
-    return folder.resolve().name
+    """The folder's own name; of a snapshot in a Hugging Face cache, the repository's."""
+    whole = folder.resolve()
+    repository = whole.parent.parent.name
+    if whole.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return whole.name
 
 
 def _load_tokenizer(model_dir: Path, template_file: str | None) -> Tokenizer:
