@@ -53,7 +53,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(tmp_path: Path, worke
     flags = ["--max-batch-size=8", "--max-waiting=12", "--block-size=16", "--drain-delay=0", f"--api-workers={workers}"]
     with running(model, *flags) as server:
         load = Load(server.url, seed=workers)
-        asyncio.run(load.run(clients=24, seconds=6.0))
+        asyncio.run(load.run(clients=24, seconds=3.0))
         assert not load.surprises, load.surprises[:5]
         assert sum(load.outcomes.values()) > 100 and load.outcomes["leave_stream left"] > 10
         assert not any(wait_until_free(server.url).values())

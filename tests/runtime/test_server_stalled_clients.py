@@ -19,7 +19,7 @@ from tests.runtime.certificate_files import make_certificate
 from tests.runtime.server_fakes import write_model
 from tests.runtime.server_process import ServerProcess, events, read_all, read_metric, running, wait_until
 
-MANY = 48
+MANY = 24
 STALL_S = 2.0
 
 
@@ -92,7 +92,7 @@ def test_many_clients_that_do_not_read_leave_blocks_memory_and_others_alone(serv
     assert text_of(told) == "abcdef" * 1000
     wait_until(lambda: server.metric("gantline_num_requests_running") == 0, what="nothing runs")
     wait_until(lambda: server.metric("gantline_kv_cache_usage_perc") == 0, what="every block is free")
-    assert resident[2] < resident[0] + 64, f"{resident} MiB: two rounds have some 200 MiB of output that nobody took"
+    assert resident[2] < resident[0] + 64, f"{resident} MiB: two rounds have some 100 MiB of output that nobody took"
 
 
 def test_a_slow_reader_is_not_cut_off(server: ServerProcess) -> None:
