@@ -125,10 +125,11 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
         converted = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         return converted.backend_tokenizer
     except Exception as error:  # any of a dozen libraries may raise here, each in its own way
+        cause = str(error).split("\n")[0][:120]
         absent = " and ".join(name for name in ("sentencepiece", "tiktoken") if find_spec(name) is None)
         cure = "Save it where that works: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         raise CheckpointError(
-            f"{folder} has no tokenizer.json, and {found[0]} cannot be converted to one: {str(error)[:120].splitlines()[0]}",
+            f"{folder} has no tokenizer.json, and {found[0]} cannot be converted to one: {cause}",
             cure=f"{cure}, or install {absent}." if absent else f"{cure}.",
         ) from error
 
