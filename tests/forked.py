@@ -4,6 +4,8 @@ Collecting this suite takes ten seconds and more, most of them imports, and each
 pytest was started in collects, forks, hands out files (a process takes the next one when it is through with its own) and reports what the
 processes tell of their tests. Each has its own fixtures, those of the session too, and its own folder for temporary files.
 
+Files that took longest when they ran last on this machine are handed out first, so that no long one is left to run alone at the end.
+
 A process that ends in the middle of a test fails that test, and every test that did not run is a failure.
 """
 
@@ -13,13 +15,17 @@ import atexit
 import contextlib
 import gc
 import itertools
+import json
+import math
 import os
 import signal
 import struct
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,15 +55,45 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return None
     if session.testsfailed and not session.config.option.continue_on_collection_errors:
         raise session.Interrupted(f"{session.testsfailed} errors during collection")
-    files = [list(items) for _, items in itertools.groupby(session.items, key=lambda item: item.nodeid.partition("::")[0])]
-    _Forks(session, files, min(count, len(files))).run()
+    files = [list(items) for _, items in itertools.groupby(session.items, key=lambda item: _file(item.nodeid))]
+    durations = _Durations(session.config)
+    files.sort(key=lambda items: -durations.known.get(_file(items[0].nodeid), math.inf))
+    forks = _Forks(session, files, min(count, len(files)))
+    forks.run()
+    durations.keep(forks.seconds)
     return True
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+class _Durations:
+    """Seconds that each file's tests with these marks took when they ran last, in $GANTLINE_CACHE or ~/.cache/gantline."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        folder = Path(os.environ.get("GANTLINE_CACHE") or Path.home() / ".cache" / "gantline") / "test-durations"
+        self._kept = folder / f"{config.option.markexpr or 'all'}.json"
+        self._whole = not config.option.keyword and not any("::" in argument for argument in config.args)
+        self.known: dict[str, float] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self.known = json.loads(self._kept.read_text())
+
+    def keep(self, seconds: Counter[str]) -> None:
+        """For the next run, where files were run whole. An order is no result: nothing is lost where it cannot be written."""
+        if self._whole:
+            with contextlib.suppress(OSError):
+                self._kept.parent.mkdir(parents=True, exist_ok=True)
+                partial = self._kept.with_suffix(f".{os.getpid()}")
+                partial.write_text(json.dumps(self.known | seconds))
+                partial.replace(self._kept)
 
 
 class _Forks:
     def __init__(self, session: pytest.Session, files: list[list[pytest.Item]], count: int) -> None:
         self._session, self._config, self._files = session, session.config, files
         self._waiting = {item.nodeid: item.location for item in session.items}
+        self.seconds: Counter[str] = Counter()
         self._running: dict[Connection, tuple[str, tuple[str, int | None, str]] | None] = {}
         self._pids: dict[Connection, int] = {}
         self._next_file, numbers = os.pipe()  # whoever reads a number runs the file
@@ -109,7 +145,9 @@ class _Forks:
             self._waiting.pop(nodeid, None)
             hook.pytest_runtest_logstart(nodeid=nodeid, location=location)
         elif kind == "says":
-            hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(config=self._config, data=told[0]))
+            report = hook.pytest_report_from_serializable(config=self._config, data=told[0])
+            self.seconds[_file(report.nodeid)] += report.duration
+            hook.pytest_runtest_logreport(report=report)
         else:
             assert kind == "ends"
             nodeid, location = told

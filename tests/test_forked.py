@@ -49,7 +49,8 @@ def start(tmp_path: Path, files: dict[str, str], *arguments: str) -> subprocess.
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "OUTER": "0"}
+    own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "OUTER": "0", "GANTLINE_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, **own}
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "tests.forked", "--forks=2", "-p", "no:cacheprovider", *arguments]
     return subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -99,6 +100,22 @@ def test_the_first_failure_ends_the_run_if_that_is_asked_for(tmp_path: Path) -> 
     code, said = run(tmp_path, files, "-x")
     assert code == 1 and "stopping after 1 failures" in said
     assert time.monotonic() - began < 15
+
+
+def test_files_that_took_longest_are_handed_out_first(tmp_path: Path) -> None:
+    text = "import time\ndef test_it():\n    time.sleep({})\n    with open('order', 'a') as file:\n        print(__name__, file=file)\n"
+    files = {"test_a.py": text.format(0.0), "test_b.py": text.format(0.2), "test_c.py": text.format(0.4)}
+
+    def order(*arguments: str) -> list[str]:
+        (tmp_path / "order").unlink(missing_ok=True)
+        assert run(tmp_path, files, "--forks=1", *arguments)[0] == 0
+        return [line[-1] for line in (tmp_path / "order").read_text().split()]
+
+    assert order() == ["a", "b", "c"]
+    assert order("-k", "test_c") == ["c"]
+    assert order() == ["c", "b", "a"]
+    files["test_d.py"] = text.format(0.0)
+    assert order() == ["d", "c", "b", "a"], "of a new one nobody knows"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT])
