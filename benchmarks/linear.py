@@ -21,9 +21,9 @@ import torch
 from gantline_kernels import (
     api,
     devices,
+    few_rows_linear,
     hopper_batch_linear,
     hopper_gated_linear,
-    hopper_linear,
     hopper_split_linear,
     library,
     reference,
@@ -61,13 +61,6 @@ def one_row(options: dict[str, Any]) -> Linear:
     return lambda x, w, b, d: one_row_linear(x, w, b, d, **options)
 
 
-HOPPER: list[dict[str, Any]] = [{}, {"blocks": 66}]
-
-
-def hopper(options: dict[str, Any]) -> Linear:
-    return lambda x, w, b, d: hopper_linear.hopper_linear(x, w, b, d, **options)
-
-
 def _split(parts: int, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, d: torch.dtype | None) -> torch.Tensor:
     """With the first tiles of so many parts that all run at once on most multiprocessors; cuBLAS where there are none."""
     count = devices.num_sms(0)
@@ -83,9 +76,9 @@ def variants(rows: int) -> Iterator[tuple[str, Linear]]:
     yield "cuBLAS", torch_backend.linear
     for backend in ("triton", "cuda"):
         yield f"api, {backend}", lambda x, w, b, d, backend=backend: api.linear(x, w, b, out_dtype=d, backend=backend)
-    if library.load() is not None and rows <= hopper_linear.MAX_ROWS:
-        for options in HOPPER:
-            yield f"cuda {options or ''}".strip(), hopper(options)
+    if library.load() is not None and rows <= few_rows_linear.MAX_ROWS:
+        yield "cuda, few rows", few_rows_linear.few_rows_linear
+        yield "cuda, few rows, not early", partial(few_rows_linear.few_rows_linear, early=False)
     if library.load() is not None and rows <= hopper_split_linear.MAX_ROWS:
         for parts in (4, 2):
             yield f"cuda, split into {parts}", partial(_split, parts)

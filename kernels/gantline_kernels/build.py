@@ -1,8 +1,8 @@
 """Compile the CUDA C++ kernels: `python -m gantline_kernels.build [--nvcc PATH] [--output FILE] [--fetch]`.
 
-One shared library with plain C entry points, which needs nothing at run time but the driver. Sources named `*_hopper.cu`, which is all
-there are, become machine code for Hopper's own instructions (sm_90a): only there were kernels of ours measured to win, and other GPUs are
-served by Triton's. Others would become code for compute capability 8.0 and 9.0, and intermediate code of 8.0 for what is newer.
+One shared library with plain C entry points, which needs nothing at run time but the driver. Sources named `*_hopper.cu` become machine
+code for Hopper's own instructions (sm_90a). Others become machine code for compute capability 8.0, which 8.6 and 8.9 run too, and 9.0,
+and intermediate code of 8.0, which the driver compiles for what is newer.
 
 nvcc is looked for in --nvcc, in the cache, and on the PATH; --fetch installs it from PyPI into the cache (271 MB). The library goes into
 the cache, named by a hash of the sources, where `library.py` finds it; images copy it beside this file. The hash is in the library, too,

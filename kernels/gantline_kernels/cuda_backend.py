@@ -7,11 +7,11 @@ from functools import cache
 import torch
 
 from gantline_kernels import devices, library, prefill_split, triton_backend
+from gantline_kernels.few_rows_linear import few_rows_gated_linear, few_rows_linear, has_few_rows_linear
 from gantline_kernels.hopper_batch_linear import batch_linear, has_batch_linear
 from gantline_kernels.hopper_decode import AFTER_WAIT, fits_hopper_decode, hopper_decode
 from gantline_kernels.hopper_gated_linear import gated_linear as hopper_gated_linear
 from gantline_kernels.hopper_gated_linear import has_gated_linear
-from gantline_kernels.hopper_linear import fits_hopper_linear, hopper_linear
 from gantline_kernels.hopper_sampling import fits_hopper_sample, hopper_sample
 from gantline_kernels.hopper_split_linear import has_split_linear, split_linear
 from gantline_kernels.scratch import kept
@@ -47,8 +47,6 @@ __all__ = [
 ]
 
 _HOPPER = (9, 0)
-_FEW_ROWS = range(2, 17)
-"""For so many rows our linear kernel is faster than cuBLAS (docs/perf-log.md, "Linear layers, few rows")."""
 _ROWS = 128
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
@@ -150,8 +148,8 @@ class _HopperPrefill:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None) -> torch.Tensor:
-    if x.shape[0] in _FEW_ROWS and fits_hopper_linear(x, weight) and _has_hopper_kernels(x.device):
-        return hopper_linear(x, weight, bias, out_dtype)
+    if has_few_rows_linear(x, weight) and library.load() is not None:
+        return few_rows_linear(x, weight, bias, out_dtype)
     if out_dtype in (None, x.dtype) and has_split_linear(x, weight) and _has_hopper_kernels(x.device):
         return split_linear(x, weight, bias)
     if has_batch_linear(x, weight) and _has_hopper_kernels(x.device):
@@ -160,6 +158,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
 
 
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if has_few_rows_linear(x, weight) and library.load() is not None:
+        return few_rows_gated_linear(x, weight, bias)
     if has_gated_linear(x, weight) and _has_hopper_kernels(x.device):
         return hopper_gated_linear(x, weight, bias)
     return silu_and_mul(linear(x, weight, bias, None))

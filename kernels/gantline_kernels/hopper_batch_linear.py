@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from gantline_kernels import devices, library
-from gantline_kernels.hopper_linear import fits_hopper_linear
+from gantline_kernels.few_rows_linear import fits_few_rows_linear
 from gantline_kernels.scratch import kept
 
 __all__ = ["MAX_ROWS", "batch_linear", "has_batch_linear"]
 
 MAX_ROWS = 64
 _OUTPUTS, _DEPTH = 128, 2 * 64
-_MAX_TILES = 8192
+_MAX_TILES, _MAX_CHUNKS = 8192, 1 << 20
 _TYPES = {torch.bfloat16: 0, torch.float16: 1}
 _EVERY_LAYER = range(17, 33)
 """Rows for which the kernel is at least as fast as cuBLAS in a layer, with norms, rope and activation between (docs/perf-log.md); layers of
@@ -26,11 +26,12 @@ def has_batch_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     rows = x.shape[0]
     if rows not in _EVERY_LAYER and (not _EVERY_LAYER.stop <= rows <= MAX_ROWS or weight.numel() < _LARGE_WEIGHT):
         return False
-    return fits_hopper_linear(x, weight, MAX_ROWS) and weight.shape[0] <= _MAX_TILES * _OUTPUTS
+    tiles, chunks = -(-weight.shape[0] // _OUTPUTS), -(-weight.shape[1] // _DEPTH)
+    return fits_few_rows_linear(x, weight, MAX_ROWS) and tiles <= _MAX_TILES and tiles * chunks <= _MAX_CHUNKS
 
 
 def batch_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N] in the type of x or `out_dtype`, for what `fits_hopper_linear` up to MAX_ROWS.
+    """x [T, K] @ weight [N, K]^T + bias [N] -> [T, N] in the type of x or `out_dtype`, for what `fits_few_rows_linear` up to MAX_ROWS.
 
     Raises RuntimeError if a device's first call is captured (`scratch.py`).
     """

@@ -29,9 +29,8 @@ _SIGNATURES = {
         _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG,
         _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _FLOAT, _FLOAT, _INT, _POINTER,
     ],
-    "gantline_linear_hopper": [
-        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT,
-        _INT, _INT, _POINTER, _POINTER, _INT, _POINTER,
+    "gantline_linear_few_rows": [
+        _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT, _INT, _INT, _POINTER,
     ],
     "gantline_linear_batch_hopper": [
         _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT,

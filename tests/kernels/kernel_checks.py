@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from gantline_kernels import api, hopper_gated_linear, hopper_split_linear, library, reference
+from gantline_kernels.few_rows_linear import few_rows_gated_linear, few_rows_linear
 from gantline_kernels.hopper_batch_linear import batch_linear
 
 from tests.kernels import interpreter
@@ -23,7 +24,8 @@ from tests.kernels.cases import largest_error, paged
 BACKEND = os.environ["GANTLINE_KERNEL_BACKEND"]
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
-HAS_HOPPER = BACKEND == "cuda" and ON_GPU and torch.cuda.get_device_capability() == (9, 0) and library.load() is not None
+HAS_LIBRARY = BACKEND == "cuda" and ON_GPU and torch.cuda.get_device_capability() >= (8, 0) and library.load() is not None
+HAS_HOPPER = HAS_LIBRARY and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest error of results of size 1 or so: a few units in the last place of the result's type."""
@@ -471,6 +473,79 @@ def test_linear(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Non
         assert got.dtype == (out_dtype or dtype)
         wide = 1e-4 if inputs < 8192 else 2e-4  # sums in one order err the more the longer they are
         assert largest_error(got, reference.linear(x, weight, b)) < (wide if out_dtype else 2 * TOLERANCE[dtype])
+
+
+def _amid_nan(rows: int, columns: int, beside: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Random [rows, columns] with NaN in the rows before and behind, and `beside` of them at the end of each row."""
+    whole = torch.full((rows + 2, columns + beside), torch.nan, device=DEVICE, dtype=dtype)
+    inner = whole[1:-1, :columns]
+    return inner.copy_(torch.randn(rows, columns, device=DEVICE) * scale)
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="of the CUDA kernels")
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(8, 1), (40, 3), (64, 40), (72, 4), (520, 1001), (200, 2000), (1032, 130), (4104, 1280), (14336, 4096)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_for_few_rows_at_every_shape(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """The single row too. With 3 blocks each makes many passes over its outputs."""
+    torch.manual_seed(0)
+    weight, bias = _amid_nan(outputs, inputs, 0, dtype, inputs**-0.5), torch.randn(outputs, device=DEVICE).to(dtype)
+    for rows in range(1, 17):
+        x = _amid_nan(rows, inputs, 64, dtype)
+        for b, out_dtype, blocks in ((None, None, 0), (bias, None, 3), (bias, torch.float32, 0), (None, torch.float32, 3)):
+            torch.full((rows, outputs), torch.nan, device=DEVICE, dtype=out_dtype or dtype)  # the result is likely to get this memory
+            got = few_rows_linear(x, weight, b, out_dtype, blocks=blocks)
+            assert got.dtype == (out_dtype or dtype)
+            assert torch.equal(got, few_rows_linear(x, weight, b, out_dtype, blocks=blocks))
+            wide = 1e-4 if inputs < 8192 else 2e-4
+            assert largest_error(got, reference.linear(x, weight, b)) < (wide if out_dtype else 2 * TOLERANCE[dtype])
+            fewer = x[: 1 if rows <= 8 else 9]
+            assert torch.equal(got[: len(fewer)], few_rows_linear(fewer, weight, b, out_dtype)), "a row depends on how many there are"
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="of the CUDA kernels")
+@pytest.mark.parametrize(("inputs", "width"), [(8, 1), (40, 3), (72, 4), (520, 1001), (1032, 130), (4104, 1280), (4096, 14336)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gated_kernel_for_few_rows_at_every_shape(inputs: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = _amid_nan(2 * width, inputs, 0, dtype, inputs**-0.5), torch.randn(2 * width, device=DEVICE).to(dtype)
+    for rows in range(1, 17):
+        x = _amid_nan(rows, inputs, 64, dtype)
+        for b, blocks in ((None, 0), (bias, 3)):
+            torch.full((3, rows, width), torch.nan, device=DEVICE, dtype=dtype)  # the result is likely to get this memory
+            got, expected = few_rows_gated_linear(x, weight, b, blocks=blocks), reference.gated_linear(x, weight, b)
+            assert torch.equal(got, few_rows_gated_linear(x, weight, b, blocks=blocks))
+            assert largest_error(got, expected) < TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.skipif(not HAS_HOPPER, reason="early launches are Hopper's")
+@pytest.mark.parametrize("rows", [2, 8, 9, 16])
+def test_layers_of_few_rows_that_start_early_equal_those_that_do_not(rows: int) -> None:
+    """As graphs, whose memory serves several results in turn: what the kernel ahead writes late must not be read before."""
+    torch.manual_seed(0)
+    weights = [torch.randn(n, 4096, device=DEVICE, dtype=torch.bfloat16) / 64 for n in (4096, 28672)]
+    down, norm = torch.randn(4096, 14336, device=DEVICE, dtype=torch.bfloat16) / 120, torch.ones(4096, device=DEVICE, dtype=torch.bfloat16)
+    first = torch.randn(rows, 4096, device=DEVICE, dtype=torch.bfloat16)
+
+    def layers(early: bool) -> torch.Tensor:
+        h, residual = first, first.clone()  # which the sum takes the place of
+        for _ in range(4):
+            h, residual = api.add_rms_norm(few_rows_linear(h, weights[0], None, early=early), residual, norm, 1e-5, backend=BACKEND)
+            h = few_rows_linear(few_rows_gated_linear(h, weights[1], None, early=early), down, None, early=early)
+        return h
+
+    results = []
+    for early in (False, True):
+        layers(early)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layers(early)
+        for _ in range(20):
+            graph.replay()
+            results.append(out.clone())
+    assert bool(torch.isfinite(results[0]).all())
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="of the CUDA kernels for Hopper")

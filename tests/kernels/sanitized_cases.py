@@ -53,17 +53,32 @@ def linear(backend: str) -> float:
     return worst
 
 
+def few_rows_linear(_: str) -> float:
+    """With blocks that make several passes, and with one to each multiprocessor; the single row too."""
+    from gantline_kernels.few_rows_linear import few_rows_gated_linear, few_rows_linear
+
+    worst = 0.0
+    for rows, inputs, outputs in ((1, 200, 130), (7, 1032, 301), (8, 64, 4), (9, 1000, 139), (16, 520, 300)):
+        x, weight, bias = _randn(rows, inputs + 8)[:, :inputs], _randn(outputs, inputs) / inputs**0.5, _randn(outputs)
+        even = outputs // 2 * 2
+        for blocks in (0, 2):
+            got = few_rows_linear(x, weight, bias, blocks=blocks)
+            worst = max(worst, largest_error(got, reference.linear(x, weight, bias)))
+            got = few_rows_gated_linear(x, weight[:even], bias[:even], blocks=blocks)
+            worst = max(worst, largest_error(got, reference.gated_linear(x, weight[:even], bias[:even])))
+    return worst
+
+
 def hopper_linear(_: str) -> float:
-    """Also what `api.linear` leaves to others: the single row, and more than 32 of a small weight."""
+    """Also what `api.linear` leaves to others: more than 32 rows of a small weight."""
     from gantline_kernels.hopper_batch_linear import batch_linear
     from gantline_kernels.hopper_gated_linear import GatedTile, gated_linear
-    from gantline_kernels.hopper_linear import hopper_linear
     from gantline_kernels.hopper_split_linear import Tiles, split_linear
 
     worst = 0.0
-    for run, rows in ((hopper_linear, 1), (hopper_linear, 16), (batch_linear, 33), (batch_linear, 64)):
+    for rows in (33, 64):
         x, weight = _randn(rows, 520), _randn(700, 520) / 520**0.5
-        worst = max(worst, largest_error(run(x, weight, None), reference.linear(x, weight)))
+        worst = max(worst, largest_error(batch_linear(x, weight, None), reference.linear(x, weight)))
     for rows in (50, 100, 200):
         x, weight = _randn(rows, 1544), _randn(700, 1544) / 1544**0.5
         for tiles in (Tiles(128, 4), Tiles(192, 4), Tiles(128, 2, 2 if rows <= 128 else 3)):
@@ -130,7 +145,7 @@ def awq(backend: str) -> float:
 
 
 CASES: dict[str, list[Callable[[str], float]]] = {
-    "cuda": [attention, linear, hopper_linear, sampling],
+    "cuda": [attention, linear, few_rows_linear, hopper_linear, sampling],
     "triton": [attention, shared_prefixes, linear, sampling, masks, elementwise, awq],
     "invariant_triton": [attention, linear, sampling, logprobs, awq],
 }

@@ -4,22 +4,56 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gantline_kernels import build, library
 
+_FAT_MAGIC, _INTERMEDIATE, _MACHINE = 0xBA55ED50, 1, 2
 
-def test_the_library_exports_every_bound_function_and_is_taken_wherever_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def built() -> Path:
     if build.find_nvcc() is None and not build.library_path().exists():
         pytest.skip("no nvcc: make kernels fetches one")
     assert build.main([]) == 0
-    moved = shutil.copy(build.library_path(), tmp_path)
+    return build.library_path()
+
+
+def test_the_library_exports_every_bound_function_and_is_taken_wherever_it_lies(
+    built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    moved = shutil.copy(built, tmp_path)
     monkeypatch.setenv(library.VARIABLE, moved)
     bound = library.load.__wrapped__()
     assert bound is not None and bound._name == moved
     assert 15e6 < bound.gantline_sample_long_scratch(256, 128256) < 16e6 < bound.gantline_sample_long_scratch(256, 524288) < 19e6
+
+
+def test_kernels_for_any_gpu_are_machine_code_of_8_0_and_9_0_and_what_newer_gpus_compile(built: Path) -> None:
+    general = [path for path in build._SOURCES.glob("*.cu") if not path.stem.endswith("_hopper")]
+    others = [code for code in fat_binaries(built.read_bytes()) if code != {(_MACHINE, 80), (_MACHINE, 90), (_INTERMEDIATE, 80)}]
+    assert general and len(list(fat_binaries(built.read_bytes()))) - len(others) == len(general)
+    assert all(code == {(_MACHINE, 90)} for code in others)
+
+
+def fat_binaries(data: bytes) -> Iterator[set[tuple[int, int]]]:
+    """Of each that `nvcc` has linked into a file (its layout: `fatbinary_section.h` and what `cuobjdump` prints): kinds of code, and for
+    which architecture."""
+    at = data.find(struct.pack("<I", _FAT_MAGIC))
+    while at >= 0:
+        _, _, header_size, size = struct.unpack_from("<IHHQ", data, at)
+        begin, end, found = at + header_size, at + header_size + size, set()
+        while begin < end:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", data, begin)
+            (architecture,) = struct.unpack_from("<I", data, begin + 28)
+            found.add((kind, architecture))
+            begin += entry_header + entry_size
+        yield found
+        at = data.find(struct.pack("<I", _FAT_MAGIC), end)
 
 
 def test_the_library_is_named_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

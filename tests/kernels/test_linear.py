@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gantline_kernels import api, reference
+from gantline_kernels import api, library, reference
+from gantline_kernels.absent_gpu import CHIPS, absent_gpus
+from gantline_kernels.few_rows_linear import fits_few_rows_linear
 from gantline_kernels.hopper_batch_linear import has_batch_linear
 from gantline_kernels.hopper_gated_linear import choose_tile, wins
-from gantline_kernels.hopper_linear import fits_hopper_linear
 from gantline_kernels.hopper_split_linear import choose_tiles
 from gantline_kernels.triton_kernels.linear import has_one_row_linear
 
@@ -38,12 +39,31 @@ def test_the_one_row_kernel_compiles_and_waits_for_earlier_kernels_only_if_it_st
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (1, 8), (1000, 200), (18944, 3584), (262144, 2304)])
 @pytest.mark.parametrize("rows", [1, 2, 9, 16])
-def test_the_cuda_kernel_takes_any_shape_of_aligned_rows(rows: int, outputs: int, inputs: int) -> None:
+def test_the_kernel_for_few_rows_takes_any_shape_of_aligned_rows(rows: int, outputs: int, inputs: int) -> None:
     x, weight = (torch.empty(n, inputs, dtype=torch.bfloat16, device="meta") for n in (rows, outputs))
-    assert fits_hopper_linear(x, weight)
-    assert not fits_hopper_linear(x.float(), weight.float())
-    assert not fits_hopper_linear(torch.empty(17, inputs, dtype=torch.bfloat16, device="meta"), weight)
-    assert not fits_hopper_linear(*(torch.empty(n, inputs + 4, dtype=torch.bfloat16, device="meta") for n in (rows, outputs)))
+    fits = fits_few_rows_linear
+    assert fits(x, weight)
+    assert not fits(x.float(), weight.float())
+    assert not fits(torch.empty(17, inputs, dtype=torch.bfloat16, device="meta"), weight)
+    assert not fits(*(torch.empty(n, inputs + 4, dtype=torch.bfloat16, device="meta") for n in (rows, outputs)))
+
+
+@pytest.mark.parametrize("chip", ["A100", "L4", "H100", "RTX PRO 6000"])
+def test_few_rows_go_to_our_kernel_where_it_is_built_but_for_hoppers_single_one(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(library, "call", lambda name, *arguments: called.append(name))
+    index = next(i for i, known in enumerate(CHIPS) if known.name == chip)
+    with absent_gpus():
+        weight = torch.empty(40, 64, dtype=torch.bfloat16, device=f"cuda:{index}")
+        for built in (object(), None):
+            monkeypatch.setattr(library, "load", lambda built=built: built)
+            for operation in (api.linear, api.gated_linear):
+                taken = []
+                for rows in (1, 2, 8, 9, 16, 17):
+                    operation(weight[:rows], weight, backend="cuda")
+                    taken += [rows] * called.count("gantline_linear_few_rows")
+                    called.clear()
+                assert taken == ([2, 8, 9, 16] if chip == "H100" else [1, 2, 8, 9, 16]) * bool(built)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -202,8 +202,8 @@ def test_batches_drawn_at_random_need_no_other_kernels(name: str, tp: int, monke
         assert not [launch.name for launch in needed if launch.key not in foreseen], backend
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_what_a_start_loads_is_all_that_batches_drawn_at_random_launch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "name"), [("triton", "H100"), ("cuda", "H100"), ("cuda", "A100")])
+def test_what_a_start_loads_is_all_that_batches_drawn_at_random_launch(backend: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is loaded in a step waits for the device, and all who decode with it: Triton's kernels, and the library's by what its
     functions choose from. Penalties, which are loaded by their first request, have no kernels of their own here."""
     from gantline_kernels import hopper_sampling, library
@@ -219,7 +219,7 @@ def test_what_a_start_loads_is_all_that_batches_drawn_at_random_launch(backend: 
 
     def steps(checkpoint: Checkpoint, tp: int, chips: Sequence[Chip]) -> Iterator[prebuild.Step]:
         """Those drawn at random, once everything is loaded."""
-        chip = next(chip for chip in chips if chip.name == "H100")
+        chip = next(chip for chip in chips if chip.name == name)
         gpus.current = chip
         runners[chip].load_kernels(prebuild._limits(checkpoint), prebuild._BLOCK_SIZE)
         loaded.append(len(gpus.launches))
@@ -230,11 +230,12 @@ def test_what_a_start_loads_is_all_that_batches_drawn_at_random_launch(backend: 
     make = prebuild._make_runner
     monkeypatch.setattr(prebuild, "_make_runner", lambda *args: runners.setdefault(args[2], make(*args)))
     with absent_gpus() as gpus:
-        prebuild.run_steps(gpus, variant, 90, steps, backend)
+        prebuild.run_steps(gpus, variant, 90 if name == "H100" else 80, steps, backend)
     assert loaded[0] > (15 if backend == "triton" else 8)
     assert not [launch.name for launch in gpus.launches[loaded[0] :]]
     assert not called - early, "of the library"
-    assert backend == "triton" or {"gantline_prefill_hopper", "gantline_decode_hopper"} <= {name for name, *_ in called}
+    expected = {"H100": {"gantline_prefill_hopper", "gantline_decode_hopper"}, "A100": {"gantline_linear_few_rows"}}
+    assert backend == "triton" or expected[name] <= {function for function, *_ in called}
 
 
 def _library_variant(name: str, arguments: tuple[object, ...]) -> tuple[object, ...]:
@@ -245,6 +246,8 @@ def _library_variant(name: str, arguments: tuple[object, ...]) -> tuple[object, 
     }
     if name == "gantline_prefill_hopper":
         return name, bool(arguments[10])  # whether parts are joined
+    if name == "gantline_linear_few_rows":
+        return name, arguments[7] > 8, arguments[10]  # rows, whether it is gated
     return (name, arguments[at[name]]) if name in at else (name,)
 
 

@@ -48,21 +48,6 @@ struct Arguments {
   int early;           // kernels behind may start before this one ends: 0 not, 1 at once, 2 as soon as what is ahead has ended
 };
 
-__device__ __forceinline__ void copy_16_or_zeros(uint32_t target, const void* source, bool inside) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int pending>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-  return x;
-}
-
 // Four 8 x 8 matrices, each transposed.
 __device__ __forceinline__ uint4 load_transposed(uint32_t address) {
   uint4 x;
@@ -72,15 +57,6 @@ __device__ __forceinline__ uint4 load_transposed(uint32_t address) {
                : "memory");
   return x;
 }
-
-#define GANTLINE_MULTIPLY(type, name)                                                                                                        \
-  __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, const type*) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                             \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                                     \
-  }
-GANTLINE_MULTIPLY(__nv_bfloat16, "bf16")
-GANTLINE_MULTIPLY(__half, "f16")
 
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));

@@ -3,15 +3,10 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
 
-#define GANTLINE_EXPORT extern "C" __attribute__((visibility("default")))
+#include "ampere.cuh"
 
 namespace gantline {
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
 // ---- barriers ----
 
@@ -77,12 +72,6 @@ __device__ __forceinline__ void copy_box(void* target, const CUtensorMap* map, i
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-__device__ __forceinline__ void copy_16(void* target, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
-}
-
-__device__ __forceinline__ void copy_16_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // ---- clusters ----
 
 __device__ __forceinline__ int cluster_rank() {
@@ -145,11 +134,6 @@ __device__ __forceinline__ void remote_store_async(uint32_t target, const float*
                "f"(quad[2]), "f"(quad[3]), "r"(barrier)
                : "memory");
 }
-
-// ---- kernels that start before the one ahead of them ends ----
-
-__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_later_kernels_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- registers ----
 

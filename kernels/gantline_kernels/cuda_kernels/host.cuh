@@ -1,10 +1,12 @@
-// What launching takes on the host: descriptors for the copy engine, and shared memory past 48 KB.
+// What launching takes on the host: entry points, descriptors for the copy engine, and shared memory past 48 KB.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_fp16.h>
 
 #include <type_traits>
+
+#define GANTLINE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace gantline {
 

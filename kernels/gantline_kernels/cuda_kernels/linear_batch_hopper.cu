@@ -1,7 +1,7 @@
 // Linear layers for batches (17 to 64 rows), for Hopper (sm_90a): bound by reading the weights once.
 //
-// out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias. As in linear_hopper.cu the matrix units take the weights as
-// their left operand, and shares are equal: here of clusters, each of two blocks. A cluster's tile is 128 outputs of all rows; its blocks
+// out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias. The matrix units take the weights as their left operand, and shares
+// are equal: each cluster of two blocks has the same number of chunks of the weights, counted through all tiles. A cluster's tile is 128 outputs of all rows; its blocks
 // take every other chunk of 64 inputs, so each brings in half of x, and at a tile's end each sends the other one's half of the rows over
 // the cluster's shared memory. Only tiles that clusters share go through scratch memory: each leaves its sums and counts itself, and the
 // last one to do so adds them in the clusters' order, so results do not depend on timing. It is warps that count and add, each for its 16
@@ -383,7 +383,7 @@ int launch(const void* x, long long x_stride, const void* weight, int inputs, co
 }  // namespace
 }  // namespace gantline
 
-// As gantline_linear_hopper, for up to 64 rows, in `clusters` of two blocks. `sums`: clusters * 2 * 128 * (rows > 32 ? 64 : 32) float32;
+// As gantline_linear_few_rows, for up to 64 rows, in `clusters` of two blocks. `sums`: clusters * 2 * 128 * (rows > 32 ? 64 : 32) float32;
 // `counters`: 16 int32 for each 128 outputs, zero at first. Returns a cudaError_t.
 GANTLINE_EXPORT int gantline_linear_batch_hopper(int type, const void* x, long long x_stride, const void* weight, const void* bias, void* out, int wide,
                                                  int rows, int inputs, int outputs, void* sums, void* counters, int clusters, void* stream) {

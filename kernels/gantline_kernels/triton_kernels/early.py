@@ -10,7 +10,7 @@ before has ended when decode attention begins. A kernel that does not launch dep
 
 A multiprocessor divides its memory between shared memory and cache as the kernel asks, and must run empty before it divides it anew: two
 kernels that ask for different shares never overlap. With a single row, all kernels leave the choice to the driver. From 2 rows on, linear
-layers take all the shared memory there is (`cuda_kernels/linear_hopper.cu`), and so those between them ask for it too, though they need
+layers take all the shared memory there is (`cuda_kernels/linear_few_rows.cu`), and so those between them ask for it too, though they need
 none; and those layers leave them registers. Up to how many rows that brings more than it costs is measured (docs/perf-log.md).
 """
 
