@@ -22,9 +22,9 @@ _LEAST_PART = 128
 """Tokens of the shortest part: a tile for each of eight warps."""
 _LONGEST_PART = 4096
 """Tokens that a block may have to itself where others have less: a long context among short ones must not finish alone."""
-_EQUAL_SHARES = range(2, 25)
-"""Sequences behind whose attention come linear layers of one block to each multiprocessor, two of which fit: started while attention still
-holds some multiprocessors, they would crowd on the others (docs/perf-log.md)."""
+_BETTER_LATE = {4, 5, *range(17, 25)}
+"""Numbers of sequences of which a step is faster if the linear layer behind attention does not start meanwhile. Of that layer for 17 to 24
+rows two blocks fit on a multiprocessor: they would crowd on those that attention has left (docs/perf-log.md)."""
 _NOT_EARLY, _AT_ONCE, AFTER_WAIT = 0, 1, 2
 """When the kernel behind may start; AFTER_WAIT: once all ahead of this one has ended, for a kernel that needs nothing of this one."""
 
@@ -83,7 +83,7 @@ def hopper_decode(
     stream = torch.cuda.current_stream(q.device).cuda_stream
     counters = kept(_new_counters, q.device.index, stream)
     if early is None:
-        early = _NOT_EARLY if batch in _EQUAL_SHARES else _AT_ONCE
+        early = _NOT_EARLY if batch in _BETTER_LATE else _AT_ONCE
     means, sums = 0, 0
     if plan.parts > 1:
         parts = torch.empty(batch * heads * plan.parts * (dim + 2), dtype=torch.float32, device=q.device)
