@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from gantline_runtime.artefact import Manifest, Recipe, Staging, find_artefact, require_space
-from gantline_runtime.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from gantline_runtime.checkpoint import FAMILIES, Checkpoint, expected_tensors, open_checkpoint
 from gantline_runtime.checkpoint.shape import AwqFormat
 from gantline_runtime.checkpoint.tensors import LINEARS
 from gantline_runtime.errors import CheckpointError, QuantizationError
@@ -115,6 +115,12 @@ def _open_source(source: Path, options: QuantizeOptions) -> Checkpoint:
             f"{source} is quantized already",
             reason=Reason.INVALID_QUANTIZATION,
             cure="Give the checkpoint it was made of, or serve it as it is.",
+        )
+    if checkpoint.shape.family == "transformers":
+        raise CheckpointError(
+            f"this {checkpoint.shape.architecture} cannot be quantized: {checkpoint.shape.fallback_reason}, and transformers' has no AWQ",
+            reason=Reason.UNSUPPORTED_ARCHITECTURE,
+            cure=f"Serve it as it is, or quantize a model of {', '.join(FAMILIES)}.",
         )
     expected_tensors(replace(checkpoint.shape, awq=AwqFormat(options.group_size)))  # raises where a matrix cannot be cut into groups
     return checkpoint

@@ -230,6 +230,18 @@ def test_a_group_size_that_does_not_divide_is_refused_before_any_work(small_mode
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_transformers_runs_is_refused_before_any_work(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    assert cli.main(["quantize", "awq", str(tmp_path / "model"), str(tmp_path / "target"), "--device", "cpu"]) == 65
+    error = capsys.readouterr().err
+    assert "Qwen2ForCausalLM cannot be quantized" in error and "has the activation silu, not 'gelu'" in error
+    assert not list(tmp_path.glob("target*"))
+
+
 def test_a_quantized_model_is_not_quantized_again(small_model: Path, tmp_path: Path) -> None:
     quantize(small_model, tmp_path / "once")
     with pytest.raises(GantlineError, match="already") as caught:
