@@ -252,18 +252,6 @@ def test_schemas_that_are_too_deep_or_too_large_are_refused(server: ServerProces
         assert message in error["message"] and error["param"].startswith("response_format.json_schema.schema."), error
 
 
-def test_a_grammar_that_takes_for_ever_to_compile_holds_up_nobody_and_its_client_may_leave(server: ServerProcess) -> None:
-    body = json.dumps({"messages": QUESTION, "structured_outputs": {"choice": [f"{i}" + "ab" * 1600 for i in range(1024)]}})
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
-        client.sendall((head + body).encode())
-        wait_until(lambda: server.metric("gantline_num_requests_waiting") == 1, what="it waits for its grammar")
-        complete(server, max_tokens=4)
-        assert server.metric("gantline_num_requests_waiting") == 1, "another was answered meanwhile"
-        assert re.fullmatch("[ab]{5}x", complete(server, structured_outputs={"regex": "[ab]{5}x"})["text"])
-    wait_until(lambda: server.metric("gantline_num_requests_waiting") == 0, what="nothing waits")
-
-
 # ---- tools
 
 
@@ -356,3 +344,18 @@ def test_the_clients_own_error_names_the_parameter(server: ServerProcess) -> Non
     with pytest.raises(openai.BadRequestError) as caught:
         chat(server, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}})
     assert caught.value.param == "response_format.json_schema.schema.type"
+
+
+# ---- at the end, since its compilation would go on for ten seconds
+
+
+def test_a_grammar_that_takes_for_ever_to_compile_holds_up_nobody_and_its_client_may_leave(server: ServerProcess) -> None:
+    body = json.dumps({"messages": QUESTION, "structured_outputs": {"choice": [f"{i}" + "ab" * 1600 for i in range(1024)]}})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+        client.sendall((head + body).encode())
+        wait_until(lambda: server.metric("gantline_num_requests_waiting") == 1, what="it waits for its grammar")
+        complete(server, max_tokens=4)
+        assert server.metric("gantline_num_requests_waiting") == 1, "another was answered meanwhile"
+        assert re.fullmatch("[ab]{5}x", complete(server, structured_outputs={"regex": "[ab]{5}x"})["text"])
+    wait_until(lambda: server.metric("gantline_num_requests_waiting") == 0, what="nothing waits")
