@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster
+from gantline_operator import stages
+from gantline_operator.conditions import Reason
 from gantline_operator.eviction import artefacts_of_pods
 from gantline_operator.resources import fetch_hash, quantize_hash
 from gantline_operator.spec import parse_service
@@ -188,8 +190,11 @@ def test_a_note_of_an_earlier_release_stays_in_force_and_gets_its_claims_uid(clu
         assert note(cluster, namespace)["claim"] == get(cluster, "persistentvolumeclaims", "models", namespace)["metadata"]["uid"]
 
 
-def test_what_a_crash_left_on_a_full_volume_is_found_by_a_look_and_goes(cluster: ApiCluster, namespace: str) -> None:
+def test_what_a_crash_left_on_a_full_volume_is_found_by_a_look_and_goes(
+    cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody noted it: half a download of a Job whose service, and note, are no more."""
+    monkeypatch.setitem(stages._PASSES, Reason.DISK_FULL, (10.0, 60.0))  # type: ignore[index]
     stray = "fetch-00000000ff"
     full = answer("DiskFull", message="the volume is full")
     holds = answer(artefact={"kind": "evict", "evicted": [], "found": {}, "halves": {stray: 30 * SIZE}})
