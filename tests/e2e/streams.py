@@ -30,6 +30,8 @@ class Streams:
     count: int
     tokens: int
     api_key: str = "none"
+    pause_s: float = 0.0
+    """Of a client between two answers: an engine on a CPU takes all of one for as long as it is asked."""
     ended: list[Ended] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Streams:
         client = OpenAI(base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=0, timeout=300)
         while not self._stop.is_set():
             self.ended.append(self._ask(client))
+            self._stop.wait(self.pause_s)
 
     def _ask(self, client: OpenAI) -> Ended:
         began, first_s, how = time.monotonic(), 0.0, "nothing"

@@ -124,7 +124,7 @@ def scale_down_under_streams(site: Site) -> int:
     with tempfile.TemporaryFile("w+") as file:
         logs = subprocess.Popen(follow, env=site.environment, stdout=file)
         try:
-            with Streams(site.url, 3, tokens=300) as long, Streams(site.url, 3, tokens=130) as short:
+            with Streams(site.url, 3, tokens=100) as long, Streams(site.url, 3, tokens=40) as short:
                 site.kubectl("patch", "gisvc/chat", "--type=merge", "-p", json.dumps({"spec": {"scaling": enough_for_one}}))
                 site.until("one replica is left", lambda: len(server_pods(site)) == 1, 240)
         finally:
@@ -480,7 +480,7 @@ def test_streams_through_the_gateway_finish_while_their_service_is_replaced(site
     """Without a place for a second pod they wait in between; with one they need not."""
     for _ in range(5 if FULL else 1):
         for strategy in ("Drain", "Surge"):
-            with Streams(site.url, 32 if FULL else 4, tokens=24) as streams:
+            with Streams(site.url, 32 if FULL else 4, tokens=24, pause_s=0.0 if FULL else 0.5) as streams:
                 replaced(site, {"strategy": strategy, "drainTimeout": "60s"})
             longest = max(stream.first_text_s for stream in streams.ended)
             print(f"{strategy}: {len(streams.ended)} streams, longest wait for the first text {longest:.1f} s")
