@@ -35,5 +35,6 @@ def without_tracing() -> Iterator[None]:
 
 
 def complete_torch() -> None:
-    """Load what was left out, if it is not there yet: before anything runs on torch's meta device or with fake tensors."""
+    """Load what was left out, if it is not there yet: before anything runs on torch's meta device or with fake tensors, and before torch's
+    compiler is imported, as transformers does."""
     importlib.import_module(_MODULE)

@@ -24,6 +24,8 @@ from gantline_runtime.termination import Reason
 from tests.runtime.checkpoint_files import write_files
 from tests.runtime.engine_support import drain, request, tokens_of
 from tests.runtime.reference import NEW_TOKENS, Reference, make_prompts
+from tests.runtime.server_fakes import byte_tokenizer
+from tests.runtime.server_process import REAL, read_metric, running
 
 VOCAB = 512
 _SMALL = {
@@ -203,6 +205,16 @@ def test_inspect_says_that_transformers_runs_it_and_two_ranks_are_refused(
     assert [record.fields["reason"] for record in caplog.records if hasattr(record, "fields")] == [reason]
     assert build_report(engine.stats()).about == {"architecture": "Gemma2ForCausalLM", "implementation": "transformers", "reason": reason}
     engine.close()
+
+
+def test_such_a_model_is_served_over_http(tmp_path: Path) -> None:
+    """By an engine that imports torch in part, and transformers needs the whole."""
+    folder = write_model("olmo2", tmp_path / "model", SERVED["olmo2"])
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    with running(folder, "--device=cpu", "--num-cache-blocks=64", "--drain-delay=0", program=REAL) as server:
+        body = {"prompt": "Hello", "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+        assert server.post("/v1/completions", body).json()["usage"]["completion_tokens"] == 4
+        assert read_metric(server.get("/metrics").text, "gantline_model_info", implementation="transformers") == 1
 
 
 @pytest.mark.parametrize(

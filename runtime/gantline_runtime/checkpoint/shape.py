@@ -9,6 +9,7 @@ from typing import Any
 from gantline_runtime.checkpoint.files import quote
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason
+from gantline_runtime.torch_import import complete_torch
 
 __all__ = ["AWQ_GROUP_SIZES", "FAMILIES", "HEAD_DIMS", "ROPE_TYPES", "AwqFormat", "ModelShape", "longest_session", "parse_shape"]
 
@@ -114,6 +115,7 @@ def parse_shape(config: Mapping[str, Any]) -> ModelShape:
 
 def _describe_by_transformers(config: Mapping[str, Any], architecture: str) -> ModelShape:
     try:
+        complete_torch()  # transformers imports its compiler, which cannot be imported without the rest
         from gantline_runtime.models import transformers_trace  # seconds of torch and transformers, which most models need not wait for
     except ModuleNotFoundError as error:
         raise CheckpointError(

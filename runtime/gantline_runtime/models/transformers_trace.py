@@ -35,7 +35,6 @@ from gantline_runtime.checkpoint.files import quote
 from gantline_runtime.checkpoint.shape import ModelShape
 from gantline_runtime.errors import CheckpointError
 from gantline_runtime.termination import Reason
-from gantline_runtime.torch_import import complete_torch
 
 __all__ = ["AttentionLayer", "architecture_of", "describe", "fix_rotary", "quiet", "read_config", "trace"]
 
@@ -168,7 +167,6 @@ def trace(config: Any) -> list[AttentionLayer]:
         raise _unsupported(name, "its attention cannot be replaced: transformers offers no interface for it")
     _check_rotary(name, config)
     recorder = _Recorder(name)
-    complete_torch()
     try:
         with quiet(), torch.device("meta"), torch.inference_mode():
             model = AutoModelForCausalLM.from_config(config, attn_implementation=_TRACING, experts_implementation=_TRACING).eval()
