@@ -37,8 +37,10 @@ GATEWAY_TIMEOUT_S = 60
 """A gateway with long streams to finish is not waited for any longer."""
 WORKS = {"Fetching": "fetch", "Quantizing": "quantize", "Starting": "server"}
 """Reason of Ready -> the role of the pod whose log tells how far the work is."""
-LOOK_INTO_LOGS_EVERY = 5
-"""Looks at the service: each look takes a tenth of a second of processor time, which the work needs as well."""
+LOOK_EVERY_S = 1.0
+"""A look at the service takes a tenth of a second of processor time, which the work needs as well."""
+LOOK_INTO_LOGS_EVERY = 3
+"""Looks at the service."""
 DEVELOPMENT_IMAGES = {"operator": "localhost/gantline-operator:dev", "cpu": "localhost/gantline-runtime-cpu:dev"}
 
 
@@ -244,7 +246,7 @@ def wait_until_ready(tools: Tools, ticker: Ticker) -> None:
             raise PhaseFailed(f"{refused['type']} is False, {refused['reason']}: {refused['message']}", save_state(tools))
         if turn % LOOK_INTO_LOGS_EVERY == 0:
             ticker.detail = progress(tools, ready)
-        time.sleep(0.5)
+        time.sleep(LOOK_EVERY_S)
     raise PhaseFailed(f"the service was not Ready within {READY_TIMEOUT_S} s; last: {ticker.detail}", save_state(tools))
 
 
