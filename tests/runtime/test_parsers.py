@@ -167,7 +167,7 @@ def _parsers(name: str, inside: bool) -> list[Callable[[], OutputParser]]:
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
 @given(text=TEXTS, inside=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_every_cut_of_a_text_gives_the_same(name: str, text: str, inside: bool) -> None:
     for make in _parsers(name, inside):
         whole = parse(make(), [text])
