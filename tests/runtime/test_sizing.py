@@ -170,7 +170,7 @@ def test_what_the_engine_reserves_is_worked_out_from_shapes() -> None:
     attention = 2048 * (3 * 4096 + 3 * 4096 + 2 * 1024) * 2 + (256 * 64 + 512) * 32 * 129 * 4
     tables = 131072 * 128 * 4 + 256 * 2048 * 5 * 4
     requests = 256 * (128256 * 3 + 12 * 6144)
-    expected = step + 3 * logits + requests + int(1.2 * attention) + 256 * 32 * (40 << 10) + tables + (64 << 20) + (16 << 20)
+    expected = step + 3 * logits + requests + int(1.2 * attention) + 256 * 32 * (40 << 10) + tables + (64 << 20) + (10 << 20)
     assert sizing.reserved_bytes(make_facts(), tp=1, dtype_bytes=2, max_batch_size=256, device="cuda") == expected
 
 
