@@ -9,12 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gantline_devcluster.api_only import ApiCluster, free_port
@@ -48,8 +51,12 @@ class Process:
     """`gantline-operator`, as the chart starts it."""
 
     def __init__(self, cluster: ApiCluster, namespace: str, log: Path, pod: str) -> None:
-        self._health = free_port()
-        environment = {
+        self.pod = pod
+        self.attended = True
+        """Whether it is started anew when it has lost its Lease."""
+        self.restarted = 0
+        self._health, self._log = free_port(), log
+        self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("GANTLINE_")},
             "KUBECONFIG": str(cluster.kubeconfig),
             "GANTLINE_WATCH_NAMESPACES": namespace,
@@ -61,8 +68,20 @@ class Process:
             "GANTLINE_HEALTH_PORT": str(self._health),
             "GANTLINE_LISTEN_ADDRESS": "127.0.0.1",
         }
-        with log.open("w") as out:
-            self.process = subprocess.Popen([sys.executable, "-m", "gantline_operator.main"], env=environment, stderr=out)
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("a") as out:
+            return subprocess.Popen([sys.executable, "-m", "gantline_operator.main"], env=self._environment, stderr=out)
+
+    def start_anew(self) -> None:
+        """If it has ended because its Lease was over, as it does where the API server or the machine stands still for 2.7 s of 4."""
+        if self.attended and self.process.poll() == 1:
+            self.restarted += 1
+            self.process = self._start()
+
+    def log(self) -> str:
+        return self._log.read_text()
 
     def leads(self) -> bool | None:
         """None where it does not answer."""
@@ -74,12 +93,23 @@ class Process:
 
 
 @contextmanager
-def operators() -> Iterator[list[Process]]:
-    """A list to fill; all are killed at the end."""
+def kubelet() -> Iterator[list[Process]]:
+    """A list to fill with processes that are started anew when they lose their Lease; all are killed at the end."""
     running: list[Process] = []
+    stopping = threading.Event()
+
+    def keep() -> None:
+        while not stopping.wait(0.2):
+            for one in list(running):
+                one.start_anew()
+
+    thread = threading.Thread(target=keep)
+    thread.start()
     try:
         yield running
     finally:
+        stopping.set()
+        thread.join()
         for one in running:
             one.process.kill()
             one.process.wait()
@@ -95,51 +125,71 @@ def test_a_second_operator_takes_over_from_one_that_is_stopped_and_is_continued_
     fates(cluster, inspected(**dict.fromkeys(names, TINY)))
     if not cluster.client.get("/api/v1/nodes").get("items"):
         cluster.simulate("cpu", 1)
-    with operators() as running:
+    with kubelet() as running:
 
         def start(pod: str) -> Process:
             running.append(Process(cluster, namespace, tmp_path / f"{len(running)}.log", pod))
             return running[-1]
 
-        def log(number: int) -> str:
-            return (tmp_path / f"{number}.log").read_text()
-
-        first = start("a")
-        wait(first.leads, what=lambda: log(0))
-        second = start("b")
-        wait(lambda: second.leads() is False, what=lambda: log(1))
+        first, second = start("a"), start("b")
+        wait(lambda: roles(first, second), what=lambda: (first.log(), second.log()))
         apply(cluster, *(service(name, namespace) for name in names))
         wait(lambda: items(cluster, "jobs", namespace))
-        first.process.send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        wait(second.leads, what=lambda: log(1))
-        print(f"taken over {time.monotonic() - stopped:.1f} s after the leader stopped")
-        assert time.monotonic() - stopped > LEASE_S / 2, "a holder that renews is not robbed"
+        leader, other = wait(lambda: roles(first, second), what=lambda: (first.log(), second.log()))
+        leader.attended = False
+        leader.process.send_signal(signal.SIGSTOP)
+        robbed_s = wait_taken_over(cluster, namespace, leader, other)
+        print(f"taken over {robbed_s:.1f} s after the leader's last renewal")
+        assert robbed_s >= LEASE_S, "a holder that renews is not robbed"
         for name in names:
             wait_reason(cluster, name, namespace, "Ready")
-        second.process.kill()
+        other.process.kill()
         cluster.kubectl("delete", "deployment", names[0], "-n", namespace)
-        first.process.send_signal(signal.SIGCONT)
-        assert first.process.wait(30) == 1, log(0)
-        assert "to be started anew and wait" in log(0)
+        leader.process.send_signal(signal.SIGCONT)
+        assert leader.process.wait(30) == 1, leader.log()
+        assert "to be started anew and wait" in leader.log()
         assert f"deployments/{names[0]}" not in children(cluster, namespace, "deployments"), "it wrote although its Lease was over"
 
-        third = start("c" if FULL else "b")  # as another pod, or as the killed one's next container, which need not wait
-        wait(third.leads, what=lambda: log(2))
+        third = start("c" if FULL else other.pod)  # as another pod, or as the killed one's next container, which need not wait
+        wait(third.leads, what=third.log)
         for name in names:
             wait_reason(cluster, name, namespace, "Ready")
         wait(lambda: f"deployments/{names[0]}" in children(cluster, namespace, "deployments"))
         assert len(items(cluster, "jobs", namespace)) == SERVICES, "one inspection for each service, whoever made it"
-        if FULL:
-            measure_an_orderly_end(third, start("d"))
+        fourth = start("d") if FULL else None
+        if fourth is not None:
+            measure_an_orderly_end(third, fourth)
         else:
             third.process.terminate()
-        assert third.process.wait(30) == 0, log(2)
-        if FULL:
-            running[3].process.terminate()
-            assert running[3].process.wait(30) == 0
-        lease = cluster.client.get(f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/gantline")["spec"]
-        assert not lease.get("holderIdentity") and lease["leaseTransitions"] == (3 if FULL else 1)
+        assert third.process.wait(30) == 0, third.log()
+        if fourth is not None:
+            fourth.process.terminate()
+            assert fourth.process.wait(30) == 0
+        lease = lease_of(cluster, namespace)
+        assert not lease.get("holderIdentity")
+        assert lease["leaseTransitions"] == (3 if FULL else 1) or any(one.restarted for one in (first, second, third))
+
+
+def roles(*operators: Process) -> tuple[Process, Process] | None:
+    """Which of two leads, and which waits; None while that is not decided."""
+    states = {one.leads(): one for one in operators}
+    return (states[True], states[False]) if set(states) == {True, False} else None
+
+
+def wait_taken_over(cluster: ApiCluster, namespace: str, stopped: Process, other: Process) -> float:
+    """Seconds from the last renewal of the one to the other's leading, by the times that they wrote themselves."""
+    renewed: list[str] = []
+
+    def taken() -> float | None:
+        lease = lease_of(cluster, namespace)
+        if lease["holderIdentity"] == stopped.pod:
+            renewed.append(lease["renewTime"])
+            return None
+        return (datetime.fromisoformat(lease["acquireTime"]) - datetime.fromisoformat(renewed[-1])).total_seconds()
+
+    seconds: float = wait(taken, what=other.log)
+    wait(other.leads, what=other.log)
+    return seconds
 
 
 def measure_an_orderly_end(leader: Process, waiting: Process) -> None:
@@ -219,15 +269,19 @@ def test_an_operator_that_waits_passes_on_what_only_the_leader_knows(
                 assert asking.recv(20) == b"who is there" and asking.recv(1) == b"", "an end is passed on, too"
 
 
+def lease_of(cluster: ApiCluster, namespace: str) -> Any:
+    return cluster.client.get(f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/gantline")["spec"]
+
+
 def holder(cluster: ApiCluster, namespace: str) -> str:
     """Of the Lease; empty where there is none yet."""
     try:
-        lease = cluster.client.get(f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/gantline")
+        lease = lease_of(cluster, namespace)
     except ApiError as error:
         if error.status != 404:
             raise
         return ""
-    return str(lease["spec"].get("holderIdentity") or "")
+    return str(lease.get("holderIdentity") or "")
 
 
 async def test_what_is_fenced_is_not_sent(api_cluster: ApiCluster, namespace: str) -> None:
