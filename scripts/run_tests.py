@@ -45,7 +45,7 @@ def streams(arguments: list[str], files: list[str] | None = None) -> dict[str, l
     commands = {
         "node": [*PYTEST, *(files or ["tests/e2e", "tests/devcluster"]), "-m", "node and not gpu", *arguments],
         "api-server": [*PYTEST, *apart, *(files or api_server), "-m", "apiserver and not node and not gpu", *arguments],
-        "rest": ["nice", "-n", "5", *PYTEST, *workers, *(files or ["tests"]), "-m", "not apiserver and not node and not gpu", *arguments],
+        "rest": ["nice", "-n", "2", *PYTEST, *workers, *(files or ["tests"]), "-m", "not apiserver and not node and not gpu", *arguments],
     }
     return commands if arguments or files else {"check": ["make", "--no-print-directory", "check"], **commands}
 
