@@ -70,7 +70,7 @@ UNDECLARED = "field not declared in schema"
 Object = dict[str, Any]
 
 SILENCE_S = 75.0
-"""After which a watch that says nothing is taken for dead: bookmarks come every minute."""
+"""After which a watch that says nothing may be dead: bookmarks come every minute, but of a kind that nothing has happened to."""
 _REQUEST_TIMEOUT_S = 30.0
 _PAGE = 100  # objects of an answer: it is held whole, and so are the pieces that it came in
 _MAX_CONNECTIONS = 32
@@ -336,19 +336,21 @@ class Client:
     async def watch(
         self, resource: Resource, namespace: str | None, resource_version: str, *, timeout_s: int, **query: str
     ) -> AsyncIterator[WatchEvent]:
-        """Events after `resource_version`, bookmarks among them, until the server ends the stream after `timeout_s`.
+        """Events after `resource_version`, bookmarks among them, until the server ends the stream after `timeout_s`, or it has
+        been silent for longer than bookmarks take: whoever watches on from there finds out whether the server is still there.
 
-        Raises Gone where the version is too old. A stream that falls silent for longer than bookmarks take is Unavailable.
+        Raises Gone where the version is too old.
         """
         query |= {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": resource_version, "timeoutSeconds": str(timeout_s)}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE_S)
         async with self._response("GET", resource.path(namespace), query=query, limits=limits, over=self._watches) as response:
-            async for line in _lines(response):
-                with _understood(line):
-                    event = _EVENTS.decode(line)
-                if event.type == "ERROR":
-                    raise translated(int(parse(event.object).get("code", 500)), bytes(event.object))
-                yield event
+            with contextlib.suppress(aiohttp.SocketTimeoutError):
+                async for line in _lines(response):
+                    with _understood(line):
+                        event = _EVENTS.decode(line)
+                    if event.type == "ERROR":
+                        raise translated(int(parse(event.object).get("code", 500)), bytes(event.object))
+                    yield event
 
     async def create(self, resource: Resource, namespace: str | None, body: Object) -> Object:
         """Sent as YAML, which JSON is: the server then writes it anew in its own form. What it takes as JSON, a ControllerRevision's data

@@ -5,6 +5,7 @@ The suite shortens the operator's patience, so that it can be outwaited; GANTLIN
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from aiohttp import web
 from gantline_devcluster.api_only import ApiCluster
 from gantline_operator import client as client_module
 from gantline_operator import main as main_module
-from gantline_operator.client import Client
+from gantline_operator.client import Client, parse
+from gantline_operator.observe import CONFIG_MAPS, Mirror
 from gantline_operator.resources import MANAGED_KINDS
 
 from tests.operator.faulty_network import Fault, FaultyNetwork, is_listing, is_watch, is_write
@@ -192,6 +194,33 @@ def test_a_child_that_vanished_while_only_its_watch_was_cut_is_made_again(
         wait(lambda: [item["metadata"]["name"] for item in items(world, "services", namespace)] == ["other", "tiny"])
         assert_at_rest(world, namespace)
         assert not operator.dead.is_set()
+
+
+async def test_a_watch_of_a_kind_that_nothing_happens_to_is_made_anew_without_a_list(
+    world: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An API server sends no bookmarks before it has seen an event of the kind."""
+    monkeypatch.setattr(client_module, "SILENCE_S", 0.5)
+    client = await client_module.connect(str(world.kubeconfig))
+    lists: list[str] = []
+    told = asyncio.Event()
+    send = client._send
+
+    async def watched(method: str, path: str, **arguments: Any) -> bytes:
+        lists.append(path)
+        return await send(method, path, **arguments)
+
+    monkeypatch.setattr(client, "_send", watched)
+    mirror = Mirror(client, CONFIG_MAPS, parse, lambda before, after: told.set(), namespace=namespace, name="told")
+    watching = asyncio.create_task(mirror.run())
+    await asyncio.sleep(3)
+    assert len(lists) == 1
+    await asyncio.to_thread(world.kubectl, "create", "configmap", "told", "-n", namespace)
+    await asyncio.wait_for(told.wait(), 10)
+    assert len(lists) == 1
+    watching.cancel()
+    await asyncio.wait([watching])
+    await client.close()
 
 
 @in_the_full_matrix
