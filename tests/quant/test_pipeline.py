@@ -48,7 +48,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(300)
 def test_awq_recovers_at_least_half_of_what_rounding_to_nearest_loses_to_outliers(tmp_path: Path) -> None:
     plant_outliers(TINY, tmp_path / "source")
-    options = QuantizeOptions(samples=16, sequence_length=256)
+    options = QuantizeOptions(samples=8, sequence_length=256)
     rounded = quantize(tmp_path / "source", tmp_path / "rtn", options, method="rtn").perplexity
     aware = quantize(tmp_path / "source", tmp_path / "awq", options).perplexity
     assert rounded is not None and aware is not None and rounded["before"] == aware["before"]
