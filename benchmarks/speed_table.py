@@ -1,7 +1,8 @@
 """README's rows of speed, made from the accepted runs: `python -m benchmarks.speed_table` writes them into README.md.
 
-What stands there of each workload is the last accepted run in results/h200.json, rounded, beside the peers' figures on the same machine;
-the best of a row is bold. The start's row is `benchmarks.startup`'s, and stays as it is.
+What stands there of each workload is the last accepted run in results/h200.json, rounded, beside the peers' figures on the same kind of
+GPU, the best of them bold, and last, apart from these, that of results/h100.json. The start's row is `benchmarks.startup`'s, and stays as
+it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PEERS", "Row", "rows_of", "with_rows"]
+__all__ = ["PEERS", "Row", "accepted", "rows_of", "with_rows"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,10 +27,10 @@ class Row:
     digits: tuple[int, ...] = (0,)
     more_is_better: bool = True
 
-    def line(self, columns: list[tuple[float, ...] | None]) -> str:
-        """`columns`: a run's figures in the order of `figures`, None where there was no run."""
+    def line(self, columns: list[tuple[float, ...] | None], apart: tuple[float, ...]) -> str:
+        """`columns`: a run's figures in the order of `figures`, None where there was no run; `apart`: of another kind of GPU."""
         best = (max if self.more_is_better else min)(values for values in columns if values is not None)
-        cells = [self._cell(values, bold=values == best) for values in columns]
+        cells = [*(self._cell(values, bold=values == best) for values in columns), self._cell(apart, bold=False)]
         return f"| {self.title} | {' | '.join(cells)} |"
 
     def _cell(self, values: tuple[float, ...] | None, *, bold: bool) -> str:
@@ -63,13 +64,19 @@ PEERS: dict[str, list[tuple[float, ...] | None]] = {
 """vLLM 0.25.1, SGLang 0.5.13 and LMDeploy 0.18.0 on one H200 (docs/perf-log.md); LMDeploy was not given `prefix`."""
 
 
-def rows_of(results: dict[str, Any]) -> dict[str, str]:
-    """Of each workload the table's line, from the accepted runs. Raises KeyError for a workload that has none."""
-    lines = {}
-    for name, row in _ROWS.items():
-        ours = tuple(float(results[name]["figures"][figure]) for figure in row.figures)
-        lines[name] = row.line([ours, *PEERS[name]])
-    return lines
+def rows_of(h200: dict[str, Any], h100: dict[str, Any]) -> dict[str, str]:
+    """Of each workload the table's line, from the accepted runs on either GPU. Raises KeyError for a workload that has none."""
+
+    def ours(results: dict[str, Any], name: str) -> tuple[float, ...]:
+        return tuple(float(results[name]["figures"][figure]) for figure in _ROWS[name].figures)
+
+    return {name: row.line([ours(h200, name), *PEERS[name]], apart=ours(h100, name)) for name, row in _ROWS.items()}
+
+
+def accepted(gpu: str) -> dict[str, Any]:
+    """The accepted runs on an `h200` or an `h100`, by workload."""
+    results: dict[str, Any] = json.loads((_ROOT / f"benchmarks/results/{gpu}.json").read_text())
+    return results
 
 
 def with_rows(text: str, lines: dict[str, str]) -> str:
@@ -84,8 +91,8 @@ def with_rows(text: str, lines: dict[str, str]) -> str:
 
 
 def main() -> None:
-    readme, results = _ROOT / "README.md", json.loads((_ROOT / "benchmarks/results/h200.json").read_text())
-    readme.write_text(with_rows(readme.read_text(), rows_of(results)))
+    readme = _ROOT / "README.md"
+    readme.write_text(with_rows(readme.read_text(), rows_of(accepted("h200"), accepted("h100"))))
 
 
 if __name__ == "__main__":

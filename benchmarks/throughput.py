@@ -175,9 +175,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit that is measured; a machine that has the files but not the history is told by $GANTLINE_COMMIT."""
-    known = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return known or os.environ.get("GANTLINE_COMMIT", "unknown")
+    """The commit that is measured: $GANTLINE_COMMIT, for a machine that has the files but not their history, else what git says."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return os.environ.get("GANTLINE_COMMIT") or subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def _unlike_others(options: argparse.Namespace) -> str:
