@@ -114,8 +114,19 @@ class Leadership:
         if self.leads():
             self._until = -float("inf")
             with contextlib.suppress(ApiError):
-                await self._write({"holderIdentity": None})
+                await self._give_back()
         await self._client.close()
+
+    async def _give_back(self) -> None:
+        """Once more where something else was written meanwhile: a renewal that was under way when it was given up may still arrive."""
+        for _ in range(3):
+            with contextlib.suppress(Conflict):
+                await self._write({"holderIdentity": None})
+                return
+            live = await self._client.get(LEASES, self._namespace, self._name)
+            if live["spec"].get("holderIdentity") != self._identity:
+                return
+            self._version = live["metadata"]["resourceVersion"]
 
     async def _take(self) -> bool:
         """One attempt; False while another holds it."""

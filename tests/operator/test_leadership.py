@@ -229,6 +229,16 @@ async def test_a_lease_that_is_given_back_is_taken_at_once_and_one_that_is_taken
     await client.close()
 
 
+async def test_a_lease_is_given_back_although_a_renewal_that_was_given_up_has_arrived(api_cluster: ApiCluster, namespace: str) -> None:
+    client = await connect(str(api_cluster.kubeconfig))
+    one = Leadership(client, f"{namespace}/gantline", "one", 30.0)
+    assert await one.acquire(asyncio.Event())
+    await client.patch(LEASES, namespace, "gantline", {"spec": {"renewTime": "2026-11-27T10:11:42.797783Z"}})
+    await one.release()
+    assert holder(api_cluster, namespace) == ""
+    await client.close()
+
+
 def test_an_operator_that_waits_passes_on_what_only_the_leader_knows(
     api_cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

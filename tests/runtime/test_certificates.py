@@ -6,6 +6,7 @@ import os
 import ssl
 from pathlib import Path
 
+import huggingface_hub.utils
 import pytest
 from gantline_runtime import cli
 from gantline_runtime.sources import patience
@@ -37,6 +38,7 @@ def test_a_private_authority_is_trusted_once_it_is_given(
     monkeypatch.setenv("SSL_CERT_FILE", "")  # so that what is set meanwhile is taken back
     monkeypatch.setenv("GANTLINE_TERMINATION_LOG", str(tmp_path / "last-word"))
     monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("no other try can help"))
+    huggingface_hub.utils.get_session()  # one that trusts what was trusted before, as an earlier download leaves it
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(authority / "ca.crt", authority / "key.pem")
     files = model_files()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import ssl
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,8 @@ VARIABLE = "GANTLINE_CA_CERTIFICATES"
 
 
 def trust_given_authority() -> None:
-    """Make clients that are opened from now on trust the authority, if one was given. Raises ConfigurationError if it is none."""
+    """Make clients that are opened from now on trust the authority, if one was given; huggingface_hub's is opened anew. Raises
+    ConfigurationError if it is none."""
     given = os.environ.pop(VARIABLE, "").strip()
     if not given:
         return
@@ -37,3 +39,7 @@ def trust_given_authority() -> None:
         file.write(f"{known}\n{given}\n")
     atexit.register(lambda: Path(name).unlink(missing_ok=True))
     os.environ["SSL_CERT_FILE"] = name
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import close_session
+
+        close_session()
