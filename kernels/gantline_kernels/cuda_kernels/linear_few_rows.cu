@@ -1,15 +1,14 @@
 // Linear layers for few rows (up to 16), for any GPU from compute capability 8.0 on: bound by reading the weights once.
 //
 // out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias, or the gated half of a feed-forward layer: gate and up of an output
-// in the same pass, and their activation where sums are added. Each block, one to a multiprocessor, takes the same number of
-// outputs, in passes over as many as its sums' registers hold. The inputs of a pass are dealt out to the block's warps, whose sums are added
-// in shared memory in the warps' order: results do not depend on timing, and no block knows of another.
+// in the same pass, and their activation where sums are added. Each block, one to a multiprocessor, takes the same number of outputs, in
+// passes over as many as its sums' registers hold. The inputs of a pass are dealt out to the block's warps, whose sums are added in shared
+// memory in the warps' order: results do not depend on timing, and no block knows of another.
 //
 // A warp brings its weights in through a ring in shared memory, each lane the very 16 bytes that it multiplies: nothing but the lane's own
 // copies is waited for, and while a pass ends, the next one's weights are under way; on Hopper the first ones are before the kernel ahead has
-// ended. The matrix units take x as their left operand, 16 rows
-// of it, and weights as their right one. The inner dimension may be in any order as long as both operands have the same, so 16 bytes of a
-// row are two products' operands as they are.
+// ended. The matrix units take x as their left operand, 16 rows of it, and weights as their right one. The inner dimension may be in any order
+// as long as both operands have the same, so 16 bytes of a row are two products' operands as they are.
 //
 // Of up to 8 rows the left operand holds two stretches of x, one in its upper and one in its lower half; the right one's 8 columns are 4
 // outputs at either stretch. So a warp reads 128 bytes of a row at once, and outputs are dealt out by fours. What multiplies one stretch of
