@@ -100,16 +100,21 @@ def test_another_access_mode_in_the_spec_changes_no_claim_that_is_there(cluster:
         assert status(cluster, "chat", namespace)["revision"] == before and tied(cluster, namespace)
 
 
+def leave_out_who_was_asked(earlier: pytest.MonkeyPatch) -> None:
+    """Of revisions' data: those of releases that did not ask claims lack it."""
+    built = Reconcile._build_revision
+    without = lambda data: {key: value for key, value in data.items() if key != "sharedByClaim"}
+    earlier.setattr(Reconcile, "_build_revision", lambda self, mark, data: built(self, mark, without(data)))
+
+
 def test_an_upgrade_from_a_release_that_asked_the_spec_restarts_no_pod(
     cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim(cluster, namespace, "ReadWriteMany")
-    built = Reconcile._build_revision
     with monkeypatch.context() as earlier:
         asked = lambda parent: Sharing.ANY if parent.spec.cache.access_mode == "ReadWriteMany" else Sharing.ONE_NODE
         earlier.setattr(Parent, "sharing_of_cache", property(asked))
-        without = lambda data: {key: value for key, value in data.items() if key != "sharedByClaim"}
-        earlier.setattr(Reconcile, "_build_revision", lambda self, mark, data: built(self, mark, without(data)))
+        leave_out_who_was_asked(earlier)
         with serving(cluster, namespace):
             apply(cluster, chat(namespace, claimName="models"))
             wait_reason(cluster, "chat", namespace, "Ready")
@@ -227,11 +232,9 @@ def test_an_upgrade_from_a_release_that_tied_no_source_restarts_no_pod(
     cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim(cluster, namespace, "ReadWriteOnce")
-    built = Reconcile._build_revision
     with monkeypatch.context() as earlier:
         earlier.setattr(preparation, "sharing_of", lambda claim, read_only: Sharing.ANY)
-        without = lambda data: {key: value for key, value in data.items() if key != "sharedByClaim"}
-        earlier.setattr(Reconcile, "_build_revision", lambda self, mark, data: built(self, mark, without(data)))
+        leave_out_who_was_asked(earlier)
         with serving(cluster, namespace):
             apply(cluster, read_in_place(namespace))
             wait_reason(cluster, "chat", namespace, "Ready")

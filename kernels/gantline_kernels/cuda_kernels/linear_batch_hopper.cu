@@ -1,11 +1,11 @@
 // Linear layers for batches (17 to 64 rows), for Hopper (sm_90a): bound by reading the weights once.
 //
-// out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias. The matrix units take the weights as their left operand, and shares
-// are equal: each cluster of two blocks has the same number of chunks of the weights, counted through all tiles. A cluster's tile is 128 outputs of all rows; its blocks
-// take every other chunk of 64 inputs, so each brings in half of x, and at a tile's end each sends the other one's half of the rows over
-// the cluster's shared memory. Only tiles that clusters share go through scratch memory: each leaves its sums and counts itself, and the
-// last one to do so adds them in the clusters' order, so results do not depend on timing. It is warps that count and add, each for its 16
-// outputs. Nobody waits for a block outside the cluster.
+// out [rows, outputs] = x [rows, inputs] weight [outputs, inputs]^T + bias. The matrix units take the weights as their left operand, and
+// shares are equal: each cluster of two blocks has the same number of chunks of the weights, counted through all tiles. A cluster's tile is
+// 128 outputs of all rows; its blocks take every other chunk of 64 inputs, so each brings in half of x, and at a tile's end each sends the
+// other one's half of the rows over the cluster's shared memory. Only tiles that clusters share go through scratch memory: each leaves its
+// sums and counts itself, and the last one to do so adds them in the clusters' order, so results do not depend on timing. It is warps that
+// count and add, each for its 16 outputs. Nobody waits for a block outside the cluster.
 //
 // Blocks start before the kernel ahead of them ends, fill their stages with weights, and only then wait.
 
